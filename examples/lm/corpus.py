@@ -1,0 +1,204 @@
+"""Documents: from the standard library, local files or a hub data set; train and held-out set.
+
+A document has a name and a text. Whether it is held out depends on its name alone, so that the
+split survives a new seed, another machine, and documents that are added later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from lm.failures import UsageError
+
+TEXT_GLOBS = ("**/*.txt", "**/*.md", "**/*.rst", "**/*.py", "**/*.c", "**/*.h", "**/*.cc",
+              "**/*.cpp", "**/*.cu", "**/*.go", "**/*.rs", "**/*.js", "**/*.ts", "**/*.java")
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass
+class Corpus:
+    """Two sets of documents with the columns `name` and `text`."""
+
+    train: Dataset
+    held_out: Dataset
+    source: str
+    fingerprint: str
+    note: str = ""
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "train_documents": len(self.train),
+            "held_out_documents": len(self.held_out),
+            "note": self.note,
+        }
+
+
+def unit_hash(name: str) -> float:
+    """A number in [0, 1) that depends on `name` alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") / 2**56
+
+
+def standard_library(max_bytes: int | None = None) -> tuple[Dataset, str]:
+    """The .py files of the running Python: long documents of real text, nothing to download."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        path for path in sorted(root.rglob("*.py"))
+        if not NOT_THE_LIBRARY.intersection(path.relative_to(root).parts)
+    ]
+    documents = _read({path.relative_to(root).as_posix(): path for path in files}, max_bytes)
+    return _require_text(documents, f"no .py file below {root}"), f"standard library at {root}"
+
+
+def local_files(
+    paths: Sequence[str], globs: Sequence[str] | None = None, max_bytes: int | None = None
+) -> tuple[Dataset, str]:
+    """Files as they are named; folders through `globs`. Binary files are left out.
+
+    Raises:
+        UsageError: a path does not exist, or no text was found.
+    """
+    found: dict[str, Path] = {}
+    for given in paths:
+        path = Path(given).expanduser()
+        if path.is_file():
+            found[path.name if path.name not in found else path.as_posix()] = path
+        elif path.is_dir():
+            for pattern in globs or TEXT_GLOBS:
+                for file in sorted(path.glob(pattern)):
+                    if file.is_file():
+                        name = file.relative_to(path).as_posix()
+                        found[name if len(paths) == 1 else f"{path.name}/{name}"] = file
+        else:
+            raise UsageError(
+                "a text file or a folder", f"{given}, which does not exist",
+                f"correct the path (the current folder is {os.getcwd()})",
+            )
+    documents = _read(found, max_bytes)
+    tried = " ".join(globs or TEXT_GLOBS)
+    empty = f"{len(found)} files without text in {', '.join(paths)} (patterns: {tried})"
+    return _require_text(documents, empty), ", ".join(paths)
+
+
+def hub_dataset(
+    name: str, config: str | None, split: str, text_column: str, max_bytes: int | None = None
+) -> tuple[Dataset, str]:
+    """Any data set that `load_dataset` finds; a document is a row, its name the hash of its text.
+
+    Raises:
+        UsageError: data set, split or column does not exist, or the hub is out of reach.
+    """
+    try:
+        rows = load_dataset(name, config, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(
+            f"a data set that load_dataset({name!r}, {config!r}, split={split!r}) can load", reason,
+            "check name, --dataset-config and --dataset-split, or train on files with --text PATH",
+        ) from error
+    if text_column not in rows.column_names:
+        raise UsageError(
+            f"a column {text_column!r} in {name}", f"columns {', '.join(rows.column_names)}",
+            "name the column that holds the text with --text-column",
+        )
+    if max_bytes is not None:
+        rows = rows.select(range(_rows_within(rows, text_column, max_bytes)))
+    rows = rows.select_columns([text_column]).rename_column(text_column, "text")
+    rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
+    rows = rows.map(lambda row: {"name": hashlib.sha256(row["text"].encode()).hexdigest()})
+    return _require_text(rows, f"{name} has no row with text in {text_column!r}"), name
+
+
+def split_documents(documents: Dataset, source: str, held_out: float) -> Corpus:
+    """Holds out a share `held_out` of the documents, chosen by name.
+
+    At least one document lands on each side. A corpus of a single document has no second one to
+    hold out: its tail is taken instead, and the note says so.
+    """
+    fingerprint = _fingerprint(documents, held_out)
+    if len(documents) == 1:
+        name, text = documents[0]["name"], documents[0]["text"]
+        cut = round(len(text) * (1 - held_out))
+        sides = [Dataset.from_dict({"name": [name], "text": [part]})
+                 for part in (text[:cut], text[cut:])]
+        note = f"one document: its last {held_out:.0%} is held out"
+        return Corpus(*sides, source, fingerprint, note)
+    hashes = [unit_hash(name) for name in documents["name"]]
+    held = [i for i, value in enumerate(hashes) if value < held_out]
+    if not held:
+        held = [min(range(len(hashes)), key=hashes.__getitem__)]
+    if len(held) == len(hashes):
+        held.remove(max(held, key=hashes.__getitem__))
+    chosen = set(held)
+    train = [i for i in range(len(hashes)) if i not in chosen]
+    return Corpus(documents.select(train), documents.select(held), source, fingerprint)
+
+
+def _read(files: dict[str, Path], max_bytes: int | None) -> Dataset:
+    """Reads the files; with `max_bytes`, a sample of about that size, chosen by name."""
+    names = sorted(files)
+    if max_bytes is not None:
+        names = _sample(names, files, max_bytes)
+    kept: list[str] = []
+    texts: list[str] = []
+    for name in names:
+        try:
+            content = files[name].read_bytes()
+        except PermissionError as error:
+            raise UsageError(
+                f"to read {files[name]}", str(error), "change its permissions or leave it out"
+            ) from error
+        if b"\0" in content:
+            continue
+        text = content.decode("utf-8", errors="replace")
+        if text.strip():
+            kept.append(name)
+            texts.append(text)
+    return Dataset.from_dict({"name": kept, "text": texts})
+
+
+def _sample(names: Iterable[str], files: dict[str, Path], max_bytes: int) -> list[str]:
+    # A second hash: the first decides what is held out, and a sample of its small values
+    # would be held out as a whole.
+    taken: list[str] = []
+    size = 0
+    for name in sorted(names, key=lambda name: unit_hash("sample:" + name)):
+        if size >= max_bytes:
+            break
+        taken.append(name)
+        size += files[name].stat().st_size
+    return sorted(taken)
+
+
+def _rows_within(rows: Dataset, column: str, max_bytes: int) -> int:
+    size = 0
+    for count, row in enumerate(rows):
+        if size >= max_bytes:
+            return count
+        size += len((row[column] or "").encode())
+    return len(rows)
+
+
+def _require_text(documents: Dataset, got: str) -> Dataset:
+    if len(documents) == 0:
+        raise UsageError(
+            "a corpus with text", got,
+            "name other files with --text and --glob, or a data set with --dataset",
+        )
+    return documents
+
+
+def _fingerprint(documents: Dataset, held_out: float) -> str:
+    digest = hashlib.sha256(f"{held_out}".encode())
+    for row in documents:
+        digest.update(row["name"].encode() + b"\0")
+        digest.update(hashlib.sha256(row["text"].encode()).digest())
+    return digest.hexdigest()[:16]

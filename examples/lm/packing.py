@@ -1,0 +1,169 @@
+"""Documents to blocks of a fixed number of tokens, and blocks to the batch of a step.
+
+Every document ends with the end-of-text token. Two ways to fill blocks, neither with padding:
+
+chain  shuffled documents one after the other, cut every `context` tokens
+whole  a document of at least `context` tokens starts its own block and fills as many as it can, so
+       that its tokens see as much of their own document as possible; short documents and what is
+       left of long ones are chained
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Sequence, Value, load_from_disk
+from transformers import PreTrainedTokenizerFast
+
+from lm.cache import made_once
+from lm.corpus import Corpus
+from lm.failures import UsageError
+from lm.tokenizer import tokenizer_fingerprint
+
+DOCUMENTS_PER_PACK = 1000  # packs are independent; less than one block is lost at the end of each
+WHOLE_FROM = 2048  # from this context on, `auto` keeps documents whole
+
+
+@dataclass
+class Blocks:
+    """Blocks of `context` tokens on disk, column `input_ids` (int32, shape (context,))."""
+
+    train: Dataset
+    held_out: Dataset
+    statistics: dict[str, float]
+
+
+def pack_corpus(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    context: int,
+    packing: str,
+    seed: int,
+    cache: Path,
+) -> Blocks:
+    """Tokenises and packs both sides of the corpus, or finds them in the cache.
+
+    Raises:
+        UsageError: one side has fewer than `context` tokens.
+    """
+    whole = packing == "whole" or (packing == "auto" and context >= WHOLE_FROM)
+    key = "-".join((corpus.fingerprint, tokenizer_fingerprint(tokenizer), str(context),
+                    "whole" if whole else "chain", str(seed)))
+
+    def make(folder: Path) -> None:
+        statistics: dict[str, float] = {}
+        for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
+            tokens = _tokenise(documents, tokenizer)
+            count = int(sum(tokens["tokens"]))
+            blocks = _pack(tokens.shuffle(seed=seed), context, whole)
+            if len(blocks) == 0:
+                raise _too_short(side, context, count, len(documents))
+            blocks.save_to_disk(str(folder / side))
+            statistics |= {
+                f"{side}_tokens": count,
+                f"{side}_blocks": len(blocks),
+                f"{side}_bytes_per_token": sum(tokens["bytes"]) / count,
+                f"{side}_share_in_documents_of_a_block_or_more":
+                    sum(n for n in tokens["tokens"] if n >= context) / count,
+            }
+        (folder / "statistics.json").write_text(json.dumps(statistics, indent=1))
+
+    folder = made_once(cache / f"blocks-{key}", make)
+    return Blocks(
+        load_from_disk(str(folder / "train")).with_format("numpy"),
+        load_from_disk(str(folder / "held_out")).with_format("numpy"),
+        json.loads((folder / "statistics.json").read_text()),
+    )
+
+
+def fill_blocks(documents: list[list[int]], context: int, whole: bool) -> list[np.ndarray]:
+    """Blocks of exactly `context` tokens; what does not fill the last one is dropped."""
+    blocks: list[np.ndarray] = []
+    chain: list[np.ndarray] = []
+    for document in documents:
+        tokens = np.asarray(document, dtype=np.int32)
+        if whole:
+            full = len(tokens) // context * context
+            blocks.extend(tokens[:full].reshape(-1, context))
+            tokens = tokens[full:]
+        chain.append(tokens)
+    chained = np.concatenate(chain) if chain else np.empty(0, np.int32)
+    full = len(chained) // context * context
+    blocks.extend(chained[:full].reshape(-1, context))
+    return blocks
+
+
+class BatchOrder:
+    """Which blocks a step trains on: a function of seed and step alone, so a resumed run goes on
+    where it stopped and two attentions see the same batches.
+
+    Every epoch is a new permutation of all blocks; a batch may span two epochs.
+    """
+
+    def __init__(self, blocks: int, per_step: int, seed: int) -> None:
+        self.blocks, self.per_step, self.seed = blocks, per_step, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def step(self, step: int) -> np.ndarray:
+        """Block numbers of `step`, int64, shape (per_step,)."""
+        positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
+        epochs, offsets = np.divmod(positions, self.blocks)
+        return np.array([self._epoch(e)[o] for e, o in zip(epochs, offsets, strict=True)])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            self._epochs = {e: p for e, p in self._epochs.items() if e == epoch - 1}
+            generator = np.random.default_rng((self.seed, epoch))
+            self._epochs[epoch] = generator.permutation(self.blocks)
+        return self._epochs[epoch]
+
+
+def fetch(blocks: Dataset, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Token ids of the blocks, int64, shape (len(numbers), context), on the device."""
+    tokens = torch.from_numpy(np.stack(blocks[numbers.tolist()]["input_ids"]).astype(np.int64))
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    return tokens.to(device, non_blocking=True)
+
+
+def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    end = tokenizer.eos_token_id
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list]:
+        encoded = tokenizer(
+            batch["text"], add_special_tokens=False, return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        return {
+            "input_ids": [[*ids, end] for ids in encoded],
+            "tokens": [len(ids) + 1 for ids in encoded],
+            "bytes": [len(text.encode()) for text in batch["text"]],
+        }
+
+    return documents.map(
+        encode, batched=True, batch_size=256, remove_columns=documents.column_names,
+        features=Features({"input_ids": Sequence(Value("int32")), "tokens": Value("int64"),
+                           "bytes": Value("int64")}),
+    )
+
+
+def _pack(tokens: Dataset, context: int, whole: bool) -> Dataset:
+    return tokens.select_columns(["input_ids"]).map(
+        lambda batch: {"input_ids": fill_blocks(batch["input_ids"], context, whole)},
+        batched=True, batch_size=DOCUMENTS_PER_PACK,
+        features=Features({"input_ids": Sequence(Value("int32"), length=context)}),
+    )
+
+
+def _too_short(side: str, context: int, tokens: int, documents: int) -> UsageError:
+    fitting = 2 ** max(tokens.bit_length() - 1, 0)
+    more = "more text" if side == "train" else "more text or a larger --held-out"
+    return UsageError(
+        f"at least {context} tokens of {side.replace('_', '-')} text for --context {context}",
+        f"{tokens} tokens in {documents} document(s)",
+        f"--context {fitting} or less, or {more}",
+    )

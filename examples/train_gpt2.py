@@ -1,0 +1,257 @@
+"""Train GPT-2 of any size on any text, with any attention.
+
+    python examples/train_gpt2.py --demo                      # two minutes, on a CPU or a GPU
+    python examples/train_gpt2.py --text ~/project --glob '**/*.c' --context 4096
+    python examples/train_gpt2.py --dataset wikitext --dataset-config wikitext-103-raw-v1
+    python examples/train_gpt2.py --compare eager,sdpa,hf_flashattn --steps 300
+    accelerate launch --num_processes 4 --mixed_precision bf16 examples/train_gpt2.py --size gpt2
+
+Without options it trains on the standard library of the running Python: real text with long
+documents, on every machine, nothing downloaded. What hf_flashattn changes is one line in
+lm/model.py; all else is what any training script has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import datasets
+    import evaluate  # noqa: F401  (a clear message here instead of a traceback later)
+    import torch
+    from accelerate import Accelerator
+    from transformers.utils.logging import disable_progress_bar
+except ImportError as error:
+    sys.exit(f"error: expected torch, transformers, accelerate, datasets and evaluate\n"
+             f"  got:       {error}\n  next step: pip install '.[examples]' in the repository")
+
+from lm import checkpoints, comparison, corpus, results
+from lm.arguments import parse, recipe_of, size_of
+from lm.failures import UsageError
+from lm.model import build_model, gpt2_config, parameter_count
+from lm.packing import Blocks, pack_corpus
+from lm.tokenizer import get_tokenizer, tokenizer_fingerprint
+from lm.training import Progress, held_out_perplexity, make_trainee, train
+from plots import draw
+
+COMPARED_STEPS_OF_THE_DEMO = 25
+RESULTS, PLOT, MODEL = "results.json", "losses.png", "model"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 2 for an error the user can put right, 130 after Ctrl-C."""
+    try:
+        args = parse(argv)
+        Run(args).go()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: expected the step to fit into GPU memory\n  got:       {error}\n"
+              "  next step: a smaller --batch-size with a larger --accumulate", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; checkpoints, if any, can be continued with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+class Run:
+    """One call of the command line: text, model, training or comparison, results."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        checkpoint = _checked_output(args)
+        self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
+        self.say: Callable[[str], None] = self.accelerator.print
+        datasets.disable_progress_bars()
+        disable_progress_bar()  # those of Transformers, one for each file; training keeps its own
+        with self.accelerator.main_process_first():
+            self.corpus, self.tokenizer, self.blocks = self._prepare_text()
+        self.config = gpt2_config(size_of(args), len(self.tokenizer), args.context, args.dropout)
+        self.settings = self._settings()
+        self.checkpoint = checkpoint
+        self.record = checkpoints.verify(checkpoint, self.settings) if checkpoint else None
+
+    def go(self) -> None:
+        args = self.args
+        if args.overwrite and self.accelerator.is_main_process:
+            _remove_earlier_run(args.output)
+        self.accelerator.wait_for_everyone()
+        outcome: dict[str, Any] = {
+            **results.environment(self.accelerator.device),
+            "settings": self.settings | {
+                "mixed_precision": self.accelerator.mixed_precision, "compile": args.compile},
+            "corpus": self.corpus.describe() | self.blocks.statistics,
+        }
+        if args.compare:
+            outcome |= self._compare(args.attentions, args.steps)
+        else:
+            outcome |= self._train(args.attention)
+            if args.demo and args.on_gpu:
+                order = ["hf_flashattn", "sdpa", "eager"]
+                compared = self._compare(order, COMPARED_STEPS_OF_THE_DEMO)
+                outcome["comparison"] = {"runs": compared["runs"], "ratios": compared["ratios"]}
+        self._write(outcome)
+
+    def _prepare_text(self) -> tuple[corpus.Corpus, Any, Blocks]:
+        args = self.args
+        if args.dataset:
+            documents, source = corpus.hub_dataset(
+                args.dataset, args.dataset_config, args.dataset_split, args.text_column,
+                args.max_bytes)
+        elif args.text:
+            documents, source = corpus.local_files(args.text, args.glob, args.max_bytes)
+        else:
+            documents, source = corpus.standard_library(args.max_bytes)
+        text = corpus.split_documents(documents, source, args.held_out)
+        self.say(f"text       {source}: {len(text.train):,} documents to train on,"
+                 f" {len(text.held_out):,} held out{'; ' + text.note if text.note else ''}")
+        tokenizer = get_tokenizer(args.tokenizer, text, args.vocab_size, args.cache_dir)
+        blocks = pack_corpus(text, tokenizer, args.context, args.packing, args.seed,
+                             args.cache_dir)
+        self.say(f"tokens     {blocks.statistics['train_tokens']:,} + "
+                 f"{blocks.statistics['held_out_tokens']:,} held out, vocabulary"
+                 f" {len(tokenizer):,}, {len(blocks.train):,} blocks of {args.context}")
+        return text, tokenizer, blocks
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: the model, and which batch comes when."""
+        args, config = self.args, self.config
+        return {
+            "layers": config.n_layer, "hidden": config.n_embd, "heads": config.n_head,
+            "vocabulary": config.vocab_size, "context": args.context, "dropout": args.dropout,
+            "corpus": self.corpus.fingerprint, "packing": args.packing,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer), "seed": args.seed,
+            "batch_size": args.batch_size, "accumulate": args.accumulate,
+            "processes": self.accelerator.num_processes,
+        }
+
+    def _trainee(self, attention: str, recipe: Any) -> Any:
+        args, accelerator = self.args, self.accelerator
+        model, report = build_model(self.config, attention, args.seed, accelerator.device,
+                                    args.strict)
+        return make_trainee(attention, model, report, recipe, accelerator, args.compile)
+
+    def _train(self, attention: str) -> dict[str, Any]:
+        args, accelerator = self.args, self.accelerator
+        recipe = recipe_of(args)
+        trainee = self._trainee(attention, recipe)
+        self.say(f"model      GPT-2 with {parameter_count(trainee.model) / 1e6:.1f} M parameters,"
+                 f" {self.config.n_layer} layers, on {accelerator.device}"
+                 f" ({accelerator.num_processes} process(es), mixed precision"
+                 f" {accelerator.mixed_precision})")
+
+        def evaluate_now(progress: Progress) -> None:
+            score = held_out_perplexity(trainee, self.blocks.held_out, args.eval_blocks,
+                                        args.batch_size)
+            progress.perplexities.append({"step": progress.step, **score})
+
+        def after_step(progress: Progress) -> None:
+            if args.eval_every and progress.step % args.eval_every == 0:
+                evaluate_now(progress)
+            if args.save_every and progress.step % args.save_every == 0:
+                checkpoints.save(args.output, accelerator, progress, self.settings)
+
+        torch.manual_seed(args.seed + 1 + accelerator.process_index)
+        if self.checkpoint:
+            progress = checkpoints.load(self.checkpoint, accelerator, self.record)
+            if progress.step >= recipe.steps:
+                raise UsageError(
+                    f"steps left to train up to --steps {recipe.steps}",
+                    f"a checkpoint at step {progress.step}", "a larger --steps")
+            self.say(f"resumed    {self.checkpoint.name}, step {progress.step}")
+        else:
+            progress = Progress()
+            evaluate_now(progress)
+        resumed_at = progress.step
+        train(trainee, self.blocks.train, recipe, progress, after_step)
+        if progress.step == resumed_at:
+            raise UsageError("time for at least one step",
+                             f"--max-seconds {recipe.max_seconds}, which are over",
+                             "a larger --max-seconds")
+        if progress.perplexities[-1]["step"] != progress.step:
+            evaluate_now(progress)
+
+        seconds = progress.seconds_per_step()
+        per_step = recipe.per_step(accelerator.num_processes) * args.context
+        run = {
+            "steps": progress.step, "resumed_at": resumed_at, "losses": progress.losses,
+            "perplexities": progress.perplexities, "training_seconds": progress.seconds,
+            "seconds_per_step": seconds, "tokens_per_second": per_step / seconds,
+            "peak_memory_gib": _peak_gib(accelerator.device),
+            "attention_report": results.report_record(trainee.report),
+        }
+        if trainee.report is not None:
+            self.say(f"\n{trainee.report}")
+        stopped = (f"the time limit of {recipe.max_seconds:g} s"
+                   if progress.step < recipe.steps else "all of them")
+        self.say("\n" + "\n".join(results.training_lines(run, attention, stopped)))
+        if accelerator.is_main_process:
+            model = accelerator.unwrap_model(trainee.model, keep_torch_compile=False)
+            model.save_pretrained(args.output / MODEL)
+            self.tokenizer.save_pretrained(args.output / MODEL)
+        accelerator.free_memory()
+        return {"kind": "training", "runs": {attention: run}}
+
+    def _compare(self, attentions: list[str], steps: int) -> dict[str, Any]:
+        recipe = recipe_of(self.args, steps)
+        trainees = [self._trainee(attention, recipe) for attention in attentions]
+        timed = comparison.compare(trainees, self.blocks.train, recipe)
+        per_step = recipe.per_step(self.accelerator.num_processes) * self.args.context
+        runs = {}
+        for trainee in trainees:
+            score = held_out_perplexity(trainee, self.blocks.held_out, self.args.eval_blocks,
+                                        self.args.batch_size)
+            runs[trainee.name] = timed[trainee.name].summary(per_step) | {
+                "perplexities": [{"step": steps, **score}],
+                "attention_report": results.report_record(trainee.report)}
+            if trainee.report is not None:
+                self.say(f"\n{trainee.report}")
+        self.say("\n" + "\n".join(results.comparison_lines(runs)))
+        return {"kind": "comparison", "runs": runs, "ratios": results.speed_ratios(runs)}
+
+    def _write(self, outcome: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        output = self.args.output
+        outcome["plot"] = PLOT
+        try:
+            draw(outcome.get("comparison", outcome)["runs"], output / PLOT, outcome["command"])
+        except ImportError as error:
+            outcome["plot"] = f"skipped: {error}"
+            self.say(f"\nno {PLOT}: {error}; later: python examples/plots.py {output / RESULTS}")
+        results.write_json(output / RESULTS, outcome)
+        self.say(f"\nresults    {output / RESULTS}")
+
+
+def _checked_output(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to resume from; an error where the run would write over another one."""
+    output: Path = args.output
+    if args.resume:
+        return checkpoints.newest(output) if args.resume == "newest" else Path(args.resume)
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not args.overwrite):
+        raise UsageError(f"--output {output} to be new or empty", "it holds other files",
+                         "another --output, --resume to go on, or --overwrite to replace the run")
+    return None
+
+
+def _remove_earlier_run(output: Path) -> None:
+    """Only what this script writes: the folder may hold other things."""
+    for path in (output / RESULTS, output / PLOT):
+        path.unlink(missing_ok=True)
+    for folder in (output / MODEL, *output.glob(f"{checkpoints.PREFIX}*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _peak_gib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

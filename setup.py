@@ -1,8 +1,8 @@
 """What setup.cfg cannot say: ship kernels/ inside the wheel, and build the library where possible.
 
 It is built when nvcc and torch are both visible, which for torch means `--no-build-isolation`.
-Otherwise, and when compiling fails, the installation goes on: the first use on a GPU builds, or says
-what is missing.
+Otherwise, and when compiling fails, the installation goes on: the first use on a GPU builds, or
+says what is missing.
 
     HF_FLASHATTN_SKIP_BUILD=1     never build here
     HF_FLASHATTN_FORCE_BUILD=1    build, and fail if that fails

@@ -7,7 +7,7 @@ against (2.11 and later). It is looked for in the installed package (`_lib/`), t
 
     $HF_FLASHATTN_CACHE, else $XDG_CACHE_HOME/hf_flashattn, else ~/.cache/hf_flashattn
         <source hash>-<archs>-<machine>/libhf_flashattn.so   published by one atomic rename
-        objects/<tree, archs, compiler>/                     ninja's; an edit rebuilds its units only
+        objects/<tree, archs, compiler>/                     ninja's: an edit rebuilds its units
 
 The source hash covers every file of kernels/ and the flags below: an edit never meets an old
 library. Environment: HF_FLASHATTN_CUDA_ARCHS ("90a", several with ";"), HF_FLASHATTN_CACHE,
@@ -69,7 +69,7 @@ def source_root() -> Path:
     root = shipped if shipped.is_dir() else checkout
     if not (root / BINDING).is_file():
         raise BuildError(
-            f"The CUDA sources are not there. Expected {BINDING} in {shipped} (an installed package) "
+            f"The CUDA sources are not there. Expected {BINDING} in {shipped} (installed) "
             f"or in {checkout} (a checkout), found neither. "
             "Next step: reinstall hf_flashattn, or restore kernels/ in the checkout."
         )
@@ -96,7 +96,7 @@ def source_hash(root: Path) -> str:
 
 
 def cuda_archs() -> tuple[str, ...]:
-    """The architectures to compile for, such as ("90a",): HF_FLASHATTN_CUDA_ARCHS or the default."""
+    """The architectures to compile for, such as ("90a",): HF_FLASHATTN_CUDA_ARCHS or default."""
     text = os.environ.get("HF_FLASHATTN_CUDA_ARCHS", "")
     archs = tuple(sorted(set(filter(None, re.split(r"[;,\s]+", text))))) or DEFAULT_ARCHS
     for arch in archs:
@@ -142,9 +142,11 @@ def find_nvcc() -> Path | None:
 
 
 def find_ninja() -> tuple[str, ...] | None:
-    if on_path := shutil.which("ninja"):
-        return (on_path,)
-    return (sys.executable, "-m", "ninja") if importlib.util.find_spec("ninja") else None
+    """The Python package first: ninjas of two versions in one folder forget each other's work."""
+    if importlib.util.find_spec("ninja"):
+        return (sys.executable, "-m", "ninja")
+    on_path = shutil.which("ninja")
+    return (on_path,) if on_path else None
 
 
 def find_torch() -> Path | None:
@@ -168,7 +170,7 @@ def find_toolchain() -> Toolchain:
         )
     elif _numbers(version) < MIN_NVCC:
         missing.append(
-            f"nvcc: expected CUDA {least_nvcc} or later, got {version or 'no version'} from {nvcc}. "
+            f"nvcc: expected CUDA {least_nvcc} or later, got {version or 'none'} from {nvcc}. "
             "Set CUDA_HOME to a newer toolkit."
         )
     if shutil.which(cxx) is None:
@@ -229,20 +231,25 @@ def default_jobs() -> int:
 # ---------------------------------------------------------------- the graph
 
 
+def unit_flags(root: Path, archs: tuple[str, ...]) -> list[str]:
+    """What every unit is compiled with."""
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*COMPILE_FLAGS.split(), *gencode, "-I", str(root)]
+
+
 def write_graph(build_dir: Path, root: Path, archs: tuple[str, ...], tools: Toolchain) -> None:
     """Writes build.ninja: an edge for every unit, each of them measured, and the link."""
     nvcc, torch_lib = _quoted(tools.nvcc), _quoted(tools.torch / "lib")
-    gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+    flags = " ".join(map(_quoted, unit_flags(root, archs)))
     measured = f"{_quoted(sys.executable)} -I -S {_quoted(_PACKAGE / '_measured.py')} $out.json"
     lines = [
         "rule compile",
-        f"  command = {measured} {nvcc} {COMPILE_FLAGS} {gencode} -I {_quoted(root)} $extra $",
-        "    -MMD -MF $out.d -c $in -o $out",
+        f"  command = {measured} {nvcc} {flags} $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        f"  command = {nvcc} {gencode} $in -L {torch_lib} {LINK_FLAGS} -o $out",
+        f"  command = {nvcc} $in -L {torch_lib} {LINK_FLAGS} -o $out",
         "  description = $out",
     ]
     objects = []
@@ -267,7 +274,7 @@ def _quoted(path: object) -> str:
 
 
 def unit_reports(build_dir: Path, root: Path) -> dict[str, dict]:
-    """What every unit cost when it was last compiled, by its name; the fields are _measured.py's."""
+    """What every unit cost when last compiled, by its name; the fields are _measured.py's."""
     reports = {}
     for unit in compile_units(root):
         name = unit.relative_to(root).as_posix()

@@ -1,0 +1,59 @@
+# `make` lists the targets. Everything runs in an environment of its own, made by `make setup`.
+
+VENV ?= .venv
+PYTHON ?= python3
+# Any torch >= 2.11 will do; without a GPU, a CPU build of this one is enough.
+TORCH ?= torch==2.13.0
+JSON ?= build/attention_grid.json
+
+READY := $(VENV)/.ready
+PY := $(VENV)/bin/python
+GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+SANITIZER ?= $(or $(shell command -v compute-sanitizer),/usr/local/cuda/bin/compute-sanitizer)
+CUDA_SOURCES = $(shell find kernels -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+
+export PYTHON
+
+.PHONY: help setup demo test lint format kernels gpu-check clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name what; do \
+	  printf '  make %-10s %s\n' "$$name" "$$what"; done
+
+setup: $(READY)  ## make the environment (TORCH='torch==2.13.0' PYTHON=python3 to choose)
+
+$(READY): setup.py setup.cfg pyproject.toml tools/setup_venv.sh
+	@tools/setup_venv.sh $(VENV) '$(TORCH)'
+	@touch $@
+
+demo: $(READY)  ## train a small GPT-2 for two minutes; on a GPU, GPT-2 small on the kernels
+	@$(PY) examples/train_gpt2.py --demo
+
+test: $(READY)  ## everything that needs no GPU
+	@$(PY) -m pytest
+
+lint: $(READY)  ## ruff and clang-format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CUDA_SOURCES)
+
+format: $(READY)  ## rewrite the sources as lint wants them
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+	@$(VENV)/bin/clang-format -i $(CUDA_SOURCES)
+
+kernels: $(READY)  ## compile the library; what every unit costs and every kernel uses
+	@mkdir -p build
+	@$(PY) tools/kernel_report.py --json build/kernels.json
+
+# The environment is optional here, for machines without a package index.
+gpu-check:  ## on a Hopper GPU: correctness, sanitizers, benchmark grid (JSON=file)
+	$(GPU_PY) -m pytest tests/gpu
+	PYTHONPATH=. $(SANITIZER) --tool memcheck --error-exitcode 1 $(GPU_PY) tests/gpu/sanitizer_cases.py
+	PYTHONPATH=. $(SANITIZER) --tool racecheck --error-exitcode 1 $(GPU_PY) tests/gpu/sanitizer_cases.py
+	@mkdir -p $(dir $(JSON))
+	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --json $(JSON)
+
+clean:  ## remove what builds and tools left (not .venv, not the kernel cache)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,57 @@
+// The block iterator: which key blocks a block of rows visits, and which of them need a mask.
+//
+// Every pattern (dense, causal, key range; later window, block-sparse, split) is a range of blocks
+// walked from the last to the first, so that the diagonal and the tail come first.
+#pragma once
+
+#include "common/seqlen.cuh"
+
+namespace hf_flashattn {
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The key blocks of rows first_row .. first_row + BlockM - 1.
+template <int BlockM, int BlockN>
+struct KeyBlocks {
+  int first, count;   // blocks first .. first + count - 1
+  int unmasked_begin, unmasked_end;  // blocks in between are seen whole by every row
+
+  __device__ __forceinline__ KeyBlocks(Sequence const& s, bool causal, int first_row) {
+    int const last_row = min(first_row + BlockM, s.length_q) - 1;
+    int const end = causal ? min(s.key_end, last_row + s.diagonal() + 1) : s.key_end;
+    int const whole = causal ? min(s.key_end, first_row + s.diagonal() + 1) : s.key_end;
+    first = s.key_begin / BlockN;
+    count = end > s.key_begin ? ceil_div(end, BlockN) - first : 0;
+    unmasked_begin = ceil_div(s.key_begin, BlockN);
+    unmasked_end = max(whole, 0) / BlockN;
+  }
+
+  __device__ __forceinline__ int last() const { return first + count - 1; }
+  __device__ __forceinline__ bool needs_mask(int block) const {
+    return block < unmasked_begin || block >= unmasked_end;
+  }
+};
+
+// The row blocks that see keys first_key .. first_key + BlockN - 1: what the backward walks, upwards.
+template <int BlockM, int BlockN>
+struct RowBlocks {
+  int first, count;
+  int unmasked_begin;  // from here on every row sees all the keys of the block, if the range does
+  bool keys_whole;     // the key block lies inside the key range
+
+  __device__ __forceinline__ RowBlocks(Sequence const& s, bool causal, int first_key) {
+    int const begin = causal ? max(first_key - s.diagonal(), 0) : 0;
+    bool const empty = first_key >= s.key_end || first_key + BlockN <= s.key_begin;
+    first = begin / BlockM;
+    count = empty ? 0 : max(ceil_div(s.length_q, BlockM) - first, 0);
+    int const whole = causal ? max(first_key + BlockN - 1 - s.diagonal(), 0) : 0;
+    unmasked_begin = ceil_div(whole, BlockM);
+    keys_whole = first_key >= s.key_begin && first_key + BlockN <= s.key_end;
+  }
+
+  __device__ __forceinline__ bool needs_mask(int block) const {
+    return !keys_whole || block < unmasked_begin;
+  }
+};
+
+}  // namespace hf_flashattn

@@ -1,0 +1,140 @@
+// Dropout masks that depend on (seed, offset, batch, head, row, column) alone.
+//
+// Philox4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") gives one
+// byte an element: 16 calls serve a 16 x 16 tile of scores. With g = row % 8, c = column % 8 inside it:
+//   call (counter.x % 16)  = g / 2 * 4 + c / 2
+//   word of the call       = g % 2 * 2 + c % 2
+//   byte of the word       = row % 16 / 8 * 2 + column % 16 / 8
+// An accumulator lane (group, quad) of S needs, of the call (group / 2, quad), the two words with
+// g % 2 = group % 2; one of S^T needs, of the call (quad, group / 2), the two with c % 2 = group % 2.
+// Either way lanes l and l ^ 4 share a call, so for a pair of tiles each makes the call of one tile and
+// they swap two words: 16 bytes a lane for one call and two shuffles.
+//
+// An element is kept if its byte >= threshold. After `flags`, bit 7 of each byte says so, and one PRMT
+// with sign replication spreads two of them over a register of two 16-bit values.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "params.h"
+
+namespace hf_flashattn {
+
+// round(256 p), but neither "never" nor "always": the kernels and the reference agree on this rule.
+__host__ __device__ inline uint32_t drop_threshold(float p) {
+  int const threshold = static_cast<int>(p * 256.f + 0.5f);
+  return threshold < 1 ? 1 : threshold > 255 ? 255 : threshold;
+}
+
+// The inverse of the kept fraction.
+__host__ __device__ inline float keep_scale(float p) { return 256.f / (256 - drop_threshold(p)); }
+
+__device__ __forceinline__ uint4 philox_7(uint4 counter, uint2 key) {
+#pragma unroll
+  for (int round = 0; round < 7; ++round) {
+    uint64_t const a = uint64_t{0xD2511F53u} * counter.x;
+    uint64_t const b = uint64_t{0xCD9E8D57u} * counter.z;
+    counter = make_uint4(uint32_t(b >> 32) ^ counter.y ^ (key.x + round * 0x9E3779B9u), uint32_t(b),
+                         uint32_t(a >> 32) ^ counter.w ^ (key.y + round * 0xBB67AE85u), uint32_t(a));
+  }
+  return counter;
+}
+
+enum class Down { kRows, kKeys };  // which index of the accumulator runs down its 64 rows
+
+template <Down D>
+struct DropoutMask {
+  uint2 key;
+  uint32_t batch_head, offset;
+  uint32_t call;       // this lane's call within a tile
+  bool odd;            // of lanes l and l ^ 4, this one
+  uint32_t low_bits;   // 128 - threshold % 128 in every byte
+  uint32_t below_half; // all ones if threshold < 128
+
+  __device__ __forceinline__ DropoutMask(Problem const& p, int batch, int head) {
+    int64_t const seed = p.rng_state[0], position = p.rng_state[1];
+    key = make_uint2(uint32_t(seed), uint32_t(uint64_t(seed) >> 32));
+    offset = uint32_t(position) ^ uint32_t(uint64_t(position) >> 32);
+    batch_head = batch * p.heads_q + head;
+    int const group = threadIdx.x % kWarpThreads / 4, quad = threadIdx.x % 4;
+    call = D == Down::kRows ? group / 2 * 4 + quad : quad * 4 + group / 2;
+    odd = group % 2;
+    uint32_t const threshold = drop_threshold(p.dropout_p);
+    low_bits = (128 - threshold % 128) * 0x01010101u;
+    below_half = threshold < 128 ? 0xffffffffu : 0;
+  }
+
+  // Bit 7 of each byte: random byte >= threshold.
+  __device__ __forceinline__ uint32_t flags(uint32_t random) const {
+    uint32_t const low = (random & 0x7f7f7f7fu) + low_bits;
+    return (random & low) | ((random | low) & below_half);
+  }
+
+  // Flags of two neighbouring tiles along the accumulator's columns: kRows: (row16, column16) and
+  // (row16, column16 + 1); kKeys: (row16, column16) and (row16 + 1, column16).
+  // words[tile][e]: e is column % 2 (kRows) or row % 2 (kKeys); bytes as above.
+  __device__ __forceinline__ void draw(uint32_t (&words)[2][2], int row16, int column16) const {
+    uint32_t const row = row16 + (D == Down::kKeys && odd ? 1 : 0);
+    uint32_t const column = column16 + (D == Down::kRows && odd ? 1 : 0);
+    uint4 const random = philox_7(make_uint4(column * 16 + call, row, batch_head, offset), key);
+    // Words with (g % 2, c % 2) = (0,0), (0,1), (1,0), (1,1) are x, y, z, w.
+    uint32_t const of_even[2] = {random.x, D == Down::kRows ? random.y : random.z};
+    uint32_t const of_odd[2] = {D == Down::kRows ? random.z : random.y, random.w};
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      uint32_t const own = flags(odd ? of_odd[e] : of_even[e]);
+      uint32_t const received =
+          __shfl_xor_sync(0xffffffff, flags(odd ? of_even[e] : of_odd[e]), 4);
+      words[0][e] = odd ? received : own;
+      words[1][e] = odd ? own : received;
+    }
+  }
+
+  // All ones or zeros for each of the two 16-bit values at (row half, column half) of a tile.
+  static __device__ __forceinline__ uint32_t pair_mask(uint32_t const (&tile)[2], int row_half,
+                                                       int column_half) {
+    uint32_t const byte = row_half * 2 + column_half;
+    uint32_t const low = 8 | byte, high = 8 | (4 + byte);
+    return __byte_perm_signed(tile[0], tile[1], low | low << 4 | high << 8 | high << 12);
+  }
+
+  // All ones or zeros for one float at (row half, column half) of a tile, element e.
+  static __device__ __forceinline__ uint32_t single_mask(uint32_t word, int row_half,
+                                                         int column_half) {
+    uint32_t const byte = 8 | (row_half * 2 + column_half);
+    return __byte_perm_signed(word, 0, byte | byte << 4 | byte << 8 | byte << 12);
+  }
+
+ private:
+  // PRMT with sign replication (selector bit 3), which __byte_perm masks off.
+  static __device__ __forceinline__ uint32_t __byte_perm_signed(uint32_t a, uint32_t b,
+                                                                uint32_t selector) {
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+    return result;
+  }
+};
+
+// Drops elements of a packed 64 x N operand whose rows start at 16 * row16 for this warp
+// (accumulator index: rows down), or keys at 16 * column16 (keys down).
+template <Down D, int Steps>
+__device__ __forceinline__ void drop_operand(uint32_t (&operand)[Steps][4], DropoutMask<D> const& mask,
+                                             int row16, int column16) {
+  static_assert(Steps % 2 == 0, "dropout masks come for pairs of 16 x 16 tiles");
+#pragma unroll
+  for (int k = 0; k < Steps; k += 2) {
+    uint32_t words[2][2];
+    if constexpr (D == Down::kRows) mask.draw(words, row16, column16 + k);
+    else mask.draw(words, row16 + k, column16);
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int const down = i % 2, across = i / 2;
+        operand[k + tile][i] &= D == Down::kRows
+                                    ? mask.pair_mask(words[tile], down, across)
+                                    : mask.pair_mask(words[tile], across, down);
+      }
+  }
+}
+
+}  // namespace hf_flashattn

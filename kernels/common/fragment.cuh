@@ -1,0 +1,74 @@
+// What a lane holds of a 64 x N accumulator, and the ways out of it: to a 16-bit A operand of the next
+// product, and to rows in global memory. wgmma.cuh describes the layout.
+#pragma once
+
+#include "common/tile.cuh"
+
+namespace hf_flashattn {
+
+struct Lane {
+  int warp, group, quad;  // warp of the warpgroup; lane / 4 and lane % 4
+  __device__ __forceinline__ explicit Lane(int thread)
+      : warp(warp_uniform(thread % kWarpgroupThreads / kWarpThreads)),
+        group(thread % kWarpThreads / 4),
+        quad(thread % 4) {}
+};
+
+template <int N>
+__device__ __forceinline__ void fill_zero(float (&acc)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) acc[i] = 0.f;
+}
+
+// Columns 16k .. 16k + 15 of the accumulator are step k of an A operand with the same rows.
+template <class T, int N>
+__device__ __forceinline__ void to_operand(uint32_t (&operand)[N / 8][4], float const (&acc)[N]) {
+#pragma unroll
+  for (int k = 0; k < N / 8; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      operand[k][i] = pack<T>(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
+}
+
+// Writes a warp's 16 rows of an operand, from column 64 * chunk on, to the swizzled tile.
+template <class Tile, int Steps>
+__device__ __forceinline__ void store_operand(Tile const& tile, uint32_t const (&operand)[Steps][4],
+                                              int first_row, int first_chunk) {
+  int const lane = threadIdx.x % kWarpThreads;
+  int const row = first_row + lane % 16;
+#pragma unroll
+  for (int k = 0; k < Steps; ++k) {
+    // Matrices 0, 1 are rows 0-7, 8-15 of the left 8 columns; 2, 3 the same of the right 8.
+    int const unit = first_chunk * 8 + 2 * k + lane / 16;
+    store_matrix_x4(tile.address() + Tile::unit_offset(row, unit), operand[k]);
+  }
+}
+
+// Scales a warp's 16 x 2N-column accumulator, rounds it and writes `rows` rows of it to global memory
+// in 16-byte units. `tile` is scratch whose rows first_row .. + 15 belong to this warp.
+template <class T, class Tile, int N>
+__device__ __forceinline__ void store_rows(Tile const& tile, int first_row, float const (&acc)[N],
+                                           float scale_low, float scale_high, T* global,
+                                           int64_t stride, int rows) {
+  constexpr int kUnits = 2 * N / 8;
+  uint32_t operand[N / 8][4];
+#pragma unroll
+  for (int k = 0; k < N / 8; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float const scale = i % 2 ? scale_high : scale_low;
+      operand[k][i] = pack<T>(acc[8 * k + 2 * i] * scale, acc[8 * k + 2 * i + 1] * scale);
+    }
+  store_operand(tile, operand, first_row, 0);
+  __syncwarp();
+  int const lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+  for (int i = lane; i < 16 * kUnits; i += kWarpThreads) {
+    int const row = i / kUnits, unit = i % kUnits;
+    uint4 const value = load_shared_16b(tile.address() + Tile::unit_offset(first_row + row, unit));
+    if (row < rows) *reinterpret_cast<uint4*>(global + row * stride + unit * 8) = value;
+  }
+  __syncwarp();
+}
+
+}  // namespace hf_flashattn

@@ -1,0 +1,47 @@
+// Scores that a row may not see become -inf. Both layouts: rows down (forward) and keys down (backward).
+#pragma once
+
+#include "common/fragment.cuh"
+#include "common/seqlen.cuh"
+
+namespace hf_flashattn {
+
+// scores(row, key): this lane's rows first_row and first_row + 8, keys from first_key on.
+template <int N>
+__device__ __forceinline__ void mask_keys(float (&scores)[N], Sequence const& s, bool causal,
+                                          int first_row, int first_key, int quad) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int const row_end = first_row + 8 * i + s.diagonal() + 1;
+    // Relative to this lane's first column, so that the comparisons are with constants.
+    int const end = (causal ? min(s.key_end, row_end) : s.key_end) - first_key - 2 * quad;
+    int const begin = s.key_begin - first_key - 2 * quad;
+#pragma unroll
+    for (int j = 0; j < N; j += 4)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        int const column = 2 * j + e;
+        if (column >= end || column < begin) scores[j + 2 * i + e] = -infinity();
+      }
+  }
+}
+
+// scores(key, row): this lane's keys first_key and first_key + 8, rows from first_row on.
+template <int N>
+__device__ __forceinline__ void mask_rows(float (&scores)[N], Sequence const& s, bool causal,
+                                          int first_key, int first_row, int quad) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int const key = first_key + 8 * i;
+    bool const exists = key >= s.key_begin && key < s.key_end;
+    int const first_seeing = causal ? key - s.diagonal() : 0;
+    int const begin = exists ? first_seeing - first_row - 2 * quad : 0x7fffffff;
+#pragma unroll
+    for (int j = 0; j < N; j += 4)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (2 * j + e < begin) scores[j + 2 * i + e] = -infinity();
+  }
+}
+
+}  // namespace hf_flashattn

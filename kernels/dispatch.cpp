@@ -1,0 +1,142 @@
+// The table of kernels: what was compiled, how to launch it, and why a request finds nothing.
+//
+// Every failure is reported before anything is launched, as expected / got / nearest / next step.
+#include <cmath>
+#include <cstdio>
+
+#include "params.h"
+
+namespace hf_flashattn {
+
+namespace sm90 {
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status forward(ForwardParams const& params);
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status backward(BackwardParams const& params);
+
+}  // namespace sm90
+
+namespace {
+
+struct Entry {
+  int32_t compute_capability;
+  int32_t head_dim;
+  DType dtype;
+  bool causal;
+  bool dropout;
+  Status (*forward)(ForwardParams const&);
+  Status (*backward)(BackwardParams const&);
+};
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+constexpr Entry sm90_entry() {
+  return {90,
+          HeadDim,
+          Type,
+          Causal,
+          Dropout,
+          sm90::forward<HeadDim, Type, Causal, Dropout>,
+          sm90::backward<HeadDim, Type, Causal, Dropout>};
+}
+
+constexpr DType kHalf = DType::kFloat16, kBFloat = DType::kBFloat16;
+
+constexpr Entry kEntries[] = {
+    sm90_entry<64, kHalf, false, false>(),    sm90_entry<64, kHalf, false, true>(),
+    sm90_entry<64, kHalf, true, false>(),     sm90_entry<64, kHalf, true, true>(),
+    sm90_entry<64, kBFloat, false, false>(),  sm90_entry<64, kBFloat, false, true>(),
+    sm90_entry<64, kBFloat, true, false>(),   sm90_entry<64, kBFloat, true, true>(),
+    sm90_entry<128, kHalf, false, false>(),   sm90_entry<128, kHalf, false, true>(),
+    sm90_entry<128, kHalf, true, false>(),    sm90_entry<128, kHalf, true, true>(),
+    sm90_entry<128, kBFloat, false, false>(), sm90_entry<128, kBFloat, false, true>(),
+    sm90_entry<128, kBFloat, true, false>(),  sm90_entry<128, kBFloat, true, true>(),
+};
+
+Status success() {
+  Status status;
+  status.message[0] = '\0';
+  return status;
+}
+
+template <class... Values>
+Status failure(char const* format, Values... values) {
+  Status status;
+  std::snprintf(status.message, sizeof status.message, format, values...);
+  return status;
+}
+
+Status check(Problem const& p) {
+  if (p.batch < 1 || p.heads_q < 1 || p.heads_k < 1 || p.seqlen_q < 1 || p.seqlen_k < 1)
+    return failure(
+        "expected at least one sequence, head, row and key; got batch %d, heads %d and %d, seqlens "
+        "%d and %d. Next step: answer empty problems without a launch",
+        p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k);
+  if (p.heads_q % p.heads_k != 0)
+    return failure(
+        "expected the number of query heads to be a multiple of the number of key heads; got %d "
+        "and %d, nearest %d and %d. Next step: repeat or drop heads",
+        p.heads_q, p.heads_k, p.heads_q / p.heads_k * p.heads_k, p.heads_k);
+  if (!(p.softmax_scale > 0.f) || !std::isfinite(p.softmax_scale))
+    return failure(
+        "expected a finite softmax_scale above 0, got %g; nearest 1/sqrt(head_dim) = %g. Next step: "
+        "fold the sign of the scale into q",
+        p.softmax_scale, 1.0 / std::sqrt(double(p.head_dim)));
+  if (!(p.dropout_p >= 0.f && p.dropout_p < 1.f))
+    return failure("expected 0 <= dropout_p < 1, got %g. Next step: pass a probability", p.dropout_p);
+  if (p.dropout_p > 0.f && p.rng_state == nullptr)
+    return failure("expected rng_state (seed, offset) on the device with dropout, got none");
+  if ((p.cu_seqlens_q == nullptr) != (p.cu_seqlens_k == nullptr))
+    return failure("expected both of cu_seqlens_q and cu_seqlens_k or neither, got one");
+  constexpr int kGridLimit = 65535;
+  if (p.batch > kGridLimit || p.heads_q > kGridLimit)
+    return failure("expected at most %d sequences and heads, got %d and %d. Next step: split the batch",
+                   kGridLimit, p.batch, p.heads_q);
+  return success();
+}
+
+Entry const* find(Problem const& p) {
+  for (Entry const& entry : kEntries)
+    if (entry.compute_capability == p.compute_capability && entry.head_dim == p.head_dim &&
+        entry.dtype == p.dtype && entry.causal == p.causal && entry.dropout == (p.dropout_p > 0.f))
+      return &entry;
+  return nullptr;
+}
+
+Status explain_miss(Problem const& p) {
+  int nearest = kEntries[0].head_dim;
+  bool device_known = false;
+  for (Entry const& entry : kEntries) {
+    device_known |= entry.compute_capability == p.compute_capability;
+    if (std::abs(entry.head_dim - p.head_dim) < std::abs(nearest - p.head_dim))
+      nearest = entry.head_dim;
+  }
+  if (!device_known)
+    return failure(
+        "expected a GPU of compute capability 9.0 (Hopper), got %d.%d. Next step: use "
+        "scaled_dot_product_attention on this GPU",
+        p.compute_capability / 10, p.compute_capability % 10);
+  return failure(
+      "expected head_dim 64 or 128, got %d; nearest %d. Next step: use "
+      "scaled_dot_product_attention for this head_dim",
+      p.head_dim, nearest);
+}
+
+}  // namespace
+
+Status launch_forward(ForwardParams const& params) {
+  Status const status = check(params.problem);
+  if (!status.ok()) return status;
+  Entry const* const entry = find(params.problem);
+  return entry == nullptr ? explain_miss(params.problem) : entry->forward(params);
+}
+
+Status launch_backward(BackwardParams const& params) {
+  Status const status = check(params.problem);
+  if (!status.ok()) return status;
+  Entry const* const entry = find(params.problem);
+  return entry == nullptr ? explain_miss(params.problem) : entry->backward(params);
+}
+
+}  // namespace hf_flashattn

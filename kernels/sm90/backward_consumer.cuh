@@ -1,0 +1,223 @@
+// The consumers of the backward: the five products of a row block and what lies between them.
+#pragma once
+
+#include "common/dropout.cuh"
+#include "common/mask.cuh"
+#include "sm90/backward_smem.cuh"
+
+namespace hf_flashattn::sm90 {
+
+// A wgmma product that reads both operands from K-major tiles: (64 rows of a) x (all rows of b)^T.
+template <class P, int N, class TileA, class TileB>
+__device__ __forceinline__ void issue_product(float (&acc)[N], TileA const& a, int first_row,
+                                              TileB const& b) {
+  static_assert(TileB::kRows == 2 * N, "the accumulator's columns are the rows of b");
+  pin_registers(acc);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < P::kHeadDim / 16; ++k)
+    Wgmma<typename P::Element, 2 * N>::template smem_smem<Major::kK, Major::kK>(
+        acc, k_major(a, first_row, k), k_major(b, 0, k), k > 0);
+  wgmma_commit();
+}
+
+// acc += operand (64 keys x rows, in registers) x b (rows x head dim).
+template <class P, int N, int Steps, class Tile>
+__device__ __forceinline__ void issue_update(float (&acc)[N], uint32_t (&operand)[Steps][4],
+                                             Tile const& b) {
+  static_assert(Tile::kRows == 16 * Steps, "the operand's columns are the rows of b");
+  pin_registers(acc);
+  pin_registers(operand);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Steps; ++k)
+    Wgmma<typename P::Element, P::kHeadDim>::template register_smem<Major::kMN>(
+        acc, operand[k], mn_major(b, 0, k), 1);
+  wgmma_commit();
+}
+
+// This consumer's 64 x 64 part of dQ = dS K: rows 64w .. or columns 64w .. of the row block.
+template <class P>
+__device__ __forceinline__ void issue_dq(float (&dq)[32], BackwardSmem<P> const& s, int stage,
+                                         int warpgroup) {
+  constexpr bool kSplitRows = P::kBlockM == 128;
+  pin_registers(dq);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < P::kBlockN / 16; ++k)
+    Wgmma<typename P::Element, 64>::template smem_smem<Major::kMN, Major::kMN>(
+        dq, mn_major(s.ds[stage], kSplitRows ? warpgroup : 0, k),
+        mn_major(s.k, kSplitRows ? 0 : warpgroup, k), k > 0);
+  wgmma_commit();
+}
+
+// P^T = exp2(scale_log2 * S^T - LSE) in place; columns are rows of the problem.
+template <int N>
+__device__ __forceinline__ void to_probabilities(float (&scores)[N], float const* lse,
+                                                 float scale_log2, int quad) {
+#pragma unroll
+  for (int j = 0; j < N; j += 4) {
+    float2 const l = load_shared_float2(smem_address(lse + 2 * j + 2 * quad));
+    scores[j] = exp2_approx(fmaf(scores[j], scale_log2, -l.x));
+    scores[j + 1] = exp2_approx(fmaf(scores[j + 1], scale_log2, -l.y));
+    scores[j + 2] = exp2_approx(fmaf(scores[j + 2], scale_log2, -l.x));
+    scores[j + 3] = exp2_approx(fmaf(scores[j + 3], scale_log2, -l.y));
+  }
+}
+
+// Random flags of all the tiles of a row block, made while the tensor cores work on S^T.
+template <class P>
+struct RowBlockDropout {
+  static constexpr int kPairs = P::kDropout ? P::kBlockM / 32 : 1;
+  uint32_t words[kPairs][2][2];
+
+  __device__ __forceinline__ void draw(DropoutMask<Down::kKeys> const& mask, int first_row,
+                                       int first_key) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair)
+      mask.draw(words[pair], first_row / 16 + 2 * pair, first_key / 16);
+  }
+};
+
+// From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (keep * dP^T - delta).
+template <class P, int N, int Steps>
+__device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
+                                            uint32_t (&ds_operand)[Steps][4],
+                                            float const (&probabilities)[N], float (&dp)[N],
+                                            float const* delta, RowBlockDropout<P> const& dropout,
+                                            float keep, int quad) {
+  using Element = typename P::Element;
+#pragma unroll
+  for (int k = 0; k < Steps; ++k)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // 8 rows of the problem
+      float2 const d = load_shared_float2(smem_address(delta + 16 * k + 8 * half + 2 * quad));
+#pragma unroll
+      for (int down = 0; down < 2; ++down) {  // keys g and g + 8
+        int const i = half * 2 + down;
+        float const* const prob = &probabilities[8 * k + 2 * i];
+        float dp_low = dp[8 * k + 2 * i], dp_high = dp[8 * k + 2 * i + 1];
+        uint32_t p_pair = pack<Element>(prob[0], prob[1]);
+        if constexpr (P::kDropout) {
+          using Mask = DropoutMask<Down::kKeys>;
+          uint32_t const(&tile)[2] = dropout.words[k / 2][k % 2];
+          p_pair &= Mask::pair_mask(tile, half, down);
+          dp_low = __uint_as_float(__float_as_uint(dp_low) & Mask::single_mask(tile[0], half, down));
+          dp_high = __uint_as_float(__float_as_uint(dp_high) & Mask::single_mask(tile[1], half, down));
+          dp_low *= keep;
+          dp_high *= keep;
+        }
+        p_operand[k][i] = p_pair;
+        ds_operand[k][i] = pack<Element>(prob[0] * (dp_low - d.x), prob[1] * (dp_high - d.y));
+      }
+    }
+}
+
+__device__ __forceinline__ void release_stage(Mbarrier& empty) {
+  __syncwarp();
+  if (threadIdx.x % kWarpThreads == 0) empty.arrive();
+}
+
+template <class P>
+struct KeyGradients {
+  float dk[P::kHeadDim / 2], dv[P::kHeadDim / 2];
+};
+
+// All row blocks of all heads of the group.
+template <class P>
+__device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams const& p,
+                                           BackwardSmem<P>& s, KeyWork<P> const& work,
+                                           int warpgroup, Lane const& lane) {
+  constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
+  Problem const& problem = p.problem;
+  float const scale_log2 = problem.softmax_scale * kLog2e;
+  float const keep = P::kDropout ? keep_scale(problem.dropout_p) : 1.f;
+  int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
+  PipelineState<P::kStages> pipe;
+  s.k_full.wait(0);
+  s.v_full.wait(0);
+
+  for (int head = work.first_head; head < work.first_head + work.group; ++head)
+    for (int block = work.rows.first; block < work.rows.first + work.rows.count;
+         ++block, pipe.next()) {
+      int const stage = pipe.stage;
+      float scores[kScores], dp[kScores], dq[32];
+      uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];
+      RowBlockDropout<P> dropout;
+
+      s.q_full[stage].wait(pipe.parity());
+      issue_product<P>(scores, s.k, warpgroup * 64, s.q[stage]);
+      s.dout_full[stage].wait(pipe.parity());
+      issue_product<P>(dp, s.v, warpgroup * 64, s.dout[stage]);
+      if constexpr (P::kDropout) {
+        DropoutMask<Down::kKeys> const mask(problem, work.index, head);
+        dropout.draw(mask, block * P::kBlockM, warp_key);
+      }
+      s.lse_full[stage].wait(pipe.parity());
+      s.delta_full[stage].wait(pipe.parity());
+
+      wgmma_wait<1>();
+      pin_registers(scores);
+      if (work.rows.needs_mask(block))
+        mask_rows(scores, work.sequence, P::kCausal, warp_key + lane.group, block * P::kBlockM,
+                  lane.quad);
+      to_probabilities(scores, s.lse[stage], scale_log2, lane.quad);
+      wgmma_wait<0>();
+      pin_registers(dp);
+      to_operands<P>(p_operand, ds_operand, scores, dp, s.delta[stage], dropout, keep, lane.quad);
+
+      // dS is double buffered: the other consumer may still read the previous one.
+      store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16, 0);
+      issue_update<P>(grad.dv, p_operand, s.dout[stage]);
+      fence_proxy_async();
+      barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
+      issue_dq(dq, s, stage, warpgroup);
+      issue_update<P>(grad.dk, ds_operand, s.q[stage]);
+
+      wgmma_wait<2>();
+      pin_registers(grad.dv);
+      pin_registers(p_operand);
+      release_stage(s.dout_empty[stage]);
+      wgmma_wait<1>();
+      pin_registers(dq);
+      barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        store_shared_16b(
+            smem_address(s.dq[warpgroup] + (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
+            make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+      fence_proxy_async();
+      barrier_arrive(kQueryGradientFull + warpgroup, kWarpgroupThreads + kWarpThreads);
+      wgmma_wait<0>();
+      pin_registers(grad.dk);
+      pin_registers(ds_operand);
+      release_stage(s.q_empty[stage]);
+    }
+}
+
+template <class P>
+__device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>& s,
+                                        KeyWork<P> const& work) {
+  using Element = typename P::Element;
+  int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
+  Lane const lane(threadIdx.x);
+  KeyGradients<P> grad;
+  fill_zero(grad.dk);
+  fill_zero(grad.dv);
+  if (work.rows.count > 0) accumulate(grad, p, s, work, warpgroup, lane);
+
+  // V's memory becomes scratch: nobody reads it any more.
+  barrier_sync(kEpilogue, P::kConsumers * kWarpgroupThreads);
+  int const tile_row = warpgroup * 64 + lane.warp * 16;
+  int const key = work.first_key + tile_row;
+  Sequence const& sequence = work.sequence;
+  auto const store = [&](TensorView const& view, auto const& acc, float scale) {
+    auto* global = static_cast<Element*>(view.data) + sequence.batch * view.stride_batch +
+                   (sequence.first_k + key) * view.stride_seq + work.head_k * view.stride_head;
+    store_rows(s.v, tile_row, acc, scale, scale, global, view.stride_seq, sequence.length_k - key);
+  };
+  store(p.dv, grad.dv, P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f);
+  store(p.dk, grad.dk, p.problem.softmax_scale);
+}
+
+}  // namespace hf_flashattn::sm90

@@ -1,0 +1,41 @@
+// Launches the three kernels of one backward policy; included by the instantiation files alone.
+#pragma once
+
+#include "prep/backward_preprocess.cuh"
+#include "prep/dq_convert.cuh"
+#include "sm90/backward.cuh"
+#include "sm90/launch.cuh"
+
+namespace hf_flashattn::sm90 {
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status backward(BackwardParams const& p) {
+  using P = BackwardPolicy<HeadDim, Type, Causal, Dropout>;
+  using Element = typename P::Element;
+  Problem const& problem = p.problem;
+  bool const packed = problem.cu_seqlens_q != nullptr;
+  int const rows_q = packed ? problem.total_q : problem.seqlen_q;
+  int const rows_k = packed ? problem.total_k : problem.seqlen_k;
+  BackwardMaps maps;
+  Status status = make_map(maps.q, p.q, problem, rows_q, problem.heads_q, P::kBlockM);
+  if (status.ok()) status = make_map(maps.dout, p.dout, problem, rows_q, problem.heads_q, P::kBlockM);
+  if (status.ok()) status = make_map(maps.k, p.k, problem, rows_k, problem.heads_k, P::kBlockN);
+  if (status.ok()) status = make_map(maps.v, p.v, problem, rows_k, problem.heads_k, P::kBlockN);
+  auto const kernel = backward_kernel<P>;
+  int const smem_bytes = sizeof(BackwardSmem<P>);
+  if (status.ok()) status = allow_shared_memory(kernel, smem_bytes);
+  if (!status.ok()) return status;
+
+  auto const stream = static_cast<cudaStream_t>(problem.stream);
+  BackwardWorkspace const workspace(problem, P::kBlockM, p.workspace);
+  dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
+  dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
+  prep::backward_preprocess_kernel<Element, P::kHeadDim, P::kBlockM>
+      <<<rows, prep::kPreprocessThreads, 0, stream>>>(p, workspace);
+  kernel<<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps);
+  prep::dq_convert_kernel<Element, P::kHeadDim, P::kBlockM>
+      <<<rows, prep::kConvertThreads, 0, stream>>>(p, workspace);
+  return check(cudaGetLastError(), "launching the backward kernels");
+}
+
+}  // namespace hf_flashattn::sm90

@@ -1,0 +1,97 @@
+// What the warps of a backward CTA share: its work, its shared memory, its barriers.
+#pragma once
+
+#include "common/blocks.cuh"
+#include "common/tile.cuh"
+#include "common/workspace.cuh"
+#include "sm90/barriers.cuh"
+#include "sm90/policy.cuh"
+#include "sm90/producer.cuh"
+
+namespace hf_flashattn::sm90 {
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, dout;
+};
+
+// One block of keys of one key head, and the row blocks of the query heads that share it.
+template <class P>
+struct KeyWork {
+  int index;  // of the sequence
+  int head_k, first_head, group;
+  int key_block, first_key;
+  Sequence sequence;
+  RowBlocks<P::kBlockM, P::kBlockN> rows;
+
+  // Grid (key blocks, key heads, sequences). Causal: block 0 sees the most rows and comes first.
+  // Deterministic: later blocks come first, since the earlier ones wait for them.
+  __device__ __forceinline__ explicit KeyWork(BackwardParams const& p)
+      : index(blockIdx.z),
+        head_k(blockIdx.y),
+        group(p.problem.heads_q / p.problem.heads_k),
+        key_block(p.deterministic ? gridDim.x - 1 - blockIdx.x : blockIdx.x),
+        sequence(p.problem, index),
+        rows(sequence, P::kCausal, key_block * P::kBlockN) {
+    first_head = head_k * group;
+    first_key = key_block * P::kBlockN;
+  }
+
+  // How many key blocks after this one see a row block too.
+  __device__ __forceinline__ int earlier_key_blocks(int row_block) const {
+    int const last_row = row_block * P::kBlockM + P::kBlockM - 1;
+    int const end = P::kCausal ? min(sequence.key_end - 1, last_row + sequence.diagonal())
+                               : sequence.key_end - 1;
+    return end / P::kBlockN - key_block;
+  }
+};
+
+template <class P>
+struct BackwardSmem {
+  using Element = typename P::Element;
+  using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
+  using RowTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
+  KeyTile k;
+  KeyTile v;  // scratch for dK and dV in the end
+  RowTile q[P::kStages];
+  RowTile dout[P::kStages];
+  SmemTile<Element, P::kBlockN, P::kBlockM> ds[2];  // (key, row): dS^T
+  alignas(128) float dq[P::kConsumers][64 * 64];    // (float4, thread) of each consumer
+  alignas(128) float lse[P::kStages][P::kBlockM];
+  alignas(128) float delta[P::kStages][P::kBlockM];
+  Mbarrier k_full, v_full;
+  Mbarrier q_full[P::kStages], lse_full[P::kStages], q_empty[P::kStages];  // q_empty: LSE too
+  Mbarrier dout_full[P::kStages], delta_full[P::kStages], dout_empty[P::kStages];
+  Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
+};
+
+template <class P>
+__device__ void init_barriers(BackwardSmem<P>& s) {
+  s.k_full.init(1);
+  s.v_full.init(1);
+  s.staging.init(1);
+  for (int stage = 0; stage < P::kStages; ++stage) {
+    s.q_full[stage].init(1);
+    s.lse_full[stage].init(1);
+    s.dout_full[stage].init(1);
+    s.delta_full[stage].init(1);
+    s.q_empty[stage].init(P::kConsumers * 4);
+    s.dout_empty[stage].init(P::kConsumers * 4);
+  }
+  fence_mbarrier_init();
+}
+
+// Waits until `earlier` key blocks have added to a dQ block, and sees what they wrote.
+__device__ __forceinline__ void wait_turn(int32_t const* turn, int earlier) {
+  int32_t done;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(done) : "l"(turn) : "memory");
+  } while (done < earlier);
+}
+
+// After bulk_wait<0>: the reduction is in global memory, the next key block may add to it.
+__device__ __forceinline__ void pass_turn(int32_t* turn) {
+  asm volatile("fence.proxy.async;\n" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");
+}
+
+}  // namespace hf_flashattn::sm90

@@ -1,0 +1,25 @@
+// The named barriers of the Hopper kernels: who arrives, who waits. Barrier 0 is __syncthreads.
+#pragma once
+
+namespace hf_flashattn::sm90 {
+
+enum ForwardBarrier : int {
+  // + warpgroup: the warpgroup before it in the ring arrives when it has issued its products; this
+  // warpgroup waits before it issues its own (ping-pong).
+  kTurn = 1,  // 1, 2, 3
+  // + warpgroup: its four warps, around the reuse of its rows of Q for the output.
+  kOutput = 4,  // 4, 5, 6
+};
+
+enum BackwardBarrier : int {
+  // Both consumer warpgroups: dS is complete in shared memory.
+  kScoreGradients = 1,
+  // Both consumer warpgroups: V is no longer needed, its memory becomes scratch.
+  kEpilogue = 2,
+  // + warpgroup: the consumers arrive when they have written their part of dQ; the writer waits.
+  kQueryGradientFull = 3,  // 3, 4
+  // + warpgroup: the writer arrives when that part has been read; the consumers wait.
+  kQueryGradientEmpty = 5,  // 5, 6
+};
+
+}  // namespace hf_flashattn::sm90

@@ -1,0 +1,312 @@
+// Forward attention on Hopper: a persistent, warp-specialised kernel.
+//
+//   producer warp    Q, then K and V blocks from the last to the first, two stages each
+//   consumers        64 rows each: S = Q K^T, softmax, O += P V
+//
+// Inside a consumer the next block's S is computed under this block's softmax, and the consumers take
+// turns at the tensor cores, so that the softmax of one runs under the products of another.
+#pragma once
+
+#include "common/dropout.cuh"
+#include "common/mask.cuh"
+#include "common/softmax.cuh"
+#include "sm90/barriers.cuh"
+#include "sm90/policy.cuh"
+#include "sm90/producer.cuh"
+#include "sm90/scheduler.cuh"
+
+namespace hf_flashattn::sm90 {
+
+struct ForwardMaps {
+  CUtensorMap q, k, v;
+};
+
+template <class P>
+struct ForwardSmem {
+  using Element = typename P::Element;
+  using QTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
+  using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
+  QTile q;  // then the output of the same rows
+  KeyTile k[P::kStages];
+  KeyTile v[P::kStages];
+  Mbarrier q_full, q_empty;  // full: TMA; empty: every consumer warp
+  Mbarrier k_full[P::kStages], k_empty[P::kStages];
+  Mbarrier v_full[P::kStages], v_empty[P::kStages];
+  Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
+};
+
+template <class P>
+__device__ void init_barriers(ForwardSmem<P>& s) {
+  constexpr int kConsumerWarps = P::kConsumers * 4;
+  s.q_full.init(1);
+  s.q_empty.init(kConsumerWarps);
+  s.staging.init(1);
+  for (int stage = 0; stage < P::kStages; ++stage) {
+    s.k_full[stage].init(1);
+    s.v_full[stage].init(1);
+    s.k_empty[stage].init(kConsumerWarps);
+    s.v_empty[stage].init(kConsumerWarps);
+  }
+  fence_mbarrier_init();
+}
+
+template <class P>
+using ForwardKeyBlocks = KeyBlocks<P::kBlockM, P::kBlockN>;
+
+template <class P>
+__device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
+                        TileScheduler const& scheduler) {
+  Problem const& problem = p.problem;
+  PipelineState<P::kStages> pipe;
+  uint32_t q_phase = 0, staging_phase = 0;
+  for (int round = 0; !scheduler.done(round); ++round) {
+    int const tile = scheduler.tile(round);
+    if (tile >= scheduler.tiles) continue;
+    Work const work = scheduler.work(tile);
+    Sequence const sequence(problem, work.batch);
+    int const first_row = work.row_block * P::kBlockM;
+    if (first_row >= sequence.length_q) continue;
+    ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
+    if (blocks.count <= 0) continue;
+
+    s.q_empty.wait(q_phase ^ 1);
+    q_phase ^= 1;
+    if (elect_one()) {
+      s.q_full.arrive_expect(ForwardSmem<P>::QTile::kBytes);
+      load_tile(maps.q, s.q_full, s.q, sequence.first_q + first_row, work.head, sequence.batch);
+    }
+    __syncwarp();
+
+    int const head_k = work.head / (problem.heads_q / problem.heads_k);
+    for (int block = blocks.last(); block >= blocks.first; --block, pipe.next()) {
+      int const first_key = block * P::kBlockN, row = sequence.first_k + first_key;
+      s.k_empty[pipe.stage].wait(pipe.parity() ^ 1);
+      if (elect_one()) {
+        s.k_full[pipe.stage].arrive_expect(ForwardSmem<P>::KeyTile::kBytes);
+        load_tile(maps.k, s.k_full[pipe.stage], s.k[pipe.stage], row, head_k, sequence.batch);
+      }
+      __syncwarp();
+      int begin, end;
+      sequence.visible_keys(first_key, P::kBlockN, begin, end);
+      s.v_empty[pipe.stage].wait(pipe.parity() ^ 1);
+      load_tile_zero_outside(maps.v, s.v_full[pipe.stage], s.staging, staging_phase,
+                             s.v[pipe.stage], row, head_k, sequence.batch, begin, end);
+    }
+  }
+}
+
+// S = Q K^T, one commit group.
+template <class P, int N>
+__device__ __forceinline__ void issue_scores(float (&scores)[N], ForwardSmem<P> const& s, int stage,
+                                             int warpgroup) {
+  pin_registers(scores);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < P::kHeadDim / 16; ++k)
+    Wgmma<typename P::Element, P::kBlockN>::template smem_smem<Major::kK, Major::kK>(
+        scores, k_major(s.q, warpgroup * 64, k), k_major(s.k[stage], 0, k), k > 0);
+  wgmma_commit();
+}
+
+// O += P V, one commit group.
+template <class P, int N, int Steps>
+__device__ __forceinline__ void issue_output(float (&out)[N], uint32_t (&probabilities)[Steps][4],
+                                             ForwardSmem<P> const& s, int stage) {
+  pin_registers(out);
+  pin_registers(probabilities);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Steps; ++k)
+    Wgmma<typename P::Element, P::kHeadDim>::template register_smem<Major::kMN>(
+        out, probabilities[k], mn_major(s.v[stage], 0, k), 1);
+  wgmma_commit();
+}
+
+__device__ __forceinline__ void release(Mbarrier& empty) {
+  __syncwarp();
+  if (threadIdx.x % kWarpThreads == 0) empty.arrive();
+}
+
+template <class P>
+struct Turns {
+  int warpgroup;
+  __device__ __forceinline__ void start() const {
+    if (warpgroup == P::kConsumers - 1) pass();
+  }
+  __device__ __forceinline__ void take() const {
+    barrier_sync(kTurn + warpgroup, 2 * kWarpgroupThreads);
+  }
+  __device__ __forceinline__ void pass() const {
+    int const next = warpgroup == P::kConsumers - 1 ? 0 : warpgroup + 1;
+    barrier_arrive(kTurn + next, 2 * kWarpgroupThreads);
+  }
+};
+
+// Where the output and LSE of a warp's 16 rows go; rows beyond the sequence are not written.
+template <class P>
+struct OutputRows {
+  typename P::Element* out;
+  float* lse;
+  int64_t stride;
+  int count;
+
+  __device__ __forceinline__ OutputRows(ForwardParams const& p, Sequence const& s, Work const& work,
+                                        int row)
+      : stride(p.out.stride_seq), count(s.length_q - row) {
+    Problem const& problem = p.problem;
+    out = static_cast<typename P::Element*>(p.out.data) + s.batch * p.out.stride_batch +
+          (s.first_q + row) * stride + work.head * p.out.stride_head;
+    int64_t const first =
+        problem.cu_seqlens_q == nullptr
+            ? (int64_t(s.batch) * problem.heads_q + work.head) * problem.seqlen_q
+            : int64_t(work.head) * problem.total_q + s.first_q;
+    lse = p.lse + first + row;
+  }
+
+  __device__ __forceinline__ void store_lse(Lane const& lane, float const (&value)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int const row = lane.group + 8 * i;
+      if (lane.quad == 0 && row < count) lse[row] = value[i];
+    }
+  }
+
+  // Rows that see no key. Q's memory may already belong to the next tile, so no scratch here.
+  __device__ __forceinline__ void store_empty(Lane const& lane) const {
+    float const none[2] = {-infinity(), -infinity()};
+    store_lse(lane, none);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int const row = lane.group + 8 * i;
+      for (int unit = lane.quad; unit < P::kHeadDim / 8; unit += 4)
+        if (row < count)
+          *reinterpret_cast<uint4*>(out + row * stride + unit * 8) = make_uint4(0, 0, 0, 0);
+    }
+  }
+};
+
+template <class P>
+__device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler const& scheduler) {
+  using Element = typename P::Element;
+  constexpr int kScores = P::kBlockN / 2, kSteps = P::kBlockN / 16;
+  Problem const& problem = p.problem;
+  int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
+  Lane const lane(threadIdx.x);
+  Turns<P> const turns{warpgroup};
+  turns.start();
+
+  PipelineState<P::kStages> pipe;
+  uint32_t q_phase = 0;
+  for (int round = 0; !scheduler.done(round); ++round) {
+    int const tile = scheduler.tile(round);
+    if (tile >= scheduler.tiles) continue;
+    Work const work = scheduler.work(tile);
+    Sequence const sequence(problem, work.batch);
+    if (work.row_block * P::kBlockM >= sequence.length_q) continue;
+    ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, work.row_block * P::kBlockM);
+
+    int const tile_row = warpgroup * 64 + lane.warp * 16;
+    int const warp_row = work.row_block * P::kBlockM + tile_row;
+    OutputRows<P> const rows(p, sequence, work, warp_row);
+    if (blocks.count <= 0) {
+      rows.store_empty(lane);
+      continue;
+    }
+    OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
+    float out[P::kHeadDim / 2];
+    fill_zero(out);
+
+    float scores[kScores], rescale[2];
+    uint32_t probabilities[kSteps][4];
+    auto const finish_block = [&](int block) {
+      if (blocks.needs_mask(block))
+        mask_keys(scores, sequence, P::kCausal, warp_row + lane.group, block * P::kBlockN,
+                  lane.quad);
+      softmax.update(scores, rescale);
+    };
+    auto const to_probabilities = [&](int block) {
+      to_operand<Element>(probabilities, scores);
+      if constexpr (P::kDropout) {
+        DropoutMask<Down::kRows> const mask(problem, work.batch, work.head);
+        drop_operand(probabilities, mask, warp_row / 16, block * (P::kBlockN / 16));
+      }
+    };
+
+    // First block: nothing to overlap with.
+    s.q_full.wait(q_phase);
+    q_phase ^= 1;
+    s.k_full[pipe.stage].wait(pipe.parity());
+    turns.take();
+    issue_scores(scores, s, pipe.stage, warpgroup);
+    turns.pass();
+    wgmma_wait<0>();
+    pin_registers(scores);
+    release(s.k_empty[pipe.stage]);
+    finish_block(blocks.last());
+    to_probabilities(blocks.last());
+
+    for (int block = blocks.last() - 1; block >= blocks.first; --block) {
+      auto const previous = pipe;
+      pipe.next();
+      s.k_full[pipe.stage].wait(pipe.parity());
+      turns.take();
+      issue_scores(scores, s, pipe.stage, warpgroup);
+      s.v_full[previous.stage].wait(previous.parity());
+      issue_output(out, probabilities, s, previous.stage);
+      turns.pass();
+      wgmma_wait<1>();
+      pin_registers(scores);
+      release(s.k_empty[pipe.stage]);
+      finish_block(block);  // under O += P V
+      wgmma_wait<0>();
+      pin_registers(out);
+      pin_registers(probabilities);
+      release(s.v_empty[previous.stage]);
+      scale_rows(out, rescale);
+      to_probabilities(block);
+    }
+
+    s.v_full[pipe.stage].wait(pipe.parity());
+    issue_output(out, probabilities, s, pipe.stage);
+    wgmma_wait<0>();
+    pin_registers(out);
+    release(s.v_empty[pipe.stage]);
+    pipe.next();
+
+    float normalise[2], lse[2];
+    softmax.finish(normalise, lse);
+    if constexpr (P::kDropout) {
+      float const scale = keep_scale(problem.dropout_p);
+      normalise[0] *= scale;
+      normalise[1] *= scale;
+    }
+    // Q's rows become scratch: all four warps have finished reading them.
+    barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
+    store_rows(s.q, tile_row, out, normalise[0], normalise[1], rows.out, rows.stride, rows.count);
+    rows.store_lse(lane, lse);
+    fence_proxy_async();
+    release(s.q_empty);
+  }
+  // The last pass of the ring is never taken: take it, so that the barriers end as they began.
+  if (warpgroup == 0) turns.take();
+}
+
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1)
+    forward_kernel(ForwardParams const __grid_constant__ p, ForwardMaps const __grid_constant__ maps,
+                   TileScheduler const scheduler) {
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  auto& s = *reinterpret_cast<ForwardSmem<P>*>(smem_bytes);
+  if (threadIdx.x == 0) init_barriers(s);
+  __syncthreads();
+
+  if (threadIdx.x < kWarpgroupThreads) {
+    shrink_registers<P::Registers::kProducer>();
+    if (warp_uniform(threadIdx.x / kWarpThreads) == 0) produce(p, maps, s, scheduler);
+  } else {
+    grow_registers<P::Registers::kConsumer>();
+    consume(p, s, scheduler);
+  }
+}
+
+}  // namespace hf_flashattn::sm90

@@ -1,0 +1,36 @@
+// Launches the forward kernel of one policy; included by the instantiation files alone.
+#pragma once
+
+#include "sm90/forward.cuh"
+#include "sm90/launch.cuh"
+
+namespace hf_flashattn::sm90 {
+
+template <class P>
+Status launch_forward(ForwardParams const& p) {
+  Problem const& problem = p.problem;
+  bool const packed = problem.cu_seqlens_q != nullptr;
+  int const rows_q = packed ? problem.total_q : problem.seqlen_q;
+  int const rows_k = packed ? problem.total_k : problem.seqlen_k;
+  ForwardMaps maps;
+  Status status = make_map(maps.q, p.q, problem, rows_q, problem.heads_q, P::kBlockM);
+  if (status.ok()) status = make_map(maps.k, p.k, problem, rows_k, problem.heads_k, P::kBlockN);
+  if (status.ok()) status = make_map(maps.v, p.v, problem, rows_k, problem.heads_k, P::kBlockN);
+  auto const kernel = forward_kernel<P>;
+  int const smem_bytes = sizeof(ForwardSmem<P>);
+  if (status.ok()) status = allow_shared_memory(kernel, smem_bytes);
+  if (!status.ok()) return status;
+
+  TileScheduler const scheduler(problem, P::kBlockM, P::kCausal);
+  int const grid = scheduler.tiles < problem.num_sms ? scheduler.tiles : problem.num_sms;
+  kernel<<<grid, P::kThreads, smem_bytes, static_cast<cudaStream_t>(problem.stream)>>>(p, maps,
+                                                                                     scheduler);
+  return check(cudaGetLastError(), "launching the forward kernel");
+}
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status forward(ForwardParams const& p) {
+  return launch_forward<ForwardPolicy<HeadDim, Type, Causal, Dropout>>(p);
+}
+
+}  // namespace hf_flashattn::sm90

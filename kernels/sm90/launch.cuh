@@ -1,0 +1,99 @@
+// Host side of the Hopper kernels: tensor maps, grids, and the entry points that dispatch.cpp calls.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdio>
+
+#include "common/tma.cuh"
+#include "params.h"
+
+namespace hf_flashattn::sm90 {
+
+inline Status success() {
+  Status status;
+  status.message[0] = '\0';
+  return status;
+}
+
+template <class... Values>
+Status failure(char const* format, Values... values) {
+  Status status;
+  std::snprintf(status.message, sizeof status.message, format, values...);
+  return status;
+}
+
+inline Status check(cudaError_t error, char const* what) {
+  if (error == cudaSuccess) return success();
+  return failure("%s: %s (%s)", what, cudaGetErrorName(error), cudaGetErrorString(error));
+}
+
+// cuTensorMapEncodeTiled through the runtime, so that the library does not link libcuda.
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+inline EncodeTiled encode_tiled() {
+  static EncodeTiled const function = [] {
+    void* pointer = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaError_t const error = cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<EncodeTiled>(pointer)
+               : nullptr;
+  }();
+  return function;
+}
+
+// How a (B, S, H, D) tensor is cut into boxes of `rows` x 64 elements; out of bounds reads are zeros.
+inline Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int64_t rows,
+                       int heads, int box_rows) {
+  EncodeTiled const encode = encode_tiled();
+  if (encode == nullptr)
+    return failure("expected a CUDA driver >= 12.0 with cuTensorMapEncodeTiled, got none");
+  bool const packed = p.cu_seqlens_q != nullptr;
+  cuuint64_t const sizes[4] = {cuuint64_t(p.head_dim), cuuint64_t(rows), cuuint64_t(heads),
+                               cuuint64_t(packed ? 1 : p.batch)};
+  // The stride of a dimension of size 1 is never used, but must be valid.
+  cuuint64_t const row_bytes = 2 * cuuint64_t(p.head_dim);
+  auto const bytes = [&](cuuint64_t size, int64_t stride) {
+    return size == 1 ? row_bytes : 2 * cuuint64_t(stride);
+  };
+  cuuint64_t const strides[3] = {bytes(sizes[1], view.stride_seq), bytes(sizes[2], view.stride_head),
+                                 bytes(sizes[3], view.stride_batch)};
+  cuuint32_t const box[4] = {64, cuuint32_t(box_rows), 1, 1};
+  cuuint32_t const element_strides[4] = {1, 1, 1, 1};
+  CUtensorMapDataType const type = p.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  CUresult const result =
+      encode(&map, type, 4, view.data, sizes, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return success();
+  return failure(
+      "TMA expects 16-byte aligned data and strides that are multiples of 16 bytes; got address "
+      "%p and strides (batch %lld, seq %lld, head %lld) elements. Next step: .contiguous() (error %d)",
+      view.data, (long long)view.stride_batch, (long long)view.stride_seq,
+      (long long)view.stride_head, int(result));
+}
+
+// Raises a kernel's shared-memory limit once per device.
+template <class Kernel>
+Status allow_shared_memory(Kernel kernel, int bytes) {
+  static uint64_t done = 0;  // a bit per device; setting it twice is harmless
+  int device = 0;
+  cudaGetDevice(&device);
+  uint64_t const bit = uint64_t{1} << (device % 64);
+  if (done & bit) return success();
+  Status const status =
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+            "setting the shared-memory size of a kernel");
+  if (status.ok()) done |= bit;
+  return status;
+}
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status forward(ForwardParams const& params);
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status backward(BackwardParams const& params);
+
+}  // namespace hf_flashattn::sm90

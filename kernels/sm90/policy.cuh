@@ -1,0 +1,84 @@
+// Tile shapes and register budgets per head dim and direction, and why.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "params.h"
+
+namespace hf_flashattn::sm90 {
+
+template <DType D>
+struct ElementOf;
+template <>
+struct ElementOf<DType::kFloat16> {
+  using type = __half;
+};
+template <>
+struct ElementOf<DType::kBFloat16> {
+  using type = __nv_bfloat16;
+};
+
+// One producer warpgroup, and consumers that hold 64 rows each.
+// 2 consumers: 24 + 2 * 240 registers a thread of each warpgroup; 3 consumers: 32 + 3 * 160.
+template <int Consumers>
+struct RegisterBudget {
+  static_assert(Consumers == 2 || Consumers == 3, "the register file fits 2 or 3 consumer warpgroups");
+  static constexpr int kProducer = Consumers == 2 ? 24 : 32;
+  static constexpr int kConsumer = Consumers == 2 ? 240 : 160;
+};
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout, int Consumers, int BlockN>
+struct ForwardTile {
+  using Element = typename ElementOf<Type>::type;
+  using Registers = RegisterBudget<Consumers>;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr bool kCausal = Causal;
+  static constexpr bool kDropout = Dropout;
+  static constexpr int kConsumers = Consumers;
+  static constexpr int kBlockM = 64 * Consumers;
+  static constexpr int kBlockN = BlockN;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
+  static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
+};
+
+// d64: three consumers, because a row of O is only 32 registers; 128 keys keep S, P and O in 160.
+// d128: two consumers of 240; causal and dropout take 128 keys (the diagonal wastes half a block, and
+// dropout needs a multiple of 32), full takes 176, which amortises the softmax of a block more.
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+struct ForwardPolicy;
+template <DType Type, bool Causal, bool Dropout>
+struct ForwardPolicy<64, Type, Causal, Dropout>
+    : ForwardTile<64, Type, Causal, Dropout, 3, 128> {};
+template <DType Type, bool Causal, bool Dropout>
+struct ForwardPolicy<128, Type, Causal, Dropout>
+    : ForwardTile<128, Type, Causal, Dropout, 2, Causal || Dropout ? 128 : 176> {};
+
+// Backward: a block of 128 keys stays, 64 for each of two consumers; row blocks stream past.
+template <int HeadDim, DType Type, bool Causal, bool Dropout, int BlockM>
+struct BackwardTile {
+  using Element = typename ElementOf<Type>::type;
+  using Registers = RegisterBudget<2>;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr bool kCausal = Causal;
+  static constexpr bool kDropout = Dropout;
+  static constexpr int kConsumers = 2;
+  static constexpr int kBlockM = BlockM;
+  static constexpr int kBlockN = 128;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  // dQ of a row block is BlockM x HeadDim; each consumer makes a 64 x 64 quarter or half of it.
+  static_assert(BlockM * HeadDim == 2 * 64 * 64, "each consumer makes a 64 x 64 part of dQ");
+};
+
+// Rows x head dim is the same for both: S^T, dP^T, dK and dV then fill the 240 registers.
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+struct BackwardPolicy;
+template <DType Type, bool Causal, bool Dropout>
+struct BackwardPolicy<64, Type, Causal, Dropout> : BackwardTile<64, Type, Causal, Dropout, 128> {};
+template <DType Type, bool Causal, bool Dropout>
+struct BackwardPolicy<128, Type, Causal, Dropout> : BackwardTile<128, Type, Causal, Dropout, 64> {};
+
+// Rows of a dQ block: the workspace is laid out in these.
+constexpr int backward_block_m(int head_dim) { return 2 * 64 * 64 / head_dim; }
+
+}  // namespace hf_flashattn::sm90

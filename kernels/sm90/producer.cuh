@@ -1,0 +1,57 @@
+// What the producer warps of forward and backward share: filling a stage of a pipeline.
+#pragma once
+
+#include "common/blocks.cuh"
+#include "common/tile.cuh"
+#include "common/tma.cuh"
+
+namespace hf_flashattn::sm90 {
+
+// All chunks of a tile; one lane issues.
+template <class Tile>
+__device__ __forceinline__ void load_tile(CUtensorMap const& map, Mbarrier& full, Tile const& tile,
+                                          int row, int head, int batch) {
+#pragma unroll
+  for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+    tma_load(&map, full, tile.chunk_address(chunk), chunk * kChunkColumns, row, head, batch);
+}
+
+// Zeroes the rows outside [begin, end): the whole warp works. The swizzle moves bytes within a row only.
+template <class Tile>
+__device__ __forceinline__ void zero_rows_outside(Tile const& tile, int begin, int end) {
+  int const lane = threadIdx.x % kWarpThreads;
+  for (int row = lane / 8; row < Tile::kRows; row += kWarpThreads / 8) {
+    if (row >= begin && row < end) continue;
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+      store_shared_zero_16b(tile.chunk_address(chunk) + row * kChunkRowBytes + lane % 8 * 16);
+  }
+  fence_proxy_async();
+  __syncwarp();
+}
+
+// Fills a tile and completes `full`, with the rows outside [begin, end) as zeros, whatever is in
+// memory there: 0 * NaN must not reach a product. Such tiles are rare (the ends of a sequence), so
+// the warp waits for TMA on `staging` and patches the tile before it lets the consumers in.
+// The whole warp calls this; `staging_phase` is the caller's count of uses.
+template <class Tile>
+__device__ __forceinline__ void load_tile_zero_outside(CUtensorMap const& map, Mbarrier& full,
+                                                       Mbarrier& staging, uint32_t& staging_phase,
+                                                       Tile const& tile, int row, int head,
+                                                       int batch, int begin, int end) {
+  bool const patch = begin > 0 || end < Tile::kRows;
+  bool const leader = elect_one();
+  if (leader) {
+    Mbarrier& target = patch ? staging : full;
+    target.arrive_expect(Tile::kBytes);
+    load_tile(map, target, tile, row, head, batch);
+  }
+  __syncwarp();
+  if (!patch) return;
+  staging.wait(staging_phase);
+  staging_phase ^= 1;
+  zero_rows_outside(tile, begin, end);
+  if (leader) full.arrive();
+}
+
+}  // namespace hf_flashattn::sm90

@@ -96,11 +96,10 @@ def _keep(seed: int | Tensor, offset: int | Tensor, head_index: Tensor, sq: int,
     w = (offset ^ (offset >> 32)) & _MASK32
     counter = torch.broadcast_tensors(x, y, head_index.view(-1, 1, 1), torch.as_tensor(w, device=device))
     words = philox_4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
-    threshold = drop_threshold(p)
+    # The words' bytes, least significant first (little-endian, as every host of a CUDA device is).
+    random = torch.stack(words, -1).to(torch.int32).view(torch.uint8)
     # (N, rows, cols, gamma, t, alpha, e, b8, d8): word = alpha * 2 + e, byte = b8 * 2 + d8
-    keep = torch.stack(
-        [torch.stack([((word >> shift) & 0xFF) >= threshold for shift in (0, 8, 16, 24)], -1) for word in words], -2
-    ).view(-1, rows, cols, 4, 4, 2, 2, 2, 2)
+    keep = (random >= drop_threshold(p)).view(-1, rows, cols, 4, 4, 2, 2, 2, 2)
     # row = b8 * 8 + gamma * 2 + alpha, column = d8 * 8 + t * 2 + e
     keep = keep.permute(0, 1, 7, 3, 5, 2, 8, 4, 6).reshape(-1, rows * 16, cols * 16)
     return keep[:, :sq, :sk]

@@ -1,0 +1,243 @@
+"""The ops hf_flashattn::forward and ::backward: the library, fakes, autograd, CPU implementations.
+
+Where the schemas come from. The compiled library defines them (kernels/torch_binding.cpp) and is loaded at import
+if it is there. If it is not, they are defined here with the same text, so that the CPU, fakes, torch.compile and
+opcheck work; the library that the first CUDA call then builds is told, through an environment variable that holds
+this process's id, to register its CUDA implementations only. So op objects that were taken early, compiled graphs
+among them, stay valid, and loading the plain file with torch.ops.load_library works as with any other library.
+
+Environment: HF_FLASHATTN_LIBRARY=/path/to/libhf_flashattn.so overrides the search and the build.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import build, cpu
+
+FORWARD_SCHEMA = (
+    "forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_start, "
+    "Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, "
+    "float softmax_scale, bool causal, bool deterministic) -> (Tensor out, Tensor lse)"
+)
+BACKWARD_SCHEMA = (
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, bool deterministic) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)"
+)
+_DEFINED_BY = "HF_FLASHATTN_SCHEMAS_DEFINED_BY"  # read by schemas_are_defined() in torch_binding.cpp
+
+
+# ------------------------------------------------------------------------------------------------ the library
+
+
+@dataclass(frozen=True)
+class LibraryStatus:
+    """path: the loaded library, or None. reason: why there is none, and the next step; empty when loaded."""
+
+    path: Path | None
+    reason: str
+
+    @property
+    def loaded(self) -> bool:
+        return self.path is not None
+
+
+_lock = threading.Lock()
+_status = LibraryStatus(None, "not asked for yet")
+_schemas_in_python = False
+
+
+def library_status() -> LibraryStatus:
+    """The state as it is: looks for nothing, builds nothing."""
+    return _status
+
+
+def load_library(*, build_if_missing: bool = True, verbose: bool = True) -> LibraryStatus:
+    """Load the compiled library once a process, building it first if it is missing and that is allowed.
+
+    Never raises: the status says what is missing. A library that failed to load is tried again on the next call.
+    """
+    global _status
+    if _status.loaded:
+        return _status
+    with _lock:
+        if not _status.loaded:
+            try:
+                path = _find(build_if_missing, verbose)
+                _status = _load(path) if path else LibraryStatus(None, "not built yet; next step: hf-flashattn build")
+            except (build.BuildError, OSError) as error:
+                _status = LibraryStatus(None, str(error))
+    return _status
+
+
+def library_available(device: torch.device | str) -> bool:
+    """Whether calls on this device would run now: the CPU always, CUDA if the library is (or can be) loaded.
+
+    Builds nothing.
+    """
+    return torch.device(device).type == "cpu" or load_library(build_if_missing=False).loaded
+
+
+def _find(build_if_missing: bool, verbose: bool) -> Path | None:
+    if chosen := os.environ.get("HF_FLASHATTN_LIBRARY"):
+        if not Path(chosen).is_file():
+            raise OSError(
+                f"HF_FLASHATTN_LIBRARY: expected the path of libhf_flashattn.so, got {chosen!r}, which is no file. "
+                "Next step: correct the variable, or unset it to search and build."
+            )
+        return Path(chosen)
+    return build.find_or_build(verbose=verbose) if build_if_missing else build.library_path()
+
+
+def _load(path: Path) -> LibraryStatus:
+    if _schemas_in_python:
+        os.environ[_DEFINED_BY] = str(os.getpid())
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise OSError(
+            f"{path} does not load into torch {torch.__version__}: {error}. Supported: torch >= 2.11 on Linux. "
+            "Next step: upgrade torch, or rebuild with: hf-flashattn build --rebuild"
+        ) from error
+    finally:
+        os.environ.pop(_DEFINED_BY, None)
+    return LibraryStatus(path, "")
+
+
+@torch.compiler.assume_constant_result
+def _require_library() -> bool:
+    """Load or build the library for a CUDA call; raises if there is none. Tracing takes the answer as given."""
+    status = load_library()
+    if not status.loaded:
+        raise RuntimeError(f"hf_flashattn: the CUDA kernels are not available. {status.reason}")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- definition
+
+load_library(build_if_missing=False)
+_registry = torch.library.Library("hf_flashattn", "FRAGMENT")
+if not _status.loaded:
+    _registry.define(FORWARD_SCHEMA)
+    _registry.define(BACKWARD_SCHEMA)
+    _schemas_in_python = True
+_forward = torch.ops.hf_flashattn.forward.default
+_backward = torch.ops.hf_flashattn.backward.default
+
+_registry.impl("forward", cpu.forward, "CPU")
+_registry.impl("backward", cpu.backward, "CPU")
+
+
+@torch.library.register_fake("hf_flashattn::forward", lib=_registry)
+def _forward_fake(q, k, v, cu_seqlens_q, *_):
+    tokens, heads = q.shape[:-2], q.shape[-2]
+    lse_shape = (*tokens[:-1], heads, tokens[-1])  # dense (B, Hq, Sq), packed (Hq, Tq)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.register_fake("hf_flashattn::backward", lib=_registry)
+def _backward_fake(dout, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, *ctx.flags = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # else zeros are made for lse in every step
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+
+
+def _differentiate(ctx, dout, _):
+    if dout is None:
+        return (None,) * 14
+    return (*_backward(dout, *ctx.saved_tensors, *ctx.flags), *(None,) * 11)
+
+
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError(
+        "hf_flashattn: the gradient of the gradient is not there (create_graph=True reached attention). "
+        "Nearest supported: first derivatives. Next step: attn_implementation='eager' for this model."
+    )
+
+
+torch.library.register_autograd("hf_flashattn::forward", _differentiate, setup_context=_save, lib=_registry)
+torch.library.register_autograd("hf_flashattn::backward", _no_second_derivative, lib=_registry)
+
+
+# -------------------------------------------------------------------------------------------------- the calls
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    key_start: Tensor | None = None,
+    key_len: Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """hf_flashattn::forward, differentiable in q, k, v: (out, lse).
+
+    Shapes as in reference.attention_reference; nothing is checked here (see support.py). deterministic: what
+    backward will do.
+    """
+    if q.is_cuda and not _status.loaded:
+        _require_library()
+    return _forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, deterministic,
+    )  # fmt: skip
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    key_start: Tensor | None = None,
+    key_len: Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hf_flashattn::backward: dq, dk, dv from what forward returned, with forward's own arguments."""
+    if q.is_cuda and not _status.loaded:
+        _require_library()
+    return _backward(
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, deterministic,
+    )  # fmt: skip
+
+
+def new_rng_state(device: torch.device) -> Tensor:
+    """(2,) int64 seed and offset for one call's dropout, from the device's torch generator: no sync.
+
+    torch.manual_seed, gradient checkpointing and CUDA graphs thereby replay the mask.
+    """
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)

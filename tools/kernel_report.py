@@ -82,7 +82,7 @@ def parse_unit(name: str, report: dict) -> Unit:
 
 
 def fill_dynamic_shared(units: list[Unit], root: Path, nvcc: Path, flags: list[str]) -> None:
-    """Asks the compiler for the shared-memory plan: kernel `x_kernel<P>` has its plan in `XSmem<P>`.
+    """Asks the compiler for the shared-memory plans: `x_kernel<P>` has its plan in `XSmem<P>`.
 
     ptxas only knows static shared memory. A host program that includes what the units include and
     prints the sizes of the plans needs no GPU.

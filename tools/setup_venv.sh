@@ -12,8 +12,8 @@ fail() {
   echo "setup: $*" >&2
   exit 1
 }
-pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
-has() { "$venv/bin/python" -c "import $1" 2>/dev/null; }
+pip() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"; }
+version_of() { "$venv/bin/python" -c "import importlib.metadata as m; print(m.version('$1'))" 2>/dev/null; }
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   fail "expected Python 3.10 or later, got $("$python" --version 2>&1). Next step: make setup PYTHON=python3.12"
@@ -26,16 +26,16 @@ fi
 "$python" -m venv "${borrow[@]}" "$venv" ||
   fail "$python cannot make a virtual environment. Next step, on Debian: apt-get install python3-venv"
 
-has torch || {
+version_of torch >/dev/null || {
   echo "setup: installing $torch"
   pip "$torch"
 }
-has setuptools && has wheel || pip 'setuptools>=70.1' wheel
+pip 'setuptools>=70.1' wheel || [ ${#borrow[@]} -gt 0 ] || fail "pip cannot reach a package index"
 
 # Compiling the kernels is left to the first use on a GPU, `make kernels` or `hf-flashattn build`.
 export HF_FLASHATTN_SKIP_BUILD=1
 constraints=$venv/constraints.txt
-"$venv/bin/python" -c 'import torch; print(f"torch=={torch.__version__}")' >"$constraints"
+echo "torch==$(version_of torch)" >"$constraints"
 echo "setup: installing hf_flashattn with its dependencies"
 if ! pip --constraint "$constraints" --no-build-isolation --editable '.[dev,examples]'; then
   [ ${#borrow[@]} -gt 0 ] || fail "pip could not install hf_flashattn; its words are above"

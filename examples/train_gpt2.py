@@ -14,6 +14,7 @@ lm/model.py; all else is what any training script has.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         Run(args).go()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every process found the same
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError as error:
         print(f"error: expected the step to fit into GPU memory\n  got:       {error}\n"
@@ -98,6 +100,7 @@ class Run:
                 compared = self._compare(order, COMPARED_STEPS_OF_THE_DEMO)
                 outcome["comparison"] = {"runs": compared["runs"], "ratios": compared["ratios"]}
         self._write(outcome)
+        self.accelerator.end_training()
 
     def _prepare_text(self) -> tuple[corpus.Corpus, Any, Blocks]:
         args = self.args
@@ -221,6 +224,7 @@ class Run:
             return
         output = self.args.output
         outcome["plot"] = PLOT
+        output.mkdir(parents=True, exist_ok=True)
         try:
             draw(outcome.get("comparison", outcome)["runs"], output / PLOT, outcome["command"])
         except ImportError as error:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from lm.packing import BatchOrder, fetch
-from lm.training import Recipe, Trainee, train_step
+from lm.training import REFRESH, Recipe, Trainee, train_step
 
 WARM_UP = 5  # steps that are not timed: allocation, autotuning, the first kernel build
 
@@ -51,7 +51,7 @@ def compare(trainees: list[Trainee], blocks: Dataset, recipe: Recipe) -> dict[st
     first = accelerator.process_index * per_process
     warm_up = min(WARM_UP, recipe.steps - 1)
     timed = {trainee.name: Timed() for trainee in trainees}
-    steps = tqdm(range(recipe.steps), unit="step", desc="comparing", mininterval=1.0,
+    steps = tqdm(range(recipe.steps), unit="step", desc="comparing", mininterval=REFRESH,
                  disable=not accelerator.is_main_process)
     for step in steps:
         tokens = fetch(blocks, order.step(step)[first : first + per_process], device)

@@ -50,7 +50,6 @@ def gpt2_config(size: Size, tokenizer_size: int, context: int, dropout: float) -
         embd_pdrop=dropout,
         attn_pdrop=dropout,
         use_cache=False,  # training has no use for keys and values of earlier calls
-        loss_type="ForCausalLM",
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -68,6 +67,7 @@ def build_model(
     config = copy.deepcopy(config)  # a model writes its attention into its config
     config._attn_implementation = "sdpa" if attention == "hf_flashattn" else attention
     model = GPT2LMHeadModel(config).to(device)
+    model.loss_type = "ForCausalLM"  # what it falls back to, but with a warning
     if attention != "hf_flashattn":
         return model, None
     try:

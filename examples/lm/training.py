@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from lm.packing import BatchOrder, fetch
 
 METRIC = Path(__file__).parents[1] / "metrics" / "perplexity"
 UNLIMITED = 2**40
+REFRESH = 0.5 if sys.stderr.isatty() else 10.0  # seconds between two states of the progress bar
 FLUSH_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
 LOWEST_RATE = 0.1  # of the peak, at the end of the cosine
 
@@ -184,7 +186,8 @@ def train(
                  (accelerator.process_index + 1) * per_process)
     bar = tqdm(
         total=None if recipe.steps == UNLIMITED else recipe.steps, initial=progress.step,
-        unit="step", desc=trainee.name, disable=not accelerator.is_main_process, mininterval=1.0,
+        unit="step", desc=trainee.name, disable=not accelerator.is_main_process,
+        mininterval=REFRESH,
     )
     while progress.step < recipe.steps:
         done = _share_done(recipe, progress, accelerator)

@@ -1,0 +1,384 @@
+"""Whole training steps of GPT-2 and BERT with eager, sdpa and hf_flashattn, interleaved in one run.
+
+    python benchmarks/training_step.py --json training_step.json
+    python benchmarks/training_step.py --models gpt2 --compile both --overlay-steps 300
+
+Protocol: bf16 autocast on fp32 weights, fused AdamW, gradient clipping, dropout 0.1 (attention
+included), random weights from one seed. All attentions are built first; then every step runs once
+with each of them, in rotating order, on the same batch. A time is the median over the steps after
+warm-up, by CUDA events around the whole step (forward, loss, backward, clip, optimizer). Peak
+memory is that of one attention alone: its weights and optimizer state plus what its step allocates.
+
+gpt2         GPT-2 small, 16 x 1024 random tokens, next-token loss
+bert-large   BERT-large, 32 x 512 with lengths uniform in 128..512, right-padded, masked-token loss
+             on 15 % of the real tokens; tokens/s counts real tokens
+
+--overlay-steps N trains GPT-2 small for N steps with eager and hf_flashattn, same weights, same
+batches: the bytes of the standard library's .py files as tokens, so that nothing but Python is
+needed. Their loss curves go into the JSON; `examples/plots.py` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+ATTENTIONS = ("eager", "sdpa", "hf_flashattn")
+OVERLAID = ("eager", "hf_flashattn")
+IGNORED = -100  # a label that the loss leaves out
+DROPOUT = 0.1
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained: model sizes and the shape of a batch."""
+
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int
+    batch: int
+    length: int
+    shortest: int  # of a row; equal to length where nothing is padded
+
+
+SHAPES = {
+    "gpt2": Shape(12, 768, 12, 50257, 16, 1024, 1024),
+    "bert-large": Shape(24, 1024, 16, 30522, 32, 512, 128),
+}
+TINY = {  # same code on a CPU within seconds
+    "gpt2": Shape(2, 64, 1, 512, 2, 32, 32),
+    "bert-large": Shape(2, 64, 1, 512, 2, 32, 8),
+}
+
+
+@dataclass
+class Contender:
+    """One attention: a model, its optimizer, and what was measured."""
+
+    name: str
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    report: Any
+    milliseconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """One optimizer step; the loss stays on the device."""
+        device_type = next(iter(batch.values())).device.type
+        with torch.autocast(device_type, torch.bfloat16):
+            loss = self.model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def resident_bytes(self) -> int:
+        tensors = list(self.model.parameters())
+        for state in self.optimizer.state.values():
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def make_model(name: str, shape: Shape, attention: str, seed: int) -> torch.nn.Module:
+    """Random weights that depend on the seed alone; `attention` is one of Transformers' own."""
+    torch.manual_seed(seed)
+    if name == "gpt2":
+        config = GPT2Config(
+            vocab_size=shape.vocab, n_positions=shape.length, n_embd=shape.hidden,
+            n_layer=shape.layers, n_head=shape.heads, resid_pdrop=DROPOUT, embd_pdrop=DROPOUT,
+            attn_pdrop=DROPOUT, use_cache=False, bos_token_id=None, eos_token_id=None,
+            attn_implementation=attention,
+        )
+        model = GPT2LMHeadModel(config)
+        model.loss_type = "ForCausalLM"
+        return model
+    config = BertConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, intermediate_size=4 * shape.hidden,
+        max_position_embeddings=shape.length, hidden_dropout_prob=DROPOUT,
+        attention_probs_dropout_prob=DROPOUT, attn_implementation=attention,
+    )
+    return BertForMaskedLM(config)
+
+
+def contender(
+    name: str, shape: Shape, attention: str, seed: int, device: torch.device, compiled: bool,
+    lr: float = 1e-4,
+) -> Contender:
+    own = attention == "hf_flashattn"
+    model = make_model(name, shape, "sdpa" if own else attention, seed).to(device).train()
+    report = None
+    if own:
+        import hf_flashattn
+
+        report = hf_flashattn.patch_model(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type == "cuda")
+    if compiled:
+        model.compile()
+    return Contender(attention, model, optimizer, report)
+
+
+def random_batch(name: str, shape: Shape, generator: torch.Generator) -> Batch:
+    """Token ids (batch, length), and for BERT the padding mask and the labels, on the CPU."""
+    size = (shape.batch, shape.length)
+    ids = torch.randint(5, shape.vocab, size, generator=generator)
+    if name == "gpt2":
+        return {"input_ids": ids, "labels": ids.clone()}
+    lengths = torch.randint(shape.shortest, shape.length + 1, (shape.batch, 1), generator=generator)
+    real = torch.arange(shape.length) < lengths  # (batch, length)
+    masked = (torch.rand(size, generator=generator) < 0.15) & real
+    masked[:, 0] = True  # no row without a label
+    labels = torch.where(masked, ids, torch.full_like(ids, IGNORED))
+    ids = torch.where(masked, torch.full_like(ids, 4), ids)
+    return {"input_ids": torch.where(real, ids, torch.zeros_like(ids)),
+            "attention_mask": real.long(), "labels": labels}
+
+
+def real_tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def measure(
+    contenders: Sequence[Contender], batches: Callable[[], Batch], warmup: int, steps: int,
+    device: torch.device, seed: int = 0,
+) -> float:
+    """Runs the protocol of the file's docstring; returns the mean number of real tokens a step."""
+    tokens = 0
+    for step in range(warmup + steps):
+        batch = batches()
+        counted = step >= warmup
+        tokens += real_tokens(batch) if counted else 0
+        batch = {key: value.to(device) for key, value in batch.items()}
+        turn = step % len(contenders)
+        for current in [*contenders[turn:], *contenders[:turn]]:
+            torch.manual_seed(seed + step)  # the same dropout outside of attention
+            before = _reset_peak(device)
+            loss, elapsed = timed(lambda c=current, b=batch: c.step(b), device)
+            current.losses.append(loss.item())
+            if counted:
+                current.milliseconds.append(elapsed)
+                current.peak_bytes = max(current.peak_bytes, _peak_above(device, before, current))
+    return tokens / max(steps, 1)
+
+
+def timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
+    """The result of `call` and its milliseconds: CUDA events, on a CPU the clock."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        result = call()
+        return result, (time.perf_counter() - started) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    return result, start.elapsed_time(end)
+
+
+def benchmark(
+    name: str, shape: Shape, attentions: Sequence[str], compiled: bool, args: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """All attentions on one model; a run per attention, keyed by its name."""
+    contenders = [contender(name, shape, attention, args.seed, device, compiled)
+                  for attention in attentions]
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = measure(contenders, lambda: random_batch(name, shape, generator), args.warmup,
+                     args.steps, device, args.seed)
+    baseline = statistics.median(contenders[0].milliseconds)
+    return {c.name: _summary(c, tokens, shape.batch, baseline) for c in contenders}
+
+
+def standard_library_bytes(limit: int = 2**25) -> torch.Tensor:
+    """The .py files of the standard library as one uint8 tensor, in the order of their names."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    content = bytearray()
+    for path in sorted(root.rglob("*.py")):
+        if "site-packages" not in path.parts and "dist-packages" not in path.parts:
+            content += path.read_bytes() + b"\0"
+        if len(content) >= limit:
+            break
+    return torch.frombuffer(content, dtype=torch.uint8)
+
+
+def text_batches(text: torch.Tensor, shape: Shape, seed: int) -> Iterator[Batch]:
+    """Endless batches of random windows of the text; a token is a byte."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(text) - shape.length, (shape.batch,), generator=generator)
+        ids = torch.stack([text[start : start + shape.length] for start in starts]).long()
+        yield {"input_ids": ids, "labels": ids}
+
+
+def overlay(shape: Shape, steps: int, seed: int, device: torch.device) -> dict[str, Any]:
+    """Loss curves of eager and hf_flashattn: same weights, same batches.
+
+    The dropout inside attention is not the same random numbers, so the curves agree as two seeds
+    do. `eager (other seed)`, on the same batches, shows how far apart that is.
+    """
+    contenders = [contender("gpt2", shape, attention, seed, device, False, lr=6e-4)
+                  for attention in OVERLAID]
+    batches = text_batches(standard_library_bytes(), shape, seed)
+    measure(contenders, lambda: next(batches), steps, 0, device, seed)
+    other = contender("gpt2", shape, "eager", seed, device, False, lr=6e-4)
+    other.name = "eager (other seed)"
+    batches = text_batches(standard_library_bytes(), shape, seed)
+    measure([other], lambda: next(batches), steps, 0, device, seed + 10**6)
+    reference = contenders[0].losses
+    runs: dict[str, Any] = {}
+    for current in [*contenders, other]:
+        last = max(1, steps // 10)
+        gaps = [abs(a - b) for a, b in zip(current.losses, reference, strict=True)]
+        runs[current.name] = {
+            "losses": current.losses,
+            "mean_of_last_tenth": statistics.fmean(current.losses[-last:]),
+            "largest_gap_to_eager": max(gaps),
+            "mean_gap_to_eager": statistics.fmean(gaps),
+        }
+    return runs
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "hf_flashattn"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"command": " ".join(sys.argv), "versions": versions,
+            "device": {"type": device.type, "name": name, "cuda": torch.version.cuda}}
+
+
+def table(name: str, shape: Shape, compiled: bool, runs: dict[str, dict[str, Any]]) -> str:
+    first = next(iter(runs))
+    rows = [f"{name}, {shape.batch} x {shape.length}{', torch.compile' if compiled else ''}",
+            f"  {'attention':<14}{'ms/step':>9}{'p10':>9}{'p90':>9}{'tokens/s':>12}{'peak GiB':>10}"
+            f"{'x ' + first:>10}"]
+    for label, run in runs.items():
+        times = run["step_ms"]
+        rows.append(f"  {label:<14}{times['median']:>9.1f}{times['p10']:>9.1f}{times['p90']:>9.1f}"
+                    f"{run['tokens_per_second']:>12,.0f}{run['peak_memory_gib'] or 0:>10.1f}"
+                    f"{run['speedup']:>10.2f}")
+    return "\n".join(rows)
+
+
+def _summary(
+    current: Contender, tokens: float, sequences: int, baseline: float
+) -> dict[str, Any]:
+    times = current.milliseconds
+    median = statistics.median(times)
+    deciles = statistics.quantiles(times, n=10) if len(times) > 1 else [median] * 9
+    return {
+        "step_ms": {"median": median, "p10": deciles[0], "p90": deciles[-1], "all": times},
+        "tokens_per_second": tokens / median * 1e3,
+        "sequences_per_second": sequences / median * 1e3,
+        "peak_memory_gib": current.peak_bytes / 2**30 or None,
+        "speedup": baseline / median,
+        "losses": current.losses,
+        "attention_report": None if current.report is None else str(current.report),
+    }
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_above(device: torch.device, before: int, current: Contender) -> int:
+    if device.type != "cuda":
+        return 0
+    return current.resident_bytes() + torch.cuda.max_memory_allocated(device) - before
+
+
+def _names(given: str, known: Sequence[str], flag: str) -> list[str]:
+    names = given.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"error: expected {flag} out of {', '.join(known)}; got {unknown[0]!r}; "
+                         f"next step: {flag} {','.join(known)}")
+    return names
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="gpt2,bert-large")
+    parser.add_argument("--attention", default=",".join(ATTENTIONS))
+    parser.add_argument("--compile", choices=("no", "yes", "both"), default="no")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--overlay-steps", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: for tests")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    args.models = _names(args.models, tuple(SHAPES), "--models") if args.models else []
+    args.attention = _names(args.attention, ATTENTIONS, "--attention")
+    if args.steps < 1:
+        raise SystemExit(f"error: expected --steps of at least 1; got {args.steps}; "
+                         "next step: --steps 30")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    on_gpu = torch.cuda.is_available() and not args.cpu
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    shapes = TINY if args.tiny else SHAPES
+    outcome: dict[str, Any] = environment(device) | {
+        "kind": "training_step", "seed": args.seed, "dropout": DROPOUT, "warmup": args.warmup,
+        "timed_steps": args.steps, "models": [], "runs": {}}
+    for name in args.models:
+        for compiled in {"no": [False], "yes": [True], "both": [False, True]}[args.compile]:
+            runs = benchmark(name, shapes[name], args.attention, compiled, args, device)
+            print(table(name, shapes[name], compiled, runs), flush=True)
+            outcome["models"].append({"name": name, "shape": asdict(shapes[name]),
+                                      "compile": compiled, "runs": runs})
+            _free(device)
+    if args.overlay_steps:
+        outcome["runs"] = overlay(shapes["gpt2"], args.overlay_steps, args.seed, device)
+        for label, run in outcome["runs"].items():
+            print(f"  {label:<20} loss {run['losses'][0]:.3f} -> {run['mean_of_last_tenth']:.4f}"
+                  f"   gap to eager: mean {run['mean_gap_to_eager']:.4f},"
+                  f" largest {run['largest_gap_to_eager']:.4f}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(outcome, indent=1) + "\n")
+        print(args.json)
+    return 0
+
+
+def _free(device: torch.device) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,6 +22,7 @@ _sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _sdpa_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+@torch.autocast("cpu", enabled=False)  # the caller's autocast would round the reference's fp32 products
 def forward(
     q: Tensor,
     k: Tensor,
@@ -56,6 +57,7 @@ def forward(
     return out, lse
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     dout: Tensor,
     q: Tensor,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import build, cpu
 
@@ -40,10 +41,14 @@ _DEFINED_BY = "HF_FLASHATTN_SCHEMAS_DEFINED_BY"  # read by schemas_are_defined()
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """path: the loaded library, or None. reason: why there is none, and the next step; empty when loaded."""
+    """path: the loaded library, or None. reason: why there is none, and the next step; empty when loaded.
+
+    failed: it was wanted and is not to be had here, as opposed to not built yet.
+    """
 
     path: Path | None
     reason: str
+    failed: bool = False
 
     @property
     def loaded(self) -> bool:
@@ -52,6 +57,7 @@ class LibraryStatus:
 
 _lock = threading.Lock()
 _status = LibraryStatus(None, "not asked for yet")
+_tried = 0  # 1: looked for, 2: also tried to build
 _schemas_in_python = False
 
 
@@ -60,21 +66,24 @@ def library_status() -> LibraryStatus:
     return _status
 
 
-def load_library(*, build_if_missing: bool = True, verbose: bool = True) -> LibraryStatus:
+def load_library(*, build_if_missing: bool = True, retry: bool = False, verbose: bool = True) -> LibraryStatus:
     """Load the compiled library once a process, building it first if it is missing and that is allowed.
 
-    Never raises: the status says what is missing. A library that failed to load is tried again on the next call.
+    Never raises: the status says what is missing. What failed once is not tried again (a build takes minutes, and
+    callers that fall back ask for every call), unless retry.
     """
-    global _status
-    if _status.loaded:
+    global _status, _tried
+    wanted = 2 if build_if_missing else 1
+    if _status.loaded or (_tried >= wanted and not retry):
         return _status
     with _lock:
-        if not _status.loaded:
+        if not _status.loaded and (_tried < wanted or retry):
             try:
                 path = _find(build_if_missing, verbose)
                 _status = _load(path) if path else LibraryStatus(None, "not built yet; next step: hf-flashattn build")
             except (build.BuildError, OSError) as error:
-                _status = LibraryStatus(None, str(error))
+                _status = LibraryStatus(None, str(error), failed=True)
+            _tried = wanted
     return _status
 
 
@@ -148,29 +157,40 @@ def _backward_fake(dout, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, *ctx.flags = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # else zeros are made for lse in every step
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+class _Attention(torch.autograd.Function):
+    """The autograd node of forward. Inputs: the dispatch keys, then the op's own arguments."""
+
+    @staticmethod
+    def forward(ctx, keys, *args):
+        out, lse = _below_autograd(keys, *args)
+        q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, *ctx.flags = args
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # else zeros are made for lse in every step
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable  # a second derivative is an error, not silently zero
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 15
+        return (None, *_backward(dout, *ctx.saved_tensors, *ctx.flags), *(None,) * 11)
 
 
-def _differentiate(ctx, dout, _):
-    if dout is None:
-        return (None,) * 14
-    return (*_backward(dout, *ctx.saved_tensors, *ctx.flags), *(None,) * 11)
+def _forward_autograd(keys, *args):
+    q, k, v = args[:3]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(keys, *args)
+    return _below_autograd(keys, *args)
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError(
-        "hf_flashattn: the gradient of the gradient is not there (create_graph=True reached attention). "
-        "Nearest supported: first derivatives. Next step: attn_implementation='eager' for this model."
-    )
+def _below_autograd(keys, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-torch.library.register_autograd("hf_flashattn::forward", _differentiate, setup_context=_save, lib=_registry)
-torch.library.register_autograd("hf_flashattn::backward", _no_second_derivative, lib=_registry)
+# torch.library.register_autograd does the same in general, at 50 us a call more than this.
+_registry.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 
 
 # -------------------------------------------------------------------------------------------------- the calls

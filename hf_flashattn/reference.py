@@ -16,6 +16,7 @@ Nothing here is fast; everything runs on any device and is differentiable by aut
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -192,6 +193,18 @@ def _head_chunks(batch: int, heads: int, sq: int, sk: int) -> list[range]:
     return [range(h, min(h + step, heads)) for h in range(0, heads, step)]
 
 
+def _immune_to_autocast(function):
+    """Autocast would round the products that are to be exact."""
+
+    @functools.wraps(function)
+    def wrapped(q, *args):
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args)
+
+    return wrapped
+
+
+@_immune_to_autocast
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -302,6 +315,7 @@ def attention_backward_reference(
     return dq, dk, dv
 
 
+@_immune_to_autocast
 def _attend_backward(dout, q, k, v, out, lse, visible, scale, dropout, first_batch):
     """Dense gradient under a visibility mask; see attention_backward_reference."""
     (batch, sq, heads, dim), (sk, heads_k) = q.shape, k.shape[1:3]

@@ -1,0 +1,262 @@
+"""flash-attn's functions, by flash-attn's names, with its parameters, order, defaults and layouts.
+
+    out = flash_attn_func(q, k, v, dropout_p=0.1, causal=True)      # (B, S, H, D), differentiable
+
+Code written for flash-attn runs unchanged where it uses what is there: full and causal attention, dropout, GQA and
+MQA, packed sequences, deterministic gradients. A sliding window, softcap, ALiBi and a paged cache raise
+NotImplementedError. What flash-attn lacks comes as keywords: key_start and key_len say per batch row which keys
+are real, so that left- and right-padded batches run without a copy.
+
+Causal means bottom-right aligned: the last query sees the last key. Rows that see no key give 0 (and no gradient).
+Under torch.autocast, inputs are cast to its dtype as PyTorch's own matrix products do. With
+torch.use_deterministic_algorithms(True) gradients are deterministic whatever `deterministic` says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, support
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    key_start: Tensor | None = None,
+    key_len: Tensor | None = None,
+) -> Result:
+    """softmax(softmax_scale * q k^T + mask) v, per head.
+
+    Args:
+        q: (B, Sq, Hq, D).  k, v: (B, Sk, Hkv, D), Hq a multiple of Hkv. On CUDA: fp16 or bf16, D 64 or 128.
+        dropout_p: probability of dropping an attention weight (pass 0.0 when evaluating). Kept in 1/256ths.
+        softmax_scale: 1 / sqrt(D) unless told.
+        causal: row r sees keys c <= r + Sk - Sq.
+        window_size, softcap, alibi_slopes: not there yet, defaults only ((-1, 0) is taken as causal).
+        deterministic: gradients bitwise equal from run to run, somewhat slower.
+        key_start, key_len: int32 (B,) on q's device. Row b sees keys key_start[b] <= c < key_start[b] + key_len[b];
+            None means from 0, and to the end.
+
+    Returns: out (B, Sq, Hq, D); with return_attn_probs the tuple (out, softmax_lse fp32 (B, Hq, Sq), None).
+        flash-attn's third entry, the dropped probabilities, is for its tests only and is never built here.
+    """
+    causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
+    q, k, v = _under_autocast(q, k, v)
+    support.check_tensors(q, k, v, key_start=key_start, key_len=key_len, dropout_p=dropout_p)
+    out, lse = ops.forward(
+        q,
+        k,
+        v,
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal=causal,
+        dropout_p=dropout_p,
+        rng_state=ops.new_rng_state(q.device) if dropout_p > 0 else None,
+        key_start=key_start,
+        key_len=key_len,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+    )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    key_start: Tensor | None = None,
+    key_len: Tensor | None = None,
+) -> Result:
+    """flash_attn_func with kv (B, Sk, 2, Hkv, D): no copy forward, one gradient tensor backward."""
+    k, v = _unpack("kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, key_start=key_start, key_len=key_len,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    key_start: Tensor | None = None,
+    key_len: Tensor | None = None,
+) -> Result:
+    """flash_attn_func with qkv (B, S, 3, H, D): no copy forward, one gradient tensor backward."""
+    q, k, v = _unpack("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, key_start=key_start, key_len=key_len,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """Attention within each sequence of a packed batch.
+
+    Args:
+        q: (total_q, Hq, D).  k, v: (total_k, Hkv, D).
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) on q's device: 0 and the running sum of the lengths; empty
+            sequences are allowed. Their values are read once for each tensor (see support.py).
+        max_seqlen_q, max_seqlen_k: the longest lengths, or more.
+        block_table: not there yet.
+        The others as in flash_attn_func.
+
+    Returns: out (total_q, Hq, D); with return_attn_probs (out, softmax_lse fp32 (Hq, total_q), None).
+    """
+    causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes, block_table)
+    q, k, v = _under_autocast(q, k, v)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise TypeError(
+            "hf_flashattn: expected tensors cu_seqlens_q and cu_seqlens_k, got None. Nearest supported: "
+            "flash_attn_func for dense batches. Next step: pass int32 offsets (batch + 1,)"
+        )
+    max_seqlen_q, max_seqlen_k = (int(x) if isinstance(x, Tensor) else x for x in (max_seqlen_q, max_seqlen_k))
+    support.check_tensors(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, dropout_p=dropout_p,
+    )  # fmt: skip
+    out, lse = ops.forward(
+        q,
+        k,
+        v,
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal=causal,
+        dropout_p=dropout_p,
+        rng_state=ops.new_rng_state(q.device) if dropout_p > 0 else None,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+    )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """flash_attn_varlen_func with kv (total_k, 2, Hkv, D)."""
+    k, v = _unpack("kv", kv, 2, "(total, 2, heads, head_dim)")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """flash_attn_varlen_func with qkv (total, 3, H, D)."""
+    q, k, v = _unpack("qkv", qkv, 3, "(total, 3, heads, head_dim)")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def _only_what_is_there(
+    window_size: tuple[int, int],
+    causal: bool,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    block_table: Tensor | None = None,
+) -> bool:
+    """Raise NotImplementedError for what is to come; return causal, which the window (-1, 0) also means."""
+    window = tuple(window_size)
+    if window != (-1, -1) or softcap or alibi_slopes is not None or block_table is not None:
+        support.refuse(
+            support.explain_features(
+                window=window,
+                causal=causal,
+                softcap=softcap,
+                alibi=alibi_slopes is not None,
+                paged=block_table is not None,
+            )
+        )
+    return causal or window[1] == 0
+
+
+def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does to the inputs of a matrix product: cast all but fp64."""
+    device_type = q.device.type
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        if q.is_floating_point() and q.dtype != torch.float64:
+            return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
+
+
+def _unpack(name: str, x: Tensor, parts: int, layout: str) -> tuple[Tensor, ...]:
+    """The parts as views. unbind's gradient is one stack, where a select for each part would fill and add."""
+    if x.dim() != layout.count(",") + 1 or x.shape[-3] != parts:
+        raise ValueError(
+            f"hf_flashattn: {name}: expected shape {layout}, got {tuple(x.shape)}. Nearest supported: "
+            f"torch.stack of the {parts} parts in dimension -3. Next step: check the order of the dimensions"
+        )
+    return x.unbind(-3)

@@ -166,7 +166,7 @@ def find_toolchain() -> Toolchain:
     if nvcc is None:
         missing.append(
             f"nvcc: expected CUDA {least_nvcc} or later in $CUDA_HOME/bin, on PATH or in "
-            f"{_USUAL_CUDA_HOMES[0]}/bin, found none. Install the CUDA toolkit, or set CUDA_HOME."
+            f"{' or '.join(_USUAL_CUDA_HOMES)}, found none. Install the toolkit, or set CUDA_HOME."
         )
     elif _numbers(version) < MIN_NVCC:
         missing.append(

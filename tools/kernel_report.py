@@ -35,7 +35,7 @@ SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 USED = re.compile(r"Used (\d+) registers")
 STATIC_SHARED = re.compile(r"(\d+) bytes smem")
 COMPLAINT = re.compile(r"Potential Performance Loss|wgmma\S* instructions are serialized")
-KERNEL_OF_POLICY = re.compile(r"^void ((?:\w+::)*)(\w+)_kernel<(.*)>\(")
+KERNEL_OF_POLICY = re.compile(r"^void ((?:\w+::)*)(\w+)_kernel<([\w:]+Policy<.*>) ?>\(")
 
 
 @dataclass

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import build, cpu
 
@@ -162,7 +161,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, keys, *args):
-        out, lse = _below_autograd(keys, *args)
+        out, lse = _below_autograd(_forward, keys, args)
         q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, *ctx.flags = args
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # else zeros are made for lse in every step
@@ -170,27 +169,44 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # a second derivative is an error, not silently zero
     def backward(ctx, dout, _):
         if dout is None:
             return (None,) * 15
         return (None, *_backward(dout, *ctx.saved_tensors, *ctx.flags), *(None,) * 11)
 
 
-def _forward_autograd(keys, *args):
-    q, k, v = args[:3]
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(keys, *args)
-    return _below_autograd(keys, *args)
+class _Gradient(torch.autograd.Function):
+    """The autograd node of backward: a second derivative is an error, not silently zero."""
+
+    @staticmethod
+    def forward(ctx, keys, *args):
+        return _below_autograd(_backward, keys, args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "hf_flashattn: the gradient of a gradient is not there (create_graph=True reached attention). "
+            "Nearest supported: first derivatives. Next step: attn_implementation='eager' for this model"
+        )
 
 
-def _below_autograd(keys, *args):
+def _autograd_kernel(op, node):
+    def kernel(keys, *args):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return node.apply(keys, *args)
+        return _below_autograd(op, keys, args)
+
+    return kernel
+
+
+def _below_autograd(op, keys, args):
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
 # torch.library.register_autograd does the same in general, at 50 us a call more than this.
-_registry.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+_registry.impl("forward", _autograd_kernel(_forward, _Attention), "Autograd", with_keyset=True)
+_registry.impl("backward", _autograd_kernel(_backward, _Gradient), "Autograd", with_keyset=True)
 
 
 # -------------------------------------------------------------------------------------------------- the calls

@@ -1,0 +1,82 @@
+"""benchmarks/training_step.py and examples/plots.py on tiny shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+torch = pytest.importorskip("torch")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def training_step() -> ModuleType:
+    return load(ROOT / "benchmarks" / "training_step.py")
+
+
+def test_times_both_models_and_writes_json(training_step, tmp_path: Path, capsys):
+    path = tmp_path / "sub" / "steps.json"
+    options = ["--tiny", "--cpu", "--attention", "eager,sdpa", "--steps", "3", "--warmup", "1"]
+    assert training_step.main([*options, "--json", str(path)]) == 0
+    outcome = json.loads(path.read_text())
+    assert [model["name"] for model in outcome["models"]] == ["gpt2", "bert-large"]
+    for model in outcome["models"]:
+        eager, sdpa = model["runs"]["eager"], model["runs"]["sdpa"]
+        assert len(eager["step_ms"]["all"]) == 3 and len(sdpa["losses"]) == 4
+        # Same weights, same batch: the first losses differ by bf16 and attention dropout alone.
+        assert eager["losses"][0] == pytest.approx(sdpa["losses"][0], rel=0.05)
+        assert eager["speedup"] == 1
+    assert "bert-large, 2 x 32" in capsys.readouterr().out
+
+
+def test_rows_of_bert_have_the_asked_lengths_and_labels_on_real_tokens(training_step):
+    shape = training_step.TINY["bert-large"]
+    batch = training_step.random_batch("bert-large", shape, torch.Generator().manual_seed(0))
+    lengths = batch["attention_mask"].sum(1)
+    assert lengths.min() >= shape.shortest and lengths.max() <= shape.length
+    labelled = batch["labels"] != training_step.IGNORED
+    assert labelled.any(1).all() and not (labelled & (batch["attention_mask"] == 0)).any()
+    assert training_step.real_tokens(batch) == lengths.sum()
+
+
+def test_overlay_trains_on_the_same_bytes(training_step, monkeypatch):
+    monkeypatch.setattr(training_step, "OVERLAID", ("eager", "sdpa"))
+    runs = training_step.overlay(training_step.TINY["gpt2"], 3, 0, torch.device("cpu"))
+    assert list(runs) == ["eager", "sdpa", "eager (other seed)"]
+    assert all(len(run["losses"]) == 3 for run in runs.values())
+    assert runs["sdpa"]["largest_gap_to_eager"] < 0.2
+
+
+def test_refuses_unknown_names(training_step):
+    with pytest.raises(SystemExit, match="expected --models out of gpt2, bert-large"):
+        training_step.main(["--models", "llama"])
+
+
+def test_plots_overlay_files(tmp_path: Path, capsys):
+    pytest.importorskip("matplotlib")
+    plots = load(ROOT / "examples" / "plots.py")
+    assert plots.smooth([1.0, 2.0, 3.0, 4.0], share=0.5) == [1.0, 1.5, 2.5, 3.5]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        run = {"losses": [3.0, 2.0, 1.5], "step_ms": {"median": 4.0}}
+        (tmp_path / name / "results.json").write_text(
+            json.dumps({"command": "x", "runs": {"sdpa": run}}))
+    files = [str(tmp_path / name / "results.json") for name in ("a", "b")]
+    assert list(plots.load_runs([Path(file) for file in files])) == ["sdpa", "sdpa (b)"]
+    assert plots.main([*files, "--out", str(tmp_path / "out.png")]) == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert plots.main([str(tmp_path / "missing.json")]) == 2
+    assert "next step" in capsys.readouterr().err

@@ -21,9 +21,8 @@ Status backward(BackwardParams const& p) {
   if (status.ok()) status = make_map(maps.dout, p.dout, problem, rows_q, problem.heads_q, P::kBlockM);
   if (status.ok()) status = make_map(maps.k, p.k, problem, rows_k, problem.heads_k, P::kBlockN);
   if (status.ok()) status = make_map(maps.v, p.v, problem, rows_k, problem.heads_k, P::kBlockN);
-  auto const kernel = backward_kernel<P>;
   int const smem_bytes = sizeof(BackwardSmem<P>);
-  if (status.ok()) status = allow_shared_memory(kernel, smem_bytes);
+  if (status.ok()) status = allow_shared_memory<backward_kernel<P>>(smem_bytes);
   if (!status.ok()) return status;
 
   auto const stream = static_cast<cudaStream_t>(problem.stream);
@@ -32,7 +31,7 @@ Status backward(BackwardParams const& p) {
   dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
   prep::backward_preprocess_kernel<Element, P::kHeadDim, P::kBlockM>
       <<<rows, prep::kPreprocessThreads, 0, stream>>>(p, workspace);
-  kernel<<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps);
+  backward_kernel<P><<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps);
   prep::dq_convert_kernel<Element, P::kHeadDim, P::kBlockM>
       <<<rows, prep::kConvertThreads, 0, stream>>>(p, workspace);
   return check(cudaGetLastError(), "launching the backward kernels");

@@ -16,14 +16,13 @@ Status launch_forward(ForwardParams const& p) {
   Status status = make_map(maps.q, p.q, problem, rows_q, problem.heads_q, P::kBlockM);
   if (status.ok()) status = make_map(maps.k, p.k, problem, rows_k, problem.heads_k, P::kBlockN);
   if (status.ok()) status = make_map(maps.v, p.v, problem, rows_k, problem.heads_k, P::kBlockN);
-  auto const kernel = forward_kernel<P>;
   int const smem_bytes = sizeof(ForwardSmem<P>);
-  if (status.ok()) status = allow_shared_memory(kernel, smem_bytes);
+  if (status.ok()) status = allow_shared_memory<forward_kernel<P>>(smem_bytes);
   if (!status.ok()) return status;
 
   TileScheduler const scheduler(problem, P::kBlockM, P::kCausal);
   int const grid = scheduler.tiles < problem.num_sms ? scheduler.tiles : problem.num_sms;
-  kernel<<<grid, P::kThreads, smem_bytes, static_cast<cudaStream_t>(problem.stream)>>>(p, maps,
+  forward_kernel<P><<<grid, P::kThreads, smem_bytes, static_cast<cudaStream_t>(problem.stream)>>>(p, maps,
                                                                                      scheduler);
   return check(cudaGetLastError(), "launching the forward kernel");
 }

@@ -76,15 +76,15 @@ inline Status make_map(CUtensorMap& map, TensorView const& view, Problem const& 
 }
 
 // Raises a kernel's shared-memory limit once per device.
-template <class Kernel>
-Status allow_shared_memory(Kernel kernel, int bytes) {
+template <auto Kernel>
+Status allow_shared_memory(int bytes) {
   static uint64_t done = 0;  // a bit per device; setting it twice is harmless
   int device = 0;
   cudaGetDevice(&device);
   uint64_t const bit = uint64_t{1} << (device % 64);
   if (done & bit) return success();
   Status const status =
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+      check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
             "setting the shared-memory size of a kernel");
   if (status.ok()) done |= bit;
   return status;

@@ -1,0 +1,146 @@
+"""The judge of every kernel test: errors against fp32, as multiples of what PyTorch makes.
+
+The yardstick is the reference run in the kernel's own 16-bit type: the kernel's error against the
+fp32 reference may be twice the yardstick's, a gradient's three times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hf_flashattn import ops
+from hf_flashattn.reference import attention_reference
+
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. lengths: packed sequences, pairs (rows, keys); else dense (batch, sq, sk)."""
+
+    batch: int = 2
+    sq: int = 256
+    sk: int = 256
+    heads_q: int = 2
+    heads_k: int = 2
+    dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = False
+    dropout_p: float = 0.0
+    softmax_scale: float | None = None
+    lengths: tuple[tuple[int, int], ...] | None = None
+    key_ranges: tuple[tuple[int, int], ...] | None = None  # (start, length) per row of the batch
+    deterministic: bool = False
+
+    def __str__(self) -> str:
+        size = f"lengths={self.lengths}" if self.lengths else f"{self.batch}x{self.sq}x{self.sk}"
+        parts = [size, f"h{self.heads_q}:{self.heads_k}", f"d{self.dim}", str(self.dtype)[6:]]
+        parts += ["causal"] * self.causal + ["dropout"] * (self.dropout_p > 0)
+        parts += ["deterministic"] * self.deterministic
+        parts += [f"keys={self.key_ranges}"] * (self.key_ranges is not None)
+        return "-".join(parts)
+
+
+@dataclass
+class Problem:
+    """The tensors of a case on the GPU."""
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    options: dict  # what ops.forward, ops.backward and the reference take alike
+    sizes: dict  # max_seqlen_*, for the ops alone
+
+
+def make_problem(case: Case, *, seed: int = 0) -> Problem:
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(case.dtype)
+
+    def int32(values) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    scale = case.softmax_scale if case.softmax_scale is not None else case.dim**-0.5
+    options: dict = {"softmax_scale": scale, "causal": case.causal, "dropout_p": case.dropout_p}
+    sizes: dict = {}
+    if case.dropout_p > 0:
+        options["rng_state"] = torch.tensor([0x1234567890ABCDEF, 987654321987], device=device)
+    if case.lengths is not None:
+        rows, keys = zip(*case.lengths, strict=True)
+        leading_q, leading_k = (sum(rows),), (sum(keys),)
+        options["cu_seqlens_q"] = int32([0, *torch.tensor(rows).cumsum(0).tolist()])
+        options["cu_seqlens_k"] = int32([0, *torch.tensor(keys).cumsum(0).tolist()])
+        sizes = {"max_seqlen_q": max(rows), "max_seqlen_k": max(keys)}
+    else:
+        leading_q, leading_k = (case.batch, case.sq), (case.batch, case.sk)
+    if case.key_ranges is not None:
+        options["key_start"] = int32([start for start, _ in case.key_ranges])
+        options["key_len"] = int32([length for _, length in case.key_ranges])
+    q = normal(*leading_q, case.heads_q, case.dim)
+    k = normal(*leading_k, case.heads_k, case.dim)
+    v = normal(*leading_k, case.heads_k, case.dim)
+    dout = normal(*leading_q, case.heads_q, case.dim)
+    return Problem(case, q, k, v, dout, options, sizes)
+
+
+Results = dict[str, Tensor]  # out, lse, dq, dk, dv
+
+
+def run_kernel(problem: Problem) -> Results:
+    case = problem.case
+    options = {**problem.options, **problem.sizes, "deterministic": case.deterministic}
+    out, lse = ops.forward(problem.q, problem.k, problem.v, **options)
+    dq, dk, dv = ops.backward(problem.dout, problem.q, problem.k, problem.v, out, lse, **options)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def run_reference(problem: Problem, math_dtype: torch.dtype | None) -> Results:
+    """In fp32 (None: inputs and results too) or in the given type all along."""
+    dtype = math_dtype or torch.float32
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v))
+    out, lse = attention_reference(q, k, v, **problem.options, math_dtype=dtype)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), problem.dout.to(out.dtype))
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def max_error(a: Tensor, b: Tensor) -> float:
+    return (a.float() - b.float()).abs().max().item() if a.numel() else 0.0
+
+
+def judge(problem: Problem, results: Results | None = None) -> dict[str, float]:
+    """Asserts the bounds; returns each result's error over the yardstick's."""
+    results = results or run_kernel(problem)
+    exact = run_reference(problem, None)
+    yardstick = run_reference(problem, problem.case.dtype)
+    ratios, failures = {}, []
+    seen = exact["lse"] > -float("inf")
+    assert torch.equal(results["lse"] > -float("inf"), seen), f"{problem.case}: wrong empty rows"
+    torch.testing.assert_close(results["lse"][seen], exact["lse"][seen], rtol=1e-4, atol=1e-4)
+    for name, factor in {"out": 2, "dq": 3, "dk": 3, "dv": 3}.items():
+        got, want = results[name], exact[name]
+        assert got.shape == want.shape and got.dtype == problem.case.dtype
+        assert torch.isfinite(got).all(), f"{problem.case}: {name} is not finite"
+        error, allowed = max_error(got, want), max_error(yardstick[name], want)
+        # A result that PyTorch happens to get exactly may still be off by one rounding.
+        largest = want.abs().max().item() if want.numel() else 0.0
+        floor = ROUNDING[problem.case.dtype] * max(largest, 1e-3)
+        ratios[name] = error / max(allowed, floor)
+        if error > factor * max(allowed, floor):
+            failures.append(f"{name}: error {error:.3g}, PyTorch's {allowed:.3g}, at most x{factor}")
+    assert not failures, f"{problem.case}: " + "; ".join(failures)
+    return ratios
+
+
+def variants(case: Case, **choices) -> list[Case]:
+    """All combinations of the given fields."""
+    cases = [case]
+    for field, values in choices.items():
+        cases = [replace(c, **{field: value}) for c in cases for value in values]
+    return cases

@@ -1,0 +1,157 @@
+"""Forward and backward against the reference: shapes, masks, dropout, padding, packing, repeats."""
+
+import pytest
+import torch
+from judge import Case, judge, make_problem, run_kernel, variants
+
+from hf_flashattn import ops
+
+DTYPES = (torch.float16, torch.bfloat16)
+BASE = variants(Case(), dim=(64, 128), causal=(False, True), dtype=DTYPES)
+SHAPES = [
+    (1, 1), (1, 300), (239, 1), (799, 3), (3, 799), (64, 64), (128, 128), (113, 203), (203, 113),
+    (128, 217), (192, 176), (256, 512), (1023, 1024), (1024, 1023), (2048, 2048),
+]  # fmt: skip
+
+
+def parametrize(cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+@pytest.mark.parametrize("sq,sk", SHAPES)
+@parametrize(BASE)
+def test_shapes(case, sq, sk):
+    judge(make_problem(Case(**{**case.__dict__, "sq": sq, "sk": sk})))
+
+
+@pytest.mark.parametrize("sq,sk", [(1, 1), (113, 203), (512, 512), (300, 1000)])
+@parametrize(variants(Case(dropout_p=0.1), dim=(64, 128), causal=(False, True), dtype=DTYPES))
+def test_dropout(case, sq, sk):
+    judge(make_problem(Case(**{**case.__dict__, "sq": sq, "sk": sk})))
+
+
+@pytest.mark.parametrize("p", [0.001, 0.25, 0.5, 0.75, 0.999])
+def test_dropout_probabilities(p):
+    judge(make_problem(Case(sq=200, sk=200, dropout_p=p)))
+
+
+@parametrize(variants(Case(sq=300, sk=300), dim=(64, 128), causal=(False, True), heads_q=(8,),
+                      heads_k=(1, 2, 4), dropout_p=(0.0, 0.1)))  # fmt: skip
+def test_grouped_heads(case):
+    judge(make_problem(case))
+
+
+PACKED = ((100, 100), (1, 1), (0, 0), (513, 513), (64, 64), (0, 7), (5, 0), (130, 129))
+
+
+@parametrize(variants(Case(lengths=PACKED, heads_q=4), dim=(64, 128), causal=(False, True),
+                      heads_k=(2, 4), dropout_p=(0.0, 0.1), deterministic=(False, True)))  # fmt: skip
+def test_packed(case):
+    judge(make_problem(case))
+
+
+RANGES = ((0, 300), (0, 77), (150, 150), (299, 1), (0, 0), (120, 30), (0, 128), (128, 128))
+
+
+@parametrize(variants(Case(batch=8, sq=300, sk=300, key_ranges=RANGES), dim=(64, 128),
+                      causal=(False, True), dropout_p=(0.0, 0.1), deterministic=(False, True)))  # fmt: skip
+def test_key_ranges(case):
+    judge(make_problem(case))
+
+
+@parametrize(variants(Case(sq=200, sk=333), causal=(False, True), softmax_scale=(0.01, 0.5, 3.0)))
+def test_scale(case):
+    judge(make_problem(case))
+
+
+@parametrize(variants(Case(sq=777, sk=777, deterministic=True), dim=(64, 128), causal=(False, True),
+                      dropout_p=(0.0, 0.1)))  # fmt: skip
+def test_deterministic_is_right(case):
+    judge(make_problem(case))
+
+
+def poison(tensor, rows):
+    tensor[rows] = torch.tensor([float("nan"), float("inf")], device="cuda").repeat(tensor.shape[-1] // 2).to(tensor)
+
+
+@parametrize(variants(Case(batch=3, sq=300, sk=300), dim=(64, 128), causal=(False, True)))
+def test_poison_beyond_key_ranges(case):
+    ranges = ((0, 77), (150, 150), (100, 40))
+    problem = make_problem(Case(**{**case.__dict__, "key_ranges": ranges}))
+    clean = run_kernel(problem)
+    for row, (start, length) in enumerate(ranges):
+        for tensor in (problem.k, problem.v):
+            poison(tensor[row], slice(0, start))
+            poison(tensor[row], slice(start + length, None))
+    for name, result in run_kernel(problem).items():
+        torch.testing.assert_close(result, clean[name], rtol=0, atol=0 if name != "dq" else 1e-3)
+
+
+@parametrize(variants(Case(), dim=(64, 128), causal=(False, True), deterministic=(True,)))
+def test_poison_between_packed_sequences(case):
+    """One sequence's results do not change when its neighbours become NaN and Inf."""
+    lengths = ((77, 90), (50, 60), (200, 201))
+    problem = make_problem(Case(**{**case.__dict__, "lengths": lengths}))
+    clean = run_kernel(problem)
+    rows, keys = slice(77, 127), slice(90, 150)
+    for tensor, own in ((problem.q, rows), (problem.dout, rows), (problem.k, keys), (problem.v, keys)):
+        poison(tensor, slice(0, own.start))
+        poison(tensor, slice(own.stop, None))
+    results = run_kernel(problem)
+    for name, own in (("out", rows), ("dq", rows), ("dk", keys), ("dv", keys)):
+        assert torch.equal(results[name][own], clean[name][own]), name
+
+
+def test_strides_of_fused_projections():
+    """(B, S, 3, H, D) slices and transposed (B, H, S, D) tensors go in without a copy."""
+    case = Case(sq=150, sk=150, heads_q=3, heads_k=3)
+    problem = make_problem(case)
+    fused = torch.stack((problem.q, problem.k, problem.v), dim=2)
+    expected = run_kernel(problem)["out"]
+    q, k, v = fused.unbind(2)
+    out, _ = ops.forward(q, k, v, **problem.options)
+    assert torch.equal(out, expected)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    out, _ = ops.forward(q, k, v, **problem.options)
+    assert torch.equal(out, expected)
+
+
+def test_expanded_gradient():
+    problem = make_problem(Case())
+    q, k, v = (x.requires_grad_() for x in (problem.q, problem.k, problem.v))
+    out, _ = ops.forward(q, k, v, **problem.options)
+    grads = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    expected = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    for got, want in zip(grads[1:], expected[1:], strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_large_values(dim, causal):
+    problem = make_problem(Case(dim=dim, causal=causal))
+    problem.q.mul_(30)
+    problem.k.mul_(30)
+    judge(problem)
+
+
+@parametrize(variants(Case(sq=1000, sk=1000, heads_q=4), dim=(64, 128), causal=(False, True), heads_k=(4,),
+                      dropout_p=(0.0, 0.1), deterministic=(True,)))  # fmt: skip
+def test_repeats_are_bitwise_equal(case):
+    problem = make_problem(case)
+    first = run_kernel(problem)
+    for _ in range(250):
+        again = run_kernel(problem)
+        for name, result in first.items():
+            assert torch.equal(result, again[name]), name
+
+
+@parametrize(variants(Case(sq=1000, sk=1000), dim=(64, 128), causal=(False, True)))
+def test_repeats_without_determinism(case):
+    """Only dQ, which is summed in the order of arrival, may differ."""
+    problem = make_problem(case)
+    first = run_kernel(problem)
+    for _ in range(50):
+        again = run_kernel(problem)
+        for name in ("out", "lse", "dk", "dv"):
+            assert torch.equal(first[name], again[name]), name

@@ -1,6 +1,9 @@
-"""Which machine instructions every kernel of a library consists of.
+"""Which machine instructions every kernel of a library consists of, and which its hot loops spill.
 
     python tools/sass.py [LIBRARY]        # default: the library of this checkout, built if need be
+
+A hot loop is an innermost loop that feeds the tensor cores. Registers spilled around it cost
+nothing; a spill inside it (STL, LDL) is paid for in every block.
 
 cuobjdump and nvdisasm come from PATH, a CUDA toolkit, or the packages nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm, which `pip install -e '.[dev]'` brings (6 MB).
@@ -15,11 +18,25 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-SHOWN = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "MUFU", "STL", "LDL", "BAR")
+SHOWN = ("HGMMA", "UTMALDG", "UTMASTG", "MUFU", "STL", "LDL", "BAR")
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+TARGET = re.compile(r"0x([0-9a-f]+)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    conditional: bool
+    opcode: str  # with its modifiers: HGMMA.64x128x16.F32
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
 
 
 def find_tool(name: str) -> Path | None:
@@ -33,8 +50,8 @@ def find_tool(name: str) -> Path | None:
     return next((p / name for p in places if (p / name).is_file()), None)
 
 
-def opcode_counts(library: Path) -> dict[str, Counter[str]]:
-    """Mangled kernel name -> how often each opcode occurs in it. RuntimeError without the tools."""
+def disassemble(library: Path) -> dict[str, list[Instruction]]:
+    """Mangled kernel name -> its instructions in order. RuntimeError without the tools."""
     tools = {name: find_tool(name) for name in ("cuobjdump", "nvdisasm")}
     if absent := [name for name, path in tools.items() if path is None]:
         packages = " ".join(f"nvidia-cuda-{name}" for name in absent)
@@ -49,14 +66,112 @@ def opcode_counts(library: Path) -> dict[str, Counter[str]]:
     )
     if done.returncode:
         raise RuntimeError(f"cuobjdump -sass {library} failed: {done.stderr.strip()}")
-    kernels: dict[str, Counter[str]] = {}
-    counts: Counter[str] = Counter()
-    for line in done.stdout.splitlines():
+    return parse(done.stdout)
+
+
+def parse(text: str) -> dict[str, list[Instruction]]:
+    kernels: dict[str, list[Instruction]] = {}
+    body: list[Instruction] = []
+    for line in text.splitlines():
         if function := FUNCTION.match(line):
-            counts = kernels.setdefault(function.group(1), Counter())
-        elif instruction := INSTRUCTION.match(line):
-            counts[instruction.group(1)] += 1
+            body = kernels.setdefault(function.group(1), [])
+        elif found := INSTRUCTION.match(line):
+            address, condition, opcode, operands = found.groups()
+            body.append(Instruction(int(address, 16), bool(condition), opcode, operands))
     return kernels
+
+
+def opcode_counts(body: list[Instruction]) -> Counter[str]:
+    """Without modifiers: HGMMA.64x128x16.F32 counts as HGMMA."""
+    return Counter(instruction.name for instruction in body)
+
+
+def hot_spills(body: list[Instruction]) -> int:
+    """Spill stores and loads inside the innermost loops that contain HGMMA."""
+    graph = flow(body)
+    loops = innermost_loops(graph, {i.address for i in body if i.name == "HGMMA"})
+    hot = set().union(*loops)
+    return sum(i.address in hot and i.name in ("STL", "LDL") for i in body)
+
+
+def flow(body: list[Instruction]) -> dict[int, list[int]]:
+    """Address -> the addresses that may run next. A call counts as coming back."""
+    reconverge: dict[str, int] = {}  # barrier register -> where a BSYNC on it continues
+    graph: dict[int, list[int]] = {}
+    for here, following in zip(body, [*body[1:], None], strict=True):
+        after = [following.address] if following else []
+        targets = [int(target, 16) for target in TARGET.findall(here.operands)]
+        if here.name == "BSSY":
+            reconverge[here.operands.split(",")[0].strip()] = targets[-1]
+        elif here.name == "BSYNC":
+            after = [reconverge[here.operands.strip()]]
+        elif here.name == "BRA":
+            may_fall_through = here.conditional or "P" in here.operands  # BRA P5, 0x3500
+            after = [*(after if may_fall_through else []), targets[-1]]
+        elif here.name in ("EXIT", "RET") and not here.conditional:
+            after = []
+        graph[here.address] = after
+    return graph
+
+
+def innermost_loops(graph: dict[int, list[int]], marked: set[int]) -> list[set[int]]:
+    """The loops with a marked address that have no smaller such loop inside."""
+    entered_from = {node: set() for node in graph}
+    for node, successors in graph.items():
+        for successor in successors:
+            entered_from[successor].add(node)
+    found = []
+    pending = cycles(graph, set(graph))
+    while pending:
+        loop = pending.pop()
+        if not loop & marked:
+            continue
+        header = min((n for n in loop if entered_from[n] - loop), default=min(loop))
+        nested = [c for c in cycles(graph, loop - {header}) if c & marked]
+        pending += nested
+        if not nested:
+            found.append(loop)
+    return found
+
+
+def cycles(graph: dict[int, list[int]], nodes: set[int]) -> list[set[int]]:
+    """The strongly connected parts of `nodes` in which something repeats (Tarjan, no recursion)."""
+    order: dict[int, int] = {}
+    lowest: dict[int, int] = {}
+    stack: list[int] = []
+    open_nodes: set[int] = set()
+    found = []
+    for start in nodes:
+        if start in order:
+            continue
+        path = [(start, iter(graph[start]))]
+        while path:
+            node, successors = path[-1]
+            if node not in order:
+                order[node] = lowest[node] = len(order)
+                stack.append(node)
+                open_nodes.add(node)
+            for successor in successors:
+                if successor not in nodes:
+                    continue
+                if successor not in order:
+                    path.append((successor, iter(graph[successor])))
+                    break
+                if successor in open_nodes:
+                    lowest[node] = min(lowest[node], order[successor])
+            else:
+                path.pop()
+                if path:
+                    parent = path[-1][0]
+                    lowest[parent] = min(lowest[parent], lowest[node])
+                if lowest[node] == order[node]:
+                    part = set()
+                    while node not in part:
+                        part.add(stack.pop())
+                    open_nodes -= part
+                    if len(part) > 1 or node in graph[node]:
+                        found.append(part)
+    return found
 
 
 def demangled(names: list[str]) -> dict[str, str]:
@@ -80,11 +195,11 @@ def main() -> int:
         library = Path(sys.argv[1])
     else:
         library = load_build_module().find_or_build()
-    kernels = opcode_counts(library)
-    print("".join(f"{name:>9}" for name in ("all", *SHOWN)) + "  kernel")
+    kernels = disassemble(library)
+    print("".join(f"{name:>9}" for name in ("all", *SHOWN, "hot spill")) + "  kernel")
     for mangled, name in demangled(list(kernels)).items():
-        counts = kernels[mangled]
-        row = (sum(counts.values()), *(counts[opcode] for opcode in SHOWN))
+        counts = opcode_counts(kernels[mangled])
+        row = (counts.total(), *(counts[opcode] for opcode in SHOWN), hot_spills(kernels[mangled]))
         print("".join(f"{n:>9}" for n in row) + f"  {short_name(name)}")
     return 0
 

@@ -1,0 +1,103 @@
+"""The machine code: every Hopper kernel is there, on tensor cores (HGMMA), fed by TMA (UTMALDG).
+
+Compiles the library if there is none for these sources (half a minute on two cores).
+"""
+
+from itertools import product
+
+import pytest
+import sass
+from build_helpers import REPO, load_build, require_nvcc
+
+DIRECTIONS = ("forward", "backward")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Readable name -> instructions."""
+    build = load_build(REPO / "hf_flashattn")
+    require_nvcc(build)
+    bodies = sass.disassemble(build.find_or_build(verbose=False))
+    names = sass.demangled(list(bodies))
+    return {sass.short_name(names[symbol]): body for symbol, body in bodies.items()}
+
+
+def attention_kernels(kernels, direction):
+    return {n: b for n, b in kernels.items() if n.startswith(f"sm90::{direction}_kernel<")}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_policy_is_instantiated(kernels, direction):
+    choices = product((64, 128), ("fp16", "bf16"), ("false", "true"), ("false", "true"))
+    policy = f"sm90::{direction.capitalize()}Policy"
+    expected = {
+        f"sm90::{direction}_kernel<{policy}<{dim}, {dtype}, {causal}, {dropout}>>"
+        for dim, dtype, causal, dropout in choices
+    }
+    assert expected <= set(attention_kernels(kernels, direction))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_matrix_products_are_wgmma_on_tiles_from_tma(kernels, direction):
+    for name, body in attention_kernels(kernels, direction).items():
+        counts = sass.opcode_counts(body)
+        # S = QK^T and O = PV; backward adds S^T, dP, dV, dK, dQ. Four k-steps of 16 are the least.
+        assert counts["HGMMA"] >= (8 if direction == "forward" else 20), name
+        assert counts["UTMALDG"] >= 3, name
+        assert counts["HMMA"] == 0, f"{name}: an mma.sync of the former generation"
+
+
+# ---------------------------------------------------------------- the judge itself
+
+
+def body_of(text):
+    (body,) = sass.parse(f"Function : k\n{text}").values()
+    return body
+
+
+OUTER_AND_INNER = """
+        /*0000*/                   STL [R1], R2 ;
+        /*0010*/                   LDL R3, [R1] ;
+        /*0020*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0030*/              @!P0 BRA {inner} ;
+        /*0040*/                   LDL R4, [R1] ;
+        /*0050*/                   BRA P1, 0x10 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
+"""
+
+
+def test_hot_spills_are_those_of_the_innermost_loop_with_hgmma():
+    # The outer loop is 0x10 to 0x50. With an inner one at 0x20, the loads around it are cold.
+    assert sass.hot_spills(body_of(OUTER_AND_INNER.format(inner="0x20"))) == 0
+    # Without it the outer loop is the hot one: both loads count, the store before it does not.
+    assert sass.hot_spills(body_of(OUTER_AND_INNER.format(inner="0x60"))) == 2
+
+
+def test_a_cold_block_behind_the_kernel_belongs_to_its_loop_only_if_it_returns():
+    text = """
+        /*0000*/                   BSSY B0, 0x40 ;
+        /*0010*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0020*/               @P2 BRA 0x70 ;
+        /*0030*/                   BSYNC B0 ;
+        /*0040*/              @!P0 BRA 0x0 ;
+        /*0050*/                   STL [R1], R2 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   LDL R3, [R1] ;
+        /*0080*/               {leave}
+    """
+    assert sass.hot_spills(body_of(text.format(leave="BSYNC B0 ;"))) == 1
+    assert sass.hot_spills(body_of(text.format(leave="EXIT ;"))) == 0
+
+
+def test_counts_ignore_modifiers_and_predicates():
+    counts = sass.opcode_counts(body_of("        /*0000*/    @!UP0 UTMALDG.4D [UR8], [UR4] ;"))
+    assert counts == {"UTMALDG": 1}
+
+
+def test_absent_tools_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(sass, "find_tool", lambda name: None)
+    with pytest.raises(
+        RuntimeError, match="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    ):
+        sass.disassemble(tmp_path / "library.so")

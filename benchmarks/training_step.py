@@ -103,25 +103,43 @@ def make_model(name: str, shape: Shape, attention: str, seed: int) -> torch.nn.M
     torch.manual_seed(seed)
     if name == "gpt2":
         config = GPT2Config(
-            vocab_size=shape.vocab, n_positions=shape.length, n_embd=shape.hidden,
-            n_layer=shape.layers, n_head=shape.heads, resid_pdrop=DROPOUT, embd_pdrop=DROPOUT,
-            attn_pdrop=DROPOUT, use_cache=False, bos_token_id=None, eos_token_id=None,
+            vocab_size=shape.vocab,
+            n_positions=shape.length,
+            n_embd=shape.hidden,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            resid_pdrop=DROPOUT,
+            embd_pdrop=DROPOUT,
+            attn_pdrop=DROPOUT,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
             attn_implementation=attention,
         )
         model = GPT2LMHeadModel(config)
         model.loss_type = "ForCausalLM"
         return model
     config = BertConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, intermediate_size=4 * shape.hidden,
-        max_position_embeddings=shape.length, hidden_dropout_prob=DROPOUT,
-        attention_probs_dropout_prob=DROPOUT, attn_implementation=attention,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.hidden,
+        max_position_embeddings=shape.length,
+        hidden_dropout_prob=DROPOUT,
+        attention_probs_dropout_prob=DROPOUT,
+        attn_implementation=attention,
     )
     return BertForMaskedLM(config)
 
 
 def contender(
-    name: str, shape: Shape, attention: str, seed: int, device: torch.device, compiled: bool,
+    name: str,
+    shape: Shape,
+    attention: str,
+    seed: int,
+    device: torch.device,
+    compiled: bool,
     lr: float = 1e-4,
 ) -> Contender:
     own = attention == "hf_flashattn"
@@ -149,8 +167,11 @@ def random_batch(name: str, shape: Shape, generator: torch.Generator) -> Batch:
     masked[:, 0] = True  # no row without a label
     labels = torch.where(masked, ids, torch.full_like(ids, IGNORED))
     ids = torch.where(masked, torch.full_like(ids, 4), ids)
-    return {"input_ids": torch.where(real, ids, torch.zeros_like(ids)),
-            "attention_mask": real.long(), "labels": labels}
+    return {
+        "input_ids": torch.where(real, ids, torch.zeros_like(ids)),
+        "attention_mask": real.long(),
+        "labels": labels,
+    }
 
 
 def real_tokens(batch: Batch) -> int:
@@ -159,8 +180,12 @@ def real_tokens(batch: Batch) -> int:
 
 
 def measure(
-    contenders: Sequence[Contender], batches: Callable[[], Batch], warmup: int, steps: int,
-    device: torch.device, seed: int = 0,
+    contenders: Sequence[Contender],
+    batches: Callable[[], Batch],
+    warmup: int,
+    steps: int,
+    device: torch.device,
+    seed: int = 0,
 ) -> float:
     """Runs the protocol of the file's docstring; returns the mean number of real tokens a step."""
     tokens = 0
@@ -197,15 +222,26 @@ def timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch
 
 
 def benchmark(
-    name: str, shape: Shape, attentions: Sequence[str], compiled: bool, args: argparse.Namespace,
+    name: str,
+    shape: Shape,
+    attentions: Sequence[str],
+    compiled: bool,
+    args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, dict[str, Any]]:
     """All attentions on one model; a run per attention, keyed by its name."""
-    contenders = [contender(name, shape, attention, args.seed, device, compiled)
-                  for attention in attentions]
+    contenders = [
+        contender(name, shape, attention, args.seed, device, compiled) for attention in attentions
+    ]
     generator = torch.Generator().manual_seed(args.seed)
-    tokens = measure(contenders, lambda: random_batch(name, shape, generator), args.warmup,
-                     args.steps, device, args.seed)
+    tokens = measure(
+        contenders,
+        lambda: random_batch(name, shape, generator),
+        args.warmup,
+        args.steps,
+        device,
+        args.seed,
+    )
     baseline = statistics.median(contenders[0].milliseconds)
     return {c.name: _summary(c, tokens, shape.batch, baseline) for c in contenders}
 
@@ -237,8 +273,9 @@ def overlay(shape: Shape, steps: int, seed: int, device: torch.device) -> dict[s
     The dropout inside attention is not the same random numbers, so the curves agree as two seeds
     do. `eager (other seed)`, on the same batches, shows how far apart that is.
     """
-    contenders = [contender("gpt2", shape, attention, seed, device, False, lr=6e-4)
-                  for attention in OVERLAID]
+    contenders = [
+        contender("gpt2", shape, attention, seed, device, False, lr=6e-4) for attention in OVERLAID
+    ]
     batches = text_batches(standard_library_bytes(), shape, seed)
     measure(contenders, lambda: next(batches), steps, 0, device, seed)
     other = contender("gpt2", shape, "eager", seed, device, False, lr=6e-4)
@@ -267,26 +304,31 @@ def environment(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"command": " ".join(sys.argv), "versions": versions,
-            "device": {"type": device.type, "name": name, "cuda": torch.version.cuda}}
+    return {
+        "command": " ".join(sys.argv),
+        "versions": versions,
+        "device": {"type": device.type, "name": name, "cuda": torch.version.cuda},
+    }
 
 
 def table(name: str, shape: Shape, compiled: bool, runs: dict[str, dict[str, Any]]) -> str:
     first = next(iter(runs))
-    rows = [f"{name}, {shape.batch} x {shape.length}{', torch.compile' if compiled else ''}",
-            f"  {'attention':<14}{'ms/step':>9}{'p10':>9}{'p90':>9}{'tokens/s':>12}{'peak GiB':>10}"
-            f"{'x ' + first:>10}"]
+    rows = [
+        f"{name}, {shape.batch} x {shape.length}{', torch.compile' if compiled else ''}",
+        f"  {'attention':<14}{'ms/step':>9}{'p10':>9}{'p90':>9}{'tokens/s':>12}{'peak GiB':>10}"
+        f"{'x ' + first:>10}",
+    ]
     for label, run in runs.items():
         times = run["step_ms"]
-        rows.append(f"  {label:<14}{times['median']:>9.1f}{times['p10']:>9.1f}{times['p90']:>9.1f}"
-                    f"{run['tokens_per_second']:>12,.0f}{run['peak_memory_gib'] or 0:>10.1f}"
-                    f"{run['speedup']:>10.2f}")
+        rows.append(
+            f"  {label:<14}{times['median']:>9.1f}{times['p10']:>9.1f}{times['p90']:>9.1f}"
+            f"{run['tokens_per_second']:>12,.0f}{run['peak_memory_gib'] or 0:>10.1f}"
+            f"{run['speedup']:>10.2f}"
+        )
     return "\n".join(rows)
 
 
-def _summary(
-    current: Contender, tokens: float, sequences: int, baseline: float
-) -> dict[str, Any]:
+def _summary(current: Contender, tokens: float, sequences: int, baseline: float) -> dict[str, Any]:
     times = current.milliseconds
     median = statistics.median(times)
     deciles = statistics.quantiles(times, n=10) if len(times) > 1 else [median] * 9
@@ -319,8 +361,10 @@ def _names(given: str, known: Sequence[str], flag: str) -> list[str]:
     names = given.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise SystemExit(f"error: expected {flag} out of {', '.join(known)}; got {unknown[0]!r}; "
-                         f"next step: {flag} {','.join(known)}")
+        raise SystemExit(
+            f"error: expected {flag} out of {', '.join(known)}; got {unknown[0]!r}; "
+            f"next step: {flag} {','.join(known)}"
+        )
     return names
 
 
@@ -340,8 +384,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.models = _names(args.models, tuple(SHAPES), "--models") if args.models else []
     args.attention = _names(args.attention, ATTENTIONS, "--attention")
     if args.steps < 1:
-        raise SystemExit(f"error: expected --steps of at least 1; got {args.steps}; "
-                         "next step: --steps 30")
+        raise SystemExit(
+            f"error: expected --steps of at least 1; got {args.steps}; next step: --steps 30"
+        )
     return args
 
 
@@ -351,21 +396,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     shapes = TINY if args.tiny else SHAPES
     outcome: dict[str, Any] = environment(device) | {
-        "kind": "training_step", "seed": args.seed, "dropout": DROPOUT, "warmup": args.warmup,
-        "timed_steps": args.steps, "models": [], "runs": {}}
+        "kind": "training_step",
+        "seed": args.seed,
+        "dropout": DROPOUT,
+        "warmup": args.warmup,
+        "timed_steps": args.steps,
+        "models": [],
+        "runs": {},
+    }
     for name in args.models:
         for compiled in {"no": [False], "yes": [True], "both": [False, True]}[args.compile]:
             runs = benchmark(name, shapes[name], args.attention, compiled, args, device)
             print(table(name, shapes[name], compiled, runs), flush=True)
-            outcome["models"].append({"name": name, "shape": asdict(shapes[name]),
-                                      "compile": compiled, "runs": runs})
+            outcome["models"].append(
+                {"name": name, "shape": asdict(shapes[name]), "compile": compiled, "runs": runs}
+            )
             _free(device)
     if args.overlay_steps:
         outcome["runs"] = overlay(shapes["gpt2"], args.overlay_steps, args.seed, device)
         for label, run in outcome["runs"].items():
-            print(f"  {label:<20} loss {run['losses'][0]:.3f} -> {run['mean_of_last_tenth']:.4f}"
-                  f"   gap to eager: mean {run['mean_gap_to_eager']:.4f},"
-                  f" largest {run['largest_gap_to_eager']:.4f}")
+            print(
+                f"  {label:<20} loss {run['losses'][0]:.3f} -> {run['mean_of_last_tenth']:.4f}"
+                f"   gap to eager: mean {run['mean_gap_to_eager']:.4f},"
+                f" largest {run['largest_gap_to_eager']:.4f}"
+            )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(outcome, indent=1) + "\n")

@@ -21,8 +21,9 @@ SMOOTHING = 0.05  # share of the run in the moving average
 def smooth(values: Sequence[float], share: float = SMOOTHING) -> list[float]:
     """Mean over the last `share` of the run at every point (shorter at the beginning)."""
     window = max(1, round(len(values) * share))
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)
-            for i in range(len(values))]
+    return [
+        sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))
+    ]
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path, title: str) -> None:
@@ -38,8 +39,12 @@ def draw(runs: dict[str, dict[str, Any]], path: Path, title: str) -> None:
 
     timed = {label: run["step_ms"]["median"] for label, run in runs.items() if run.get("step_ms")}
     figure, axes = plt.subplots(
-        1, 2 if timed else 1, figsize=(11 if timed else 7, 4.2), squeeze=False,
-        width_ratios=[2.2, 1] if timed else [1], layout="constrained",
+        1,
+        2 if timed else 1,
+        figsize=(11 if timed else 7, 4.2),
+        squeeze=False,
+        width_ratios=[2.2, 1] if timed else [1],
+        layout="constrained",
     )
     curve = axes[0][0]
     for number, (label, run) in enumerate(runs.items()):
@@ -82,19 +87,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = load_runs(args.results)
         title = args.title or json.loads(args.results[0].read_text()).get("command", "")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        print(f"error: expected results.json files with 'runs'\n  got:       {error!r}\n"
-              "  next step: name the JSON that train_gpt2.py wrote", file=sys.stderr)
+        print(
+            f"error: expected results.json files with 'runs'\n  got:       {error!r}\n"
+            "  next step: name the JSON that train_gpt2.py wrote",
+            file=sys.stderr,
+        )
         return 2
     if not runs:
-        print("error: expected at least one run with losses\n  got:       none\n"
-              "  next step: name the JSON of a run that has trained", file=sys.stderr)
+        print(
+            "error: expected at least one run with losses\n  got:       none\n"
+            "  next step: name the JSON of a run that has trained",
+            file=sys.stderr,
+        )
         return 2
     out = args.out or args.results[0].with_suffix(".png")
     try:
         draw(runs, out, title)
     except ImportError as error:
-        print(f"error: expected matplotlib\n  got:       {error}\n"
-              "  next step: pip install matplotlib", file=sys.stderr)
+        print(
+            f"error: expected matplotlib\n  got:       {error}\n"
+            "  next step: pip install matplotlib",
+            file=sys.stderr,
+        )
         return 2
     print(out)
     return 0

@@ -28,8 +28,10 @@ try:
     from accelerate import Accelerator
     from transformers.utils.logging import disable_progress_bar
 except ImportError as error:
-    sys.exit(f"error: expected torch, transformers, accelerate, datasets and evaluate\n"
-             f"  got:       {error}\n  next step: pip install '.[examples]' in the repository")
+    sys.exit(
+        f"error: expected torch, transformers, accelerate, datasets and evaluate\n"
+        f"  got:       {error}\n  next step: pip install '.[examples]' in the repository"
+    )
 
 from lm import checkpoints, comparison, corpus, results
 from lm.arguments import parse, recipe_of, size_of
@@ -54,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError as error:
-        print(f"error: expected the step to fit into GPU memory\n  got:       {error}\n"
-              "  next step: a smaller --batch-size with a larger --accumulate", file=sys.stderr)
+        print(
+            f"error: expected the step to fit into GPU memory\n  got:       {error}\n"
+            "  next step: a smaller --batch-size with a larger --accumulate",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\nstopped; checkpoints, if any, can be continued with --resume", file=sys.stderr)
@@ -87,8 +92,8 @@ class Run:
         self.accelerator.wait_for_everyone()
         outcome: dict[str, Any] = {
             **results.environment(self.accelerator.device),
-            "settings": self.settings | {
-                "mixed_precision": self.accelerator.mixed_precision, "compile": args.compile},
+            "settings": self.settings
+            | {"mixed_precision": self.accelerator.mixed_precision, "compile": args.compile},
             "corpus": self.corpus.describe() | self.blocks.statistics,
         }
         if args.compare:
@@ -106,53 +111,71 @@ class Run:
         args = self.args
         if args.dataset:
             documents, source = corpus.hub_dataset(
-                args.dataset, args.dataset_config, args.dataset_split, args.text_column,
-                args.max_bytes)
+                args.dataset,
+                args.dataset_config,
+                args.dataset_split,
+                args.text_column,
+                args.max_bytes,
+            )
         elif args.text:
             documents, source = corpus.local_files(args.text, args.glob, args.max_bytes)
         else:
             documents, source = corpus.standard_library(args.max_bytes)
         text = corpus.split_documents(documents, source, args.held_out)
-        self.say(f"text       {source}: {len(text.train):,} documents to train on,"
-                 f" {len(text.held_out):,} held out{'; ' + text.note if text.note else ''}")
+        self.say(
+            f"text       {source}: {len(text.train):,} documents to train on,"
+            f" {len(text.held_out):,} held out{'; ' + text.note if text.note else ''}"
+        )
         tokenizer = get_tokenizer(args.tokenizer, text, args.vocab_size, args.cache_dir)
-        blocks = pack_corpus(text, tokenizer, args.context, args.packing, args.seed,
-                             args.cache_dir)
-        self.say(f"tokens     {blocks.statistics['train_tokens']:,} + "
-                 f"{blocks.statistics['held_out_tokens']:,} held out, vocabulary"
-                 f" {len(tokenizer):,}, {len(blocks.train):,} blocks of {args.context}")
+        blocks = pack_corpus(text, tokenizer, args.context, args.packing, args.seed, args.cache_dir)
+        self.say(
+            f"tokens     {blocks.statistics['train_tokens']:,} + "
+            f"{blocks.statistics['held_out_tokens']:,} held out, vocabulary"
+            f" {len(tokenizer):,}, {len(blocks.train):,} blocks of {args.context}"
+        )
         return text, tokenizer, blocks
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must agree with: the model, and which batch comes when."""
         args, config = self.args, self.config
         return {
-            "layers": config.n_layer, "hidden": config.n_embd, "heads": config.n_head,
-            "vocabulary": config.vocab_size, "context": args.context, "dropout": args.dropout,
-            "corpus": self.corpus.fingerprint, "packing": args.packing,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer), "seed": args.seed,
-            "batch_size": args.batch_size, "accumulate": args.accumulate,
+            "layers": config.n_layer,
+            "hidden": config.n_embd,
+            "heads": config.n_head,
+            "vocabulary": config.vocab_size,
+            "context": args.context,
+            "dropout": args.dropout,
+            "corpus": self.corpus.fingerprint,
+            "packing": args.packing,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "accumulate": args.accumulate,
             "processes": self.accelerator.num_processes,
         }
 
     def _trainee(self, attention: str, recipe: Any) -> Any:
         args, accelerator = self.args, self.accelerator
-        model, report = build_model(self.config, attention, args.seed, accelerator.device,
-                                    args.strict)
+        model, report = build_model(
+            self.config, attention, args.seed, accelerator.device, args.strict
+        )
         return make_trainee(attention, model, report, recipe, accelerator, args.compile)
 
     def _train(self, attention: str) -> dict[str, Any]:
         args, accelerator = self.args, self.accelerator
         recipe = recipe_of(args)
         trainee = self._trainee(attention, recipe)
-        self.say(f"model      GPT-2 with {parameter_count(trainee.model) / 1e6:.1f} M parameters,"
-                 f" {self.config.n_layer} layers, on {accelerator.device}"
-                 f" ({accelerator.num_processes} process(es), mixed precision"
-                 f" {accelerator.mixed_precision})")
+        self.say(
+            f"model      GPT-2 with {parameter_count(trainee.model) / 1e6:.1f} M parameters,"
+            f" {self.config.n_layer} layers, on {accelerator.device}"
+            f" ({accelerator.num_processes} process(es), mixed precision"
+            f" {accelerator.mixed_precision})"
+        )
 
         def evaluate_now(progress: Progress) -> None:
-            score = held_out_perplexity(trainee, self.blocks.held_out, args.eval_blocks,
-                                        args.batch_size)
+            score = held_out_perplexity(
+                trainee, self.blocks.held_out, args.eval_blocks, args.batch_size
+            )
             progress.perplexities.append({"step": progress.step, **score})
 
         def after_step(progress: Progress) -> None:
@@ -167,7 +190,9 @@ class Run:
             if progress.step >= recipe.steps:
                 raise UsageError(
                     f"steps left to train up to --steps {recipe.steps}",
-                    f"a checkpoint at step {progress.step}", "a larger --steps")
+                    f"a checkpoint at step {progress.step}",
+                    "a larger --steps",
+                )
             self.say(f"resumed    {self.checkpoint.name}, step {progress.step}")
         else:
             progress = Progress()
@@ -175,25 +200,34 @@ class Run:
         resumed_at = progress.step
         train(trainee, self.blocks.train, recipe, progress, after_step)
         if progress.step == resumed_at:
-            raise UsageError("time for at least one step",
-                             f"--max-seconds {recipe.max_seconds}, which are over",
-                             "a larger --max-seconds")
+            raise UsageError(
+                "time for at least one step",
+                f"--max-seconds {recipe.max_seconds}, which are over",
+                "a larger --max-seconds",
+            )
         if progress.perplexities[-1]["step"] != progress.step:
             evaluate_now(progress)
 
         seconds = progress.seconds_per_step()
         per_step = recipe.per_step(accelerator.num_processes) * args.context
         run = {
-            "steps": progress.step, "resumed_at": resumed_at, "losses": progress.losses,
-            "perplexities": progress.perplexities, "training_seconds": progress.seconds,
-            "seconds_per_step": seconds, "tokens_per_second": per_step / seconds,
+            "steps": progress.step,
+            "resumed_at": resumed_at,
+            "losses": progress.losses,
+            "perplexities": progress.perplexities,
+            "training_seconds": progress.seconds,
+            "seconds_per_step": seconds,
+            "tokens_per_second": per_step / seconds,
             "peak_memory_gib": _peak_gib(accelerator.device),
             "attention_report": results.report_record(trainee.report),
         }
         if trainee.report is not None:
             self.say(f"\n{trainee.report}")
-        stopped = (f"the time limit of {recipe.max_seconds:g} s"
-                   if progress.step < recipe.steps else "all of them")
+        stopped = (
+            f"the time limit of {recipe.max_seconds:g} s"
+            if progress.step < recipe.steps
+            else "all of them"
+        )
         self.say("\n" + "\n".join(results.training_lines(run, attention, stopped)))
         if accelerator.is_main_process:
             model = accelerator.unwrap_model(trainee.model, keep_torch_compile=False)
@@ -209,11 +243,13 @@ class Run:
         per_step = recipe.per_step(self.accelerator.num_processes) * self.args.context
         runs = {}
         for trainee in trainees:
-            score = held_out_perplexity(trainee, self.blocks.held_out, self.args.eval_blocks,
-                                        self.args.batch_size)
+            score = held_out_perplexity(
+                trainee, self.blocks.held_out, self.args.eval_blocks, self.args.batch_size
+            )
             runs[trainee.name] = timed[trainee.name].summary(per_step) | {
                 "perplexities": [{"step": steps, **score}],
-                "attention_report": results.report_record(trainee.report)}
+                "attention_report": results.report_record(trainee.report),
+            }
             if trainee.report is not None:
                 self.say(f"\n{trainee.report}")
         self.say("\n" + "\n".join(results.comparison_lines(runs)))
@@ -240,8 +276,11 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
     if args.resume:
         return checkpoints.newest(output) if args.resume == "newest" else Path(args.resume)
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not args.overwrite):
-        raise UsageError(f"--output {output} to be new or empty", "it holds other files",
-                         "another --output, --resume to go on, or --overwrite to replace the run")
+        raise UsageError(
+            f"--output {output} to be new or empty",
+            "it holds other files",
+            "another --output, --resume to go on, or --overwrite to replace the run",
+        )
     return None
 
 

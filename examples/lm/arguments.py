@@ -48,8 +48,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def size_of(args: argparse.Namespace) -> Size:
     preset = SIZES[args.size]
-    return Size(args.layers or preset.layers, args.hidden or preset.hidden,
-                args.heads or preset.heads, preset.vocab)
+    return Size(
+        args.layers or preset.layers,
+        args.hidden or preset.hidden,
+        args.heads or preset.heads,
+        preset.vocab,
+    )
 
 
 def recipe_of(args: argparse.Namespace, steps: int | None = None) -> Recipe:
@@ -91,20 +95,35 @@ def _attentions(args: argparse.Namespace) -> list[str]:
         if name not in ATTENTIONS:
             near = difflib.get_close_matches(name, ATTENTIONS, 1)
             raise UsageError(
-                f"an attention out of {', '.join(ATTENTIONS)}", repr(name),
+                f"an attention out of {', '.join(ATTENTIONS)}",
+                repr(name),
                 f"did you mean {near[0]!r}?" if near else "name one of these",
             )
     if args.compare is not None and len(set(names)) < max(2, len(names)):
         raise UsageError(
-            "two or more different attentions to compare", repr(args.compare),
+            "two or more different attentions to compare",
+            repr(args.compare),
             "for example --compare eager,sdpa,hf_flashattn",
         )
     return names
 
 
 def _check(args: argparse.Namespace) -> None:
-    positive = ("layers", "hidden", "heads", "steps", "batch_size", "accumulate", "eval_blocks",
-                "max_seconds", "max_bytes", "save_every", "eval_every", "lr", "clip")
+    positive = (
+        "layers",
+        "hidden",
+        "heads",
+        "steps",
+        "batch_size",
+        "accumulate",
+        "eval_blocks",
+        "max_seconds",
+        "max_bytes",
+        "save_every",
+        "eval_every",
+        "lr",
+        "clip",
+    )
     for name in positive:
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -122,7 +141,8 @@ def _check(args: argparse.Namespace) -> None:
         raise _bad("mixed_precision", "no or bf16 on a CPU", "fp16")
     if args.compare and (args.resume or args.save_every):
         raise UsageError(
-            "--compare without --resume and --save-every", "both",
+            "--compare without --resume and --save-every",
+            "both",
             "compare in one go, or train one --attention with checkpoints",
         )
 
@@ -134,8 +154,9 @@ def _bad(name: str, expected: str, got: object) -> UsageError:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train_gpt2.py", description="Train GPT-2 of any size on any text, and compare "
-        "attention implementations.", allow_abbrev=False,
+        prog="train_gpt2.py",
+        description="Train GPT-2 of any size on any text, and compare attention implementations.",
+        allow_abbrev=False,
     )
     add = parser.add_argument_group("text (default: the standard library of this Python)")
     source = add.add_mutually_exclusive_group()
@@ -148,11 +169,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-column", default="text", metavar="NAME")
     add("--max-bytes", type=int, metavar="N", help="use a sample of about N bytes")
     add("--held-out", type=float, default=0.05, metavar="SHARE", help="of the documents")
-    add("--tokenizer", default="corpus", metavar="NAME",
-        help="hub name, folder, or 'corpus': a byte-level BPE trained on the text (default)")
+    add(
+        "--tokenizer",
+        default="corpus",
+        metavar="NAME",
+        help="hub name, folder, or 'corpus': a byte-level BPE trained on the text (default)",
+    )
     add("--vocab-size", type=int, metavar="N", help="of a tokenizer trained on the text")
-    add("--packing", choices=("auto", "chain", "whole"), default="auto",
-        help="whole: long documents start their own block (auto: from a context of 2048)")
+    add(
+        "--packing",
+        choices=("auto", "chain", "whole"),
+        default="auto",
+        help="whole: long documents start their own block (auto: from a context of 2048)",
+    )
     add("--cache-dir", type=Path, default=default_cache(), metavar="DIR")
 
     add = parser.add_argument_group("model").add_argument
@@ -187,8 +216,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--eval-blocks", type=int, metavar="N", help="held-out blocks that are evaluated")
     add("--output", type=Path, metavar="DIR", help="default: runs/SIZE-ATTENTION")
     add("--save-every", type=int, metavar="N", help="write a checkpoint every N steps")
-    add("--resume", nargs="?", const="newest", metavar="CHECKPOINT",
-        help="go on from the newest checkpoint in --output, or from this one")
+    add(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="CHECKPOINT",
+        help="go on from the newest checkpoint in --output, or from this one",
+    )
     add("--overwrite", action="store_true", help="replace an earlier run in --output")
     add("--demo", action="store_true", help="two minutes that show everything")
     return parser

@@ -55,7 +55,8 @@ def newest(folder: Path) -> Path:
     found = _all(folder)
     if not found:
         raise UsageError(
-            f"a checkpoint in {folder}", "none",
+            f"a checkpoint in {folder}",
+            "none",
             "name the run's --output, or start anew without --resume (and --save-every N)",
         )
     return found[-1]
@@ -85,7 +86,8 @@ def verify(checkpoint: Path, settings: dict) -> dict[str, Any]:
         if got != expected:
             raise UsageError(
                 f"{path} with size and CRC-32 {expected}",
-                "no such file" if got is None else f"{got}: the checkpoint is damaged", again,
+                "no such file" if got is None else f"{got}: the checkpoint is damaged",
+                again,
             )
     different = [key for key in settings if settings[key] != saved.get(key)]
     if different:

@@ -31,12 +31,19 @@ class Timed:
 
     def summary(self, tokens_per_step: int) -> dict[str, Any]:
         median = statistics.median(self.milliseconds)
-        deciles = statistics.quantiles(self.milliseconds, n=10) if len(self.milliseconds) > 1 else [
-            median] * 9
+        deciles = (
+            statistics.quantiles(self.milliseconds, n=10)
+            if len(self.milliseconds) > 1
+            else [median] * 9
+        )
         return {
             "losses": self.losses,
-            "step_ms": {"median": median, "p10": deciles[0], "p90": deciles[-1],
-                        "timed_steps": len(self.milliseconds)},
+            "step_ms": {
+                "median": median,
+                "p10": deciles[0],
+                "p90": deciles[-1],
+                "timed_steps": len(self.milliseconds),
+            },
             "tokens_per_second": tokens_per_step / median * 1e3,
             "peak_memory_gib": self.peak_bytes / 2**30 if self.peak_bytes else None,
         }
@@ -51,8 +58,13 @@ def compare(trainees: list[Trainee], blocks: Dataset, recipe: Recipe) -> dict[st
     first = accelerator.process_index * per_process
     warm_up = min(WARM_UP, recipe.steps - 1)
     timed = {trainee.name: Timed() for trainee in trainees}
-    steps = tqdm(range(recipe.steps), unit="step", desc="comparing", mininterval=REFRESH,
-                 disable=not accelerator.is_main_process)
+    steps = tqdm(
+        range(recipe.steps),
+        unit="step",
+        desc="comparing",
+        mininterval=REFRESH,
+        disable=not accelerator.is_main_process,
+    )
     for step in steps:
         tokens = fetch(blocks, order.step(step)[first : first + per_process], device)
         turn = step % len(trainees)
@@ -68,8 +80,9 @@ def compare(trainees: list[Trainee], blocks: Dataset, recipe: Recipe) -> dict[st
             if step >= warm_up:
                 entry.milliseconds.append(elapsed * 1e3)
                 entry.peak_bytes = max(entry.peak_bytes, _peak_above(device, before, trainee))
-        steps.set_postfix({t.name: f"{timed[t.name].losses[-1]:.3f}" for t in trainees},
-                          refresh=False)
+        steps.set_postfix(
+            {t.name: f"{timed[t.name].losses[-1]:.3f}" for t in trainees}, refresh=False
+        )
     return timed
 
 

@@ -17,8 +17,22 @@ from datasets import Dataset, load_dataset
 
 from lm.failures import UsageError
 
-TEXT_GLOBS = ("**/*.txt", "**/*.md", "**/*.rst", "**/*.py", "**/*.c", "**/*.h", "**/*.cc",
-              "**/*.cpp", "**/*.cu", "**/*.go", "**/*.rs", "**/*.js", "**/*.ts", "**/*.java")
+TEXT_GLOBS = (
+    "**/*.txt",
+    "**/*.md",
+    "**/*.rst",
+    "**/*.py",
+    "**/*.c",
+    "**/*.h",
+    "**/*.cc",
+    "**/*.cpp",
+    "**/*.cu",
+    "**/*.go",
+    "**/*.rs",
+    "**/*.js",
+    "**/*.ts",
+    "**/*.java",
+)
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -51,7 +65,8 @@ def standard_library(max_bytes: int | None = None) -> tuple[Dataset, str]:
     """The .py files of the running Python: long documents of real text, nothing to download."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
-        path for path in sorted(root.rglob("*.py"))
+        path
+        for path in sorted(root.rglob("*.py"))
         if not NOT_THE_LIBRARY.intersection(path.relative_to(root).parts)
     ]
     documents = _read({path.relative_to(root).as_posix(): path for path in files}, max_bytes)
@@ -79,7 +94,8 @@ def local_files(
                         found[name if len(paths) == 1 else f"{path.name}/{name}"] = file
         else:
             raise UsageError(
-                "a text file or a folder", f"{given}, which does not exist",
+                "a text file or a folder",
+                f"{given}, which does not exist",
                 f"correct the path (the current folder is {os.getcwd()})",
             )
     documents = _read(found, max_bytes)
@@ -101,12 +117,14 @@ def hub_dataset(
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
-            f"a data set that load_dataset({name!r}, {config!r}, split={split!r}) can load", reason,
+            f"a data set that load_dataset({name!r}, {config!r}, split={split!r}) can load",
+            reason,
             "check name, --dataset-config and --dataset-split, or train on files with --text PATH",
         ) from error
     if text_column not in rows.column_names:
         raise UsageError(
-            f"a column {text_column!r} in {name}", f"columns {', '.join(rows.column_names)}",
+            f"a column {text_column!r} in {name}",
+            f"columns {', '.join(rows.column_names)}",
             "name the column that holds the text with --text-column",
         )
     if max_bytes is not None:
@@ -127,8 +145,9 @@ def split_documents(documents: Dataset, source: str, held_out: float) -> Corpus:
     if len(documents) == 1:
         name, text = documents[0]["name"], documents[0]["text"]
         cut = round(len(text) * (1 - held_out))
-        sides = [Dataset.from_dict({"name": [name], "text": [part]})
-                 for part in (text[:cut], text[cut:])]
+        sides = [
+            Dataset.from_dict({"name": [name], "text": [part]}) for part in (text[:cut], text[cut:])
+        ]
         note = f"one document: its last {held_out:.0%} is held out"
         return Corpus(*sides, source, fingerprint, note)
     hashes = [unit_hash(name) for name in documents["name"]]
@@ -190,7 +209,8 @@ def _rows_within(rows: Dataset, column: str, max_bytes: int) -> int:
 def _require_text(documents: Dataset, got: str) -> Dataset:
     if len(documents) == 0:
         raise UsageError(
-            "a corpus with text", got,
+            "a corpus with text",
+            got,
             "name other files with --text and --glob, or a data set with --dataset",
         )
     return documents

@@ -74,7 +74,8 @@ def build_model(
         import hf_flashattn
     except ImportError as error:
         raise UsageError(
-            "the package hf_flashattn for --attention hf_flashattn", str(error),
+            "the package hf_flashattn for --attention hf_flashattn",
+            str(error),
             "pip install . in the repository, or --attention sdpa",
         ) from error
     return model, hf_flashattn.patch_model(model, strict=strict)

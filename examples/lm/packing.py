@@ -51,8 +51,15 @@ def pack_corpus(
         UsageError: one side has fewer than `context` tokens.
     """
     whole = packing == "whole" or (packing == "auto" and context >= WHOLE_FROM)
-    key = "-".join((corpus.fingerprint, tokenizer_fingerprint(tokenizer), str(context),
-                    "whole" if whole else "chain", str(seed)))
+    key = "-".join(
+        (
+            corpus.fingerprint,
+            tokenizer_fingerprint(tokenizer),
+            str(context),
+            "whole" if whole else "chain",
+            str(seed),
+        )
+    )
 
     def make(folder: Path) -> None:
         statistics: dict[str, float] = {}
@@ -67,8 +74,10 @@ def pack_corpus(
                 f"{side}_tokens": count,
                 f"{side}_blocks": len(blocks),
                 f"{side}_bytes_per_token": sum(tokens["bytes"]) / count,
-                f"{side}_share_in_documents_of_a_block_or_more":
-                    sum(n for n in tokens["tokens"] if n >= context) / count,
+                f"{side}_share_in_documents_of_a_block_or_more": sum(
+                    n for n in tokens["tokens"] if n >= context
+                )
+                / count,
             }
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=1))
 
@@ -135,7 +144,9 @@ def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
         encoded = tokenizer(
-            batch["text"], add_special_tokens=False, return_attention_mask=False,
+            batch["text"],
+            add_special_tokens=False,
+            return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
         return {
@@ -145,16 +156,25 @@ def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset
         }
 
     return documents.map(
-        encode, batched=True, batch_size=256, remove_columns=documents.column_names,
-        features=Features({"input_ids": Sequence(Value("int32")), "tokens": Value("int64"),
-                           "bytes": Value("int64")}),
+        encode,
+        batched=True,
+        batch_size=256,
+        remove_columns=documents.column_names,
+        features=Features(
+            {
+                "input_ids": Sequence(Value("int32")),
+                "tokens": Value("int64"),
+                "bytes": Value("int64"),
+            }
+        ),
     )
 
 
 def _pack(tokens: Dataset, context: int, whole: bool) -> Dataset:
     return tokens.select_columns(["input_ids"]).map(
         lambda batch: {"input_ids": fill_blocks(batch["input_ids"], context, whole)},
-        batched=True, batch_size=DOCUMENTS_PER_PACK,
+        batched=True,
+        batch_size=DOCUMENTS_PER_PACK,
         features=Features({"input_ids": Sequence(Value("int32"), length=context)}),
     )
 

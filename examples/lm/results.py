@@ -12,8 +12,15 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("hf_flashattn", "torch", "transformers", "accelerate", "datasets", "evaluate",
-            "tokenizers")
+PACKAGES = (
+    "hf_flashattn",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "tokenizers",
+)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -33,8 +40,10 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     else:
-        described |= {"name": platform.processor() or platform.machine(),
-                      "threads": torch.get_num_threads()}
+        described |= {
+            "name": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
     return {"command": " ".join(sys.argv), "versions": versions, "device": described}
 
 
@@ -50,7 +59,7 @@ def training_lines(run: dict[str, Any], attention: str, stopped: str) -> list[st
     """Loss, held-out perplexity and speed of a training run."""
     before, after = run["perplexities"][0], run["perplexities"][-1]
     losses = run["losses"]
-    tail = losses[-min(10, len(losses)):]
+    tail = losses[-min(10, len(losses)) :]
     return [
         f"attention            {attention}",
         f"steps                {run['steps']} ({stopped})",

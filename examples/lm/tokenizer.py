@@ -31,7 +31,8 @@ def get_tokenizer(
         tokenizer = _load(name)
     if tokenizer.eos_token_id is None:
         raise UsageError(
-            "a tokenizer with an end-of-text token", f"{name}, whose eos_token is None",
+            "a tokenizer with an end-of-text token",
+            f"{name}, whose eos_token is None",
             "set eos_token in its tokenizer_config.json, or leave --tokenizer at 'corpus'",
         )
     tokenizer.model_max_length = 2**31  # documents are cut after tokenising, not before
@@ -49,12 +50,14 @@ def _load(name: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # OSError, ValueError, hub errors: all mean the same here
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
-            f"a tokenizer at {name!r} (hub name or local folder)", reason,
+            f"a tokenizer at {name!r} (hub name or local folder)",
+            reason,
             "check the name, or leave --tokenizer at 'corpus' to train one on the text",
         ) from error
     if len(tokenizer) < 256:
         raise UsageError(
-            f"a vocabulary in {name!r}", f"{len(tokenizer)} entries",
+            f"a vocabulary in {name!r}",
+            f"{len(tokenizer)} entries",
             "check that the folder has tokenizer.json, or vocab.json and merges.txt",
         )
     return tokenizer

@@ -77,7 +77,8 @@ class Progress:
         for loss in (loss.item() for loss in self.pending):
             if not math.isfinite(loss):
                 raise UsageError(
-                    "a finite loss", f"{loss} at step {len(self.losses) + 1}",
+                    "a finite loss",
+                    f"{loss} at step {len(self.losses) + 1}",
                     "a lower --lr, more --warmup, or --mixed-precision bf16 instead of fp16",
                 )
             self.losses.append(loss)
@@ -103,16 +104,24 @@ class Trainee:
 
 
 def make_trainee(
-    name: str, model: torch.nn.Module, report: Any, recipe: Recipe, accelerator: Accelerator,
+    name: str,
+    model: torch.nn.Module,
+    report: Any,
+    recipe: Recipe,
+    accelerator: Accelerator,
     compiled: bool,
 ) -> Trainee:
     """AdamW (fused on CUDA), no weight decay on biases and norms; compiled in place if asked."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.lr, betas=(0.9, 0.95), fused=accelerator.device.type == "cuda",
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=recipe.lr,
+        betas=(0.9, 0.95),
+        fused=accelerator.device.type == "cuda",
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     if compiled:
@@ -182,11 +191,15 @@ def train(
     accelerator = trainee.accelerator
     per_process = recipe.batch_size * recipe.accumulate
     order = BatchOrder(len(blocks), recipe.per_step(accelerator.num_processes), recipe.seed)
-    mine = slice(accelerator.process_index * per_process,
-                 (accelerator.process_index + 1) * per_process)
+    mine = slice(
+        accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process
+    )
     bar = tqdm(
-        total=None if recipe.steps == UNLIMITED else recipe.steps, initial=progress.step,
-        unit="step", desc=trainee.name, disable=not accelerator.is_main_process,
+        total=None if recipe.steps == UNLIMITED else recipe.steps,
+        initial=progress.step,
+        unit="step",
+        desc=trainee.name,
+        disable=not accelerator.is_main_process,
         mininterval=REFRESH,
     )
     while progress.step < recipe.steps:
@@ -206,8 +219,9 @@ def train(
         if flushed:
             progress.marks.append((progress.step, progress.seconds))
             rate = order.per_step * tokens.shape[1] / progress.seconds_per_step()
-            bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", tokens_per_s=f"{rate:,.0f}",
-                            refresh=False)
+            bar.set_postfix(
+                loss=f"{progress.losses[-1]:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False
+            )
         after_step(progress)
     progress.flush()
     bar.close()

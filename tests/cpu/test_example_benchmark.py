@@ -73,7 +73,8 @@ def test_plots_overlay_files(tmp_path: Path, capsys):
         (tmp_path / name).mkdir()
         run = {"losses": [3.0, 2.0, 1.5], "step_ms": {"median": 4.0}}
         (tmp_path / name / "results.json").write_text(
-            json.dumps({"command": "x", "runs": {"sdpa": run}}))
+            json.dumps({"command": "x", "runs": {"sdpa": run}})
+        )
     files = [str(tmp_path / name / "results.json") for name in ("a", "b")]
     assert list(plots.load_runs([Path(file) for file in files])) == ["sdpa", "sdpa (b)"]
     assert plots.main([*files, "--out", str(tmp_path / "out.png")]) == 0

@@ -22,8 +22,23 @@ pytest.importorskip("evaluate")
 import train_gpt2  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-WORDS = ["the", "kernel", "reads", "one", "block", "of", "keys", "and", "writes", "no", "matrix",
-         "of", "scores", "to", "memory"]
+WORDS = [
+    "the",
+    "kernel",
+    "reads",
+    "one",
+    "block",
+    "of",
+    "keys",
+    "and",
+    "writes",
+    "no",
+    "matrix",
+    "of",
+    "scores",
+    "to",
+    "memory",
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +66,33 @@ def run(text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
 
     def call(output: Path, *options: object) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
-        base = ["--cpu", "--text", text, "--size", "tiny", "--layers", 2, "--context", 32,
-                "--vocab-size", 300, "--batch-size", 2, "--steps", 6, "--eval-blocks", 4,
-                "--held-out", 0.2, "--cache-dir", cache, "--output", output,
-                "--attention", "sdpa"]
+        base = [
+            "--cpu",
+            "--text",
+            text,
+            "--size",
+            "tiny",
+            "--layers",
+            2,
+            "--context",
+            32,
+            "--vocab-size",
+            300,
+            "--batch-size",
+            2,
+            "--steps",
+            6,
+            "--eval-blocks",
+            4,
+            "--held-out",
+            0.2,
+            "--cache-dir",
+            cache,
+            "--output",
+            output,
+            "--attention",
+            "sdpa",
+        ]
         return train_gpt2.main([str(option) for option in [*base, *options]])
 
     yield call
@@ -110,7 +148,8 @@ def test_comparison_writes_ratios_and_a_plot(run, tmp_path: Path):
     eager, sdpa = result["runs"]["eager"], result["runs"]["sdpa"]
     assert eager["losses"] == pytest.approx(sdpa["losses"], rel=1e-4)
     assert result["ratios"]["eager"]["sdpa"] == pytest.approx(
-        sdpa["step_ms"]["median"] / eager["step_ms"]["median"])
+        sdpa["step_ms"]["median"] / eager["step_ms"]["median"]
+    )
     assert (tmp_path / "out" / "losses.png").stat().st_size > 1000
 
 
@@ -140,9 +179,29 @@ def test_a_time_limit_ends_the_run(run, tmp_path: Path, capsys):
 
 def test_the_standard_library_is_the_default_text(run, tmp_path: Path, cache: Path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    options = ["--cpu", "--size", "tiny", "--attention", "sdpa", "--max-bytes", "300000",
-               "--context", "64", "--vocab-size", "400", "--batch-size", "2", "--steps", "2",
-               "--eval-blocks", "2", "--cache-dir", str(cache), "--output", str(tmp_path / "out")]
+    options = [
+        "--cpu",
+        "--size",
+        "tiny",
+        "--attention",
+        "sdpa",
+        "--max-bytes",
+        "300000",
+        "--context",
+        "64",
+        "--vocab-size",
+        "400",
+        "--batch-size",
+        "2",
+        "--steps",
+        "2",
+        "--eval-blocks",
+        "2",
+        "--cache-dir",
+        str(cache),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert train_gpt2.main(options) == 0
     assert "standard library" in results(tmp_path / "out")["corpus"]["source"]
 
@@ -154,9 +213,29 @@ def test_a_data_set_by_name(run, tmp_path: Path, cache: Path):
     rows = [{"body": " ".join(WORDS * 20) + f" {i}"} for i in range(30)]
     (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     AcceleratorState._reset_state(reset_partial_state=True)
-    options = ["--cpu", "--dataset", str(folder), "--text-column", "body", "--size", "tiny",
-               "--attention", "sdpa", "--context", "32", "--vocab-size", "300", "--batch-size", "2",
-               "--steps", "2", "--eval-blocks", "2", "--cache-dir", str(cache)]
+    options = [
+        "--cpu",
+        "--dataset",
+        str(folder),
+        "--text-column",
+        "body",
+        "--size",
+        "tiny",
+        "--attention",
+        "sdpa",
+        "--context",
+        "32",
+        "--vocab-size",
+        "300",
+        "--batch-size",
+        "2",
+        "--steps",
+        "2",
+        "--eval-blocks",
+        "2",
+        "--cache-dir",
+        str(cache),
+    ]
     assert train_gpt2.main([*options, "--output", str(tmp_path / "out")]) == 0
     assert results(tmp_path / "out")["corpus"]["train_documents"] > 20
 
@@ -194,8 +273,19 @@ def test_refuses_an_empty_corpus(run, tmp_path: Path, capsys):
 
 def test_refuses_a_data_set_that_is_not_there(run, tmp_path: Path, cache: Path, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
-    code = train_gpt2.main(["--cpu", "--dataset", "no-such/data-set", "--attention", "sdpa",
-                            "--cache-dir", str(cache), "--output", str(tmp_path / "out")])
+    code = train_gpt2.main(
+        [
+            "--cpu",
+            "--dataset",
+            "no-such/data-set",
+            "--attention",
+            "sdpa",
+            "--cache-dir",
+            str(cache),
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
     assert "no-such/data-set" in refused(capsys, code)
 
 
@@ -235,8 +325,14 @@ def test_refuses_checkpoints_that_do_not_fit(run, tmp_path: Path, capsys):
 
 
 def test_the_script_exits_with_2_and_no_traceback(tmp_path: Path):
-    command = [sys.executable, str(EXAMPLES / "train_gpt2.py"), "--text", "missing.txt",
-               "--output", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "train_gpt2.py"),
+        "--text",
+        "missing.txt",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "missing.txt" in done.stderr and "Traceback" not in done.stderr

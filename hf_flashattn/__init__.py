@@ -1,0 +1,60 @@
+"""Hugging Face models on our own IO-aware attention kernels.
+
+    import hf_flashattn
+    report = hf_flashattn.patch_model(model)    # or: from_pretrained(...,
+    attn_implementation="hf_flashattn") print(report)                               # which modules
+    run on the kernel, which don't, and why
+
+Importing registers two names with Transformers and changes nothing else: "hf_flashattn", which
+counts as a flash implementation, and "hf_fused_attn", the same without Transformers' rules for
+names that contain "flash".
+"""
+
+from hf_flashattn import _compat, support
+from hf_flashattn.attention import FallbackError, attention_forward
+from hf_flashattn.functional import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from hf_flashattn.masks import attention_mask
+from hf_flashattn.patching import (
+    ALIAS_NAME,
+    FLASH_NAME,
+    PatchError,
+    attention_report,
+    patch_model,
+    patched,
+    unpatch_model,
+)
+from hf_flashattn.report import NotOnKernel, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FallbackError",
+    "NotOnKernel",
+    "PatchError",
+    "Report",
+    "attention_report",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "patch_model",
+    "patched",
+    "support",
+    "unpatch_model",
+]
+
+_compat.register(
+    (FLASH_NAME, ALIAS_NAME),
+    attention=attention_forward,
+    mask=attention_mask,
+    flash_functions=lambda: (flash_attn_func, flash_attn_varlen_func, None),
+)

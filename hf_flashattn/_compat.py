@@ -1,0 +1,268 @@
+"""Every private Transformers name this package touches, in one place.
+
+    python -c "import hf_flashattn._compat as c; print(c.missing() or 'all names found')"
+
+Supported: transformers >= 5.17, < 6. Features are detected (hasattr, signature, qualified name),
+versions are never compared. `missing()` is the self-test: it names each attribute that this
+Transformers does not have.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+    modeling_flash_attention_utils,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils import import_utils
+
+try:
+    from transformers.utils.output_capturing import _active_collector as _ACTIVE_COLLECTOR
+except ImportError:
+    _ACTIVE_COLLECTOR = None
+
+# Attribute of a config that holds the implementation's name without writing it through to the
+# sub-configs.
+CONFIG_NAME = "_attn_implementation_internal"
+
+# (module, attribute, what it is for)
+PRIVATE_NAMES = (
+    (
+        "transformers.modeling_utils",
+        "ALL_ATTENTION_FUNCTIONS",
+        "the registry of attention functions",
+    ),
+    (
+        "transformers.modeling_utils",
+        "AttentionInterface.register",
+        "registers our attention function",
+    ),
+    (
+        "transformers.masking_utils",
+        "AttentionMaskInterface.register",
+        "registers our mask function",
+    ),
+    (
+        "transformers.masking_utils",
+        "ALL_MASK_ATTENTION_FUNCTIONS",
+        "the registry of mask functions",
+    ),
+    ("transformers.masking_utils", "causal_mask_function", "recognises a plain causal mask"),
+    ("transformers.masking_utils", "bidirectional_mask_function", "recognises a plain full mask"),
+    ("transformers.masking_utils", "and_masks", "recognises packed sequences and windows"),
+    ("transformers.masking_utils", "packed_sequence_mask_function", "recognises packed sequences"),
+    ("transformers.masking_utils", "sliding_window_overlay", "recognises a sliding window"),
+    ("transformers.masking_utils", "sdpa_mask", "builds the explicit mask of everything else"),
+    ("transformers.integrations.sdpa_attention", "sdpa_attention_forward", "the fallback"),
+    (
+        "transformers.modeling_flash_attention_utils",
+        "_lazy_imports",
+        "lets our name pass as a flash name",
+    ),
+    ("transformers.modeling_flash_attention_utils", "_pad_input", "handed out with our functions"),
+    (
+        "transformers.modeling_flash_attention_utils",
+        "_unpad_input",
+        "handed out with our functions",
+    ),
+    ("transformers.utils.import_utils", "is_tracing", "tells when a tensor may not be read"),
+    (
+        "transformers.utils.output_capturing",
+        "_active_collector",
+        "tells that attention weights are wanted",
+    ),
+    ("transformers", "PreTrainedConfig._attn_implementation", "selects the implementation"),
+)
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "CONFIG_NAME",
+    "PRIVATE_NAMES",
+    "MaskPattern",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "attentions_wanted",
+    "describe_mask",
+    "eager_function",
+    "explicit_mask",
+    "is_tracing",
+    "missing",
+    "register",
+    "sdpa_attention_forward",
+]
+
+
+def missing() -> list[str]:
+    """The names in PRIVATE_NAMES that this Transformers lacks, each as "module.attribute (what
+    it is for)".
+    """
+    absent = []
+    for module_name, attribute, purpose in PRIVATE_NAMES:
+        try:
+            found: Any = importlib.import_module(module_name)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            absent.append(f"{module_name}.{attribute} ({purpose})")
+    return absent
+
+
+# ---- registration --------------------------------------------------------------------------------
+
+
+def register(
+    names: tuple[str, ...],
+    attention: Callable,
+    mask: Callable,
+    flash_functions: Callable[[], tuple],
+) -> None:
+    """Adds `names` to both registries; a name with "flash" in it also passes Transformers' lazy
+    flash import.
+
+    flash_functions() returns (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache or
+    None). Additive and idempotent: what other implementations get is untouched.
+    """
+    for name in names:
+        AttentionInterface.register(name, attention)
+        masking_utils.AttentionMaskInterface.register(name, mask)
+    _wrap_lazy_imports(frozenset(names), flash_functions)
+
+
+def _wrap_lazy_imports(names: frozenset[str], flash_functions: Callable[[], tuple]) -> None:
+    original = modeling_flash_attention_utils._lazy_imports
+    if getattr(original, "_hf_flashattn_names", None) is not None:
+        return
+
+    def _lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> tuple:
+        if implementation in names:
+            pads = (
+                modeling_flash_attention_utils._pad_input,
+                modeling_flash_attention_utils._unpad_input,
+            )
+            return (*flash_functions(), *pads)
+        return original(implementation, *args, **kwargs)
+
+    _lazy_imports._hf_flashattn_names = names
+    modeling_flash_attention_utils._lazy_imports = _lazy_imports
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPattern:
+    """What a Transformers mask function says, as far as it can be recognised."""
+
+    causal: bool = False
+    packed_ids: Tensor | None = None  # (B, S) integer: tokens with equal numbers belong together
+    window: int | None = None  # keys further away than this are masked
+
+
+def describe_mask(mask_function: Callable) -> MaskPattern | None:
+    """Reads a mask function's structure, without evaluating it; None if any part of it is unknown.
+
+    Transformers composes closures (`and_masks(packed, causal)`); their qualified names and cells
+    say what they are.
+    """
+    if mask_function is masking_utils.causal_mask_function:
+        return MaskPattern(causal=True)
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return MaskPattern()
+    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
+        return None
+    maker = getattr(mask_function, "__qualname__", "").partition(".<locals>.")[0]
+    names, cells = mask_function.__code__.co_freevars, mask_function.__closure__ or ()
+    held = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+    try:
+        if maker == "and_masks":
+            return _merge([describe_mask(part) for part in held["mask_functions"]])
+        if maker == "packed_sequence_mask_function":
+            return MaskPattern(packed_ids=held["packed_sequence_mask"])
+        if maker == "remap_positions_for_packed_sequence":
+            return describe_mask(held["mask_function"])
+        if maker in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+            return MaskPattern(window=int(held["sliding_window"]))
+    except KeyError:
+        return None
+    return None
+
+
+def _merge(parts: list[MaskPattern | None]) -> MaskPattern | None:
+    merged = MaskPattern()
+    for part in parts:
+        if part is None or (part.packed_ids is not None and merged.packed_ids is not None):
+            return None
+        windows = [w for w in (merged.window, part.window) if w is not None]
+        merged = replace(
+            merged,
+            causal=merged.causal or part.causal,
+            packed_ids=part.packed_ids if merged.packed_ids is None else merged.packed_ids,
+            window=min(windows) if windows else None,
+        )
+    return merged
+
+
+def traced_packing_only(mask_function: Callable, kwargs: dict[str, Any]) -> bool:
+    """Under torch.compile: is this the causal mask with nothing but Transformers' packing on top?
+
+    Closures cannot be read while tracing. Of what `create_causal_mask` composes with `and_masks`, a
+    window brings `local_size` and a user's overlay brings `use_vmap`.
+    """
+    name = getattr(mask_function, "__name__", "")
+    return (
+        name == "and_mask"
+        and not kwargs.get("use_vmap", False)
+        and kwargs.get("local_size") is None
+    )
+
+
+def explicit_mask(**kwargs: Any) -> Tensor | None:
+    """Transformers' own boolean mask, bool (B, 1, Sq, Sk), never skipped."""
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return masking_utils.sdpa_mask(**kwargs)
+
+
+def is_tracing(tensor: Tensor | None = None) -> bool:
+    """True where a tensor's values may not be read: torch.compile, export, CUDA graph capture,
+    fake tensors.
+    """
+    return torch.compiler.is_compiling() or import_utils.is_tracing(tensor)
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+
+def eager_function(module: nn.Module) -> Callable | None:
+    """The `eager_attention_forward` next to the class of `module`, or None."""
+    for cls in type(module).__mro__:
+        home: ModuleType | None = sys.modules.get(cls.__module__)
+        function = getattr(home, "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+def attentions_wanted() -> bool:
+    """True inside a forward whose caller asked for attention weights (output_attentions=True)."""
+    collector = _ACTIVE_COLLECTOR
+    if collector is None:
+        return False
+    if (
+        torch.compiler.is_compiling()
+    ):  # a ContextVar cannot be traced; while compiling it is a plain attribute
+        collected = collector.global_var if collector.compiling else None
+    else:
+        collected = collector.get()
+    return collected is not None and any(key.endswith("attentions") for key in collected)

@@ -1,0 +1,382 @@
+"""The mask function registered with Transformers, and the small tensors it hands to the layers.
+
+A layer needs to know which keys each row of the batch sees. Instead of a (B, 1, Sq, Sk) mask, the
+mask function makes one small int32 tensor per forward, which all layers share. It is a tensor
+because `generate`, gradient checkpointing, device maps and torch.compile carry tensors through; its
+shape says what it is, its contents say the whole truth, and what was computed from it once is
+remembered beside it.
+
+    KeyRange    (B, 1, 1, 2 | 3 | 4)  [start, length, 0, keys used]: padding; static caches
+    Segments    (B, 1, 2, Sq + Sk)    numbers of query and key tokens, 0 is nowhere: holes, packing
+    Compaction  (B, 1, 3, Sk)         order that puts the kept keys first, inverse, their count
+
+A causal KeyRange has 3 columns (4 if only the first `keys used` keys exist yet), a causal Segments
+or Compaction one column more: causality is part of the shape, so that it is known without reading
+the device.
+
+Reading the device: outside torch.compile, once per 2-D mask, to learn whether the kept keys are
+neighbours (KeyRange) or not (Segments, whose cu_seqlens cost a second read). Under torch.compile
+and CUDA graph capture, never: a 2-D mask becomes a Compaction, right for every mask at the price of
+a gather of K and V (causal: Q too) per layer. Patterns that none of these can express become
+Transformers' boolean mask, and the layer falls back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hf_flashattn import _compat
+from hf_flashattn.unpadding import VarlenPlan, plan_varlen
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRange:
+    """Row b sees the keys start[b] <= c < start[b] + length[b]; only the first `used` keys exist
+    (None: all).
+    """
+
+    start: Tensor  # int32 (B,)
+    length: Tensor  # int32 (B,)
+    causal: bool
+    used: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """A query sees the keys of its row that bear its number; 0 sees nothing and is seen by
+    nobody.
+    """
+
+    query_ids: Tensor  # int32 (B, Sq)
+    key_ids: Tensor  # int32 (B, Sk)
+    causal: bool
+    plan: VarlenPlan | None  # None while tracing
+
+
+@dataclass(frozen=True, eq=False)
+class Compaction:
+    """The keys of row b in the order `order[b]` have the `count[b]` kept ones first; causal: the
+    queries likewise.
+    """
+
+    order: Tensor  # int32 (B, Sk)
+    inverse: Tensor  # int32 (B, Sk)
+    count: Tensor  # int32 (B,)
+    causal: bool
+
+
+Descriptor = KeyRange | Segments | Compaction
+
+_DECODED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # carrier -> what decode() made of it
+
+
+class TracedFacts:
+    """What the caller of the model being traced passed; only read and written under torch.compile.
+
+    Transformers cannot tell packed from plain `position_ids` while tracing and then assumes packed.
+    Whether the caller passed any is known to the hook of `patch_model`, which leaves it here for
+    the mask function of the same config.
+    """
+
+    def __init__(self) -> None:
+        self.config: Any = None
+        self.position_ids_given = True
+
+
+TRACED = TracedFacts()
+
+
+# ---- the mask function ---------------------------------------------------------------------------
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Transformers' mask interface: None (every key, or causal by the module), a carrier, or bool
+    (B, 1, Sq, Sk).
+
+    attention_mask: bool (B, at most kv_length), True is a token. q_offset: where the queries start
+    among the keys, a tensor under a static cache.
+    """
+    arguments = dict(
+        kwargs,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+    )
+    if mask_function is not None:
+        arguments["mask_function"] = mask_function
+    device = (
+        torch.device(kwargs.get("device", "cpu"))
+        if attention_mask is None
+        else attention_mask.device
+    )
+    tracing = _compat.is_tracing(attention_mask)
+    pattern = _pattern(mask_function, kwargs, tracing)
+    if (
+        pattern is None
+        or kv_offset != 0
+        or _windowed(pattern, kv_length)
+        or _must_materialize(pattern, q_length, kwargs)
+    ):
+        return _compat.explicit_mask(**arguments)
+
+    if pattern.packed_ids is not None:
+        if tracing or q_length != kv_length:
+            return _compat.explicit_mask(**arguments)
+        ids = pattern.packed_ids.expand(batch_size, -1) + 1
+        return encode_segments(ids, ids, causal=pattern.causal)
+
+    if pattern.causal and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_length):
+        return _preallocated(arguments, device, tracing)
+    if attention_mask is None:
+        return None
+    kept = _fit(attention_mask, kv_length)
+    if tracing:
+        return _traced(kept, arguments, causal=pattern.causal and q_length > 1)
+    return _padded(kept, q_length, causal=pattern.causal)
+
+
+def _pattern(
+    mask_function: Any, kwargs: dict[str, Any], tracing: bool
+) -> _compat.MaskPattern | None:
+    if mask_function is None or mask_function is _compat.masking_utils.causal_mask_function:
+        return _compat.MaskPattern(causal=True)
+    if mask_function is _compat.masking_utils.bidirectional_mask_function:
+        return _compat.MaskPattern()
+    if not torch.compiler.is_compiling():
+        return _compat.describe_mask(mask_function)
+    nothing_packed = (
+        tracing and TRACED.config is kwargs.get("config") and not TRACED.position_ids_given
+    )
+    if nothing_packed and _compat.traced_packing_only(mask_function, kwargs):
+        return _compat.MaskPattern(causal=True)
+    return None
+
+
+def _windowed(pattern: _compat.MaskPattern, kv_length: int) -> bool:
+    return pattern.window is not None and kv_length > pattern.window
+
+
+def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[str, Any]) -> bool:
+    """Did the model ask for a real mask, to combine it with another? (For one query it means a
+    compiled decode.)
+    """
+    if pattern.causal:
+        return (
+            pattern.packed_ids is None
+            and q_length > 1
+            and not kwargs.get("allow_is_causal_skip", True)
+        )
+    return not kwargs.get("allow_is_bidirectional_skip", True)
+
+
+def _padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None) -> Tensor | None:
+    """kept: bool (B, Sk). One read of the device."""
+    start, length, neighbours = _range_of(kept)
+    all_kept, all_neighbours = torch.stack([kept.all(), neighbours.all()]).tolist()
+    if all_kept and used is None:
+        return None
+    if all_neighbours:
+        return encode_range(start, length, causal=causal, used=used)
+    key_ids = kept.to(torch.int32)
+    if causal:  # the queries are the last tokens: those dropped as keys are dropped as queries
+        query_ids = key_ids[:, -q_length:]
+    else:
+        query_ids = key_ids.new_ones(kept.shape[0], q_length)
+    return encode_segments(query_ids, key_ids, causal=causal)
+
+
+def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool) -> Tensor:
+    """Causal, with keys beyond the last query that do not exist yet: a static cache.
+
+    One query: the range ends behind it, on the device. Several: the keys in use must be cut off, so
+    that the last query meets the last key; that reads q_offset, and under torch.compile takes the
+    explicit mask.
+    """
+    batch, q_length, kv_length = (
+        arguments["batch_size"],
+        arguments["q_length"],
+        arguments["kv_length"],
+    )
+    q_offset, mask = arguments["q_offset"], arguments["attention_mask"]
+    if q_length == 1:
+        exists = torch.arange(kv_length, device=device) <= q_offset  # (Sk,)
+        kept = exists.expand(batch, -1) if mask is None else _fit(mask, kv_length) & exists
+        if mask is None:
+            start, length, _ = _range_of(kept)
+            return encode_range(start, length, causal=False)
+        if tracing:
+            return encode_compaction(kept, causal=False)
+        carrier = _padded(kept, 1, causal=False)
+        return encode_range(*_range_of(kept)[:2], causal=False) if carrier is None else carrier
+    used = None if tracing else int(q_offset) + q_length
+    if used is None or used > kv_length:
+        return _compat.explicit_mask(**arguments)
+    if mask is None:
+        zeros = torch.zeros(batch, dtype=torch.int32, device=device)
+        return encode_range(zeros, zeros + used, causal=True, used=used)
+    carrier = _padded(_fit(mask, used), q_length, causal=True, used=used)
+    return carrier if carrier.shape[2] == 1 else _compat.explicit_mask(**arguments)
+
+
+def _traced(kept: Tensor, arguments: dict[str, Any], *, causal: bool) -> Tensor:
+    if causal and arguments["q_length"] != arguments["kv_length"]:
+        return _compat.explicit_mask(**arguments)
+    return encode_compaction(kept, causal=causal)
+
+
+def _fit(mask: Tensor, length: int) -> Tensor:
+    """bool (B, length): cut or continued with False."""
+    missing = length - mask.shape[-1]
+    return F.pad(mask, (0, missing)) if missing > 0 else mask[:, :length]
+
+
+def _range_of(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bool (B, S) -> first kept key and number of kept keys, int32 (B,), and whether they are
+    neighbours, bool (B,).
+    """
+    flags = kept.to(torch.int32)
+    start = flags.argmax(-1)  # the first of the largest: 0 if nothing is kept
+    last = kept.shape[-1] - 1 - flags.flip(-1).argmax(-1)
+    length = flags.sum(-1)
+    neighbours = (last - start + 1 == length) | (length == 0)
+    return start.to(torch.int32), length.to(torch.int32), neighbours
+
+
+# ---- carriers ------------------------------------------------------------------------------------
+
+
+def encode_range(start: Tensor, length: Tensor, *, causal: bool, used: int | None = None) -> Tensor:
+    """int32 (B, 1, 1, 2), causal 3, with `used` 4."""
+    columns = [start, length]
+    if causal:
+        columns.append(torch.zeros_like(start))
+    if used is not None:
+        columns.append(torch.full_like(start, used))
+    carrier = torch.stack(columns, dim=-1)[:, None, None]
+    if not _compat.is_tracing(carrier):
+        _DECODED[carrier] = KeyRange(start.contiguous(), length.contiguous(), causal, used)
+    return carrier
+
+
+def encode_segments(query_ids: Tensor, key_ids: Tensor, *, causal: bool) -> Tensor:
+    """int32 (B, 1, 2, Sq + Sk), causal one column more; the second row is a spare that tells the
+    shape apart.
+    """
+    columns = [query_ids.to(torch.int32), key_ids.to(torch.int32)]
+    if causal:
+        columns.append(columns[1].new_zeros(key_ids.shape[0], 1))
+    carrier = torch.cat(columns, dim=-1)[:, None, None].expand(-1, -1, 2, -1).contiguous()
+    if not _compat.is_tracing(carrier):
+        _DECODED[carrier] = Segments(*columns[:2], causal, plan_varlen(query_ids, key_ids))
+    return carrier
+
+
+def encode_compaction(kept: Tensor, *, causal: bool) -> Tensor:
+    """int32 (B, 1, 3, Sk), causal one column more; kept: bool (B, Sk). Never reads the device."""
+    order = torch.argsort((~kept).to(torch.uint8), dim=-1, stable=True)
+    inverse = torch.argsort(order, dim=-1)
+    count = kept.sum(-1, keepdim=True).expand_as(order)
+    carrier = torch.stack([order, inverse, count], dim=1).to(torch.int32)[:, None]
+    return F.pad(carrier, (0, 1)) if causal else carrier
+
+
+def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
+    """What a carrier says to a layer with seqlen_q queries and seqlen_k keys; None if `mask` is not
+    ours.
+
+    Raises ValueError if a carrier was altered on its way, as masks of the usual form may be.
+    """
+    if mask.dtype != torch.int32 or mask.dim() != 4:
+        return None
+    tracing = _compat.is_tracing(mask)
+    if not tracing and (known := _DECODED.get(mask)) is not None:
+        if isinstance(known, Segments) and (known.query_ids.shape[1], known.key_ids.shape[1]) != (
+            seqlen_q,
+            seqlen_k,
+        ):
+            raise _altered(mask, seqlen_q, seqlen_k)
+        return known
+    rows, width = mask.shape[2], mask.shape[3]
+    if mask.shape[1] != 1:
+        raise _altered(mask, seqlen_q, seqlen_k)
+    if rows == 1 and 2 <= width <= 4:
+        start, length = mask[:, 0, 0, 0].contiguous(), mask[:, 0, 0, 1].contiguous()
+        # Only after a copy to another device is this column read back.
+        found = KeyRange(start, length, width > 2, int(mask[0, 0, 0, 3]) if width == 4 else None)
+    elif rows == 2 and width in (seqlen_q + seqlen_k, seqlen_q + seqlen_k + 1):
+        query_ids, key_ids = mask[:, 0, 0, :seqlen_q], mask[:, 0, 0, seqlen_q : seqlen_q + seqlen_k]
+        plan = None if tracing else plan_varlen(query_ids, key_ids)
+        found = Segments(query_ids, key_ids, width > seqlen_q + seqlen_k, plan)
+    elif rows == 3 and width in (seqlen_k, seqlen_k + 1):
+        order, inverse, count = mask[:, 0, 0, :seqlen_k], mask[:, 0, 1, :seqlen_k], mask[:, 0, 2, 0]
+        found = Compaction(order, inverse, count.contiguous(), width > seqlen_k)
+    else:
+        raise _altered(mask, seqlen_q, seqlen_k)
+    if not tracing:
+        _DECODED[mask] = found
+    return found
+
+
+def _altered(mask: Tensor, seqlen_q: int, seqlen_k: int) -> ValueError:
+    return ValueError(
+        f"hf_flashattn: expected the attention mask as its mask function made it, for {seqlen_q} "
+        f"queries and {seqlen_k} "
+        f"keys, got an int32 tensor of shape {tuple(mask.shape)}. The model changes its masks on "
+        "their way to the layers; "
+        "pass a boolean 4-D mask (B, 1, Sq, Sk), or leave this model out with "
+        "patch_model(exclude=...)."
+    )
+
+
+def dense(
+    found: Descriptor | None, seqlen_q: int, seqlen_k: int, *, causal: bool, device: torch.device
+) -> Tensor | None:
+    """The boolean mask (B or 1, 1, Sq, Sk) that says the same, True where a query sees a key; None:
+    everything.
+
+    causal: what to do without a descriptor; a descriptor knows its own.
+    """
+    keys = torch.arange(seqlen_k, device=device)
+    mask, last_key = None, seqlen_k - 1
+    if isinstance(found, KeyRange):
+        causal = found.causal
+        inside = (keys >= found.start[:, None]) & (
+            keys < (found.start + found.length)[:, None]
+        )  # (B, Sk)
+        mask = inside[:, None, None, :]
+        if found.used is not None:
+            last_key = found.used - 1
+    elif isinstance(found, Segments):
+        causal = found.causal
+        same = (found.query_ids[:, :, None] == found.key_ids[:, None, :]) & (
+            found.key_ids[:, None, :] > 0
+        )
+        mask = same[:, None]
+    elif isinstance(found, Compaction):
+        causal = found.causal
+        mask = (found.inverse < found.count[:, None])[:, None, None, :]
+    if causal and seqlen_q > 1:
+        rows = torch.arange(seqlen_q, device=device)[:, None] + (last_key + 1 - seqlen_q)
+        below = (keys <= rows)[None, None]
+        mask = below if mask is None else mask & below
+    if mask is not None:
+        mask = mask.expand(-1, 1, seqlen_q, seqlen_k)
+    return mask

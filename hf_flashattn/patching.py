@@ -1,0 +1,431 @@
+"""patch_model: one line makes a Hugging Face model run on our kernels, per instance and reversibly.
+
+    report = patch_model(model)     # this instance only; other models, even of the same config
+    object, stay as they are print(report)                   # which modules run on the kernel,
+    which don't, and why unpatch_model(model)            # exactly as before
+
+One mechanism for every model. Transformers looks up the attention function and the mask function by
+the name in the config, so the model gets private copies of its configs (the original may be shared)
+in which that name is ours. Modules that must stay off the kernel still go through our function,
+which sends them to the fallback: masks are made once per model and in our form. Everything that is
+changed is first written to an undo log, kept on the model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
+from hf_flashattn.attention import SETTINGS, Settings
+from hf_flashattn.masks import TRACED
+from hf_flashattn.report import Report, Site, format_rows
+
+FLASH_NAME = "hf_flashattn"
+ALIAS_NAME = "hf_fused_attn"
+
+_STATE = "_hf_flashattn_patch"  # the attribute of a patched model that holds its Patch
+_ABSENT = object()
+
+
+class PatchError(RuntimeError):
+    """strict=True, and some attention module would not run on the kernel. Nothing was changed."""
+
+
+# ---- public --------------------------------------------------------------------------------------
+
+
+def patch_model(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    fallback: str = "sdpa",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Report:
+    """Makes this instance of a model run its attention on our kernels. Returns the report, which
+    keeps counting.
+
+    model: any module that holds Transformers models; PEFT, DDP and torch.compile wrappers are
+    looked through. strict: raise PatchError now for a module that cannot run on the kernel, and
+    FallbackError later for a call that cannot,
+        instead of falling back.
+    fallback: "sdpa" or "eager", for calls that the kernel cannot take.
+    include, exclude: glob patterns of module names (as in the report); the others use the fallback.
+
+    Patching twice changes nothing; with other options it patches anew. Until unpatch_model,
+    `model.config` is a copy: what is set on it meanwhile is carried over to the original then.
+    """
+    if fallback not in ("sdpa", "eager"):
+        raise ValueError(f'hf_flashattn: fallback: expected "sdpa" or "eager", got {fallback!r}')
+    inner = unwrap(model)
+    options = _Options(strict, fallback, _patterns(include), _patterns(exclude))
+    patch = inner.__dict__.get(_STATE)
+    if patch is not None and patch.options != options:
+        unpatch_model(inner)
+        patch = None
+    if patch is None:
+        _patch(inner, options)
+    return attention_report(inner)
+
+
+def unpatch_model(model: nn.Module) -> bool:
+    """Puts the model back as it was before patch_model, and says whether there was anything to
+    undo.
+    """
+    inner = unwrap(model)
+    patch = inner.__dict__.get(_STATE)
+    if patch is None:
+        return False
+    patch.undo()
+    return True
+
+
+@contextmanager
+def patched(model: nn.Module, **options: Any) -> Iterator[Report]:
+    """patch_model for the length of a with-block; afterwards the model is as it was before,
+    patched or not.
+    """
+    inner = unwrap(model)
+    before = inner.__dict__.get(_STATE)
+    try:
+        yield patch_model(inner, **options)
+    finally:
+        now = inner.__dict__.get(_STATE)
+        if before is None:
+            unpatch_model(inner)
+        elif now is None or now.options != before.options:
+            patch_model(inner, **before.options.arguments())
+
+
+def attention_report(model: nn.Module) -> Report:
+    """The report of a model, patched or loaded with attn_implementation="hf_flashattn"."""
+    inner = unwrap(model)
+    patch = inner.__dict__.get(_STATE)
+    options = _Options() if patch is None else patch.options
+    sites = _find_sites(inner, options)
+    if patch is None:
+        for site in sites:
+            config = getattr(site.module, "config", None)
+            name = getattr(config, "_attn_implementation", None)
+            if site.unsupported is None and name not in (FLASH_NAME, ALIAS_NAME):
+                site.unsupported = f'not patched: its attention implementation is "{name}"'
+    return Report(type(inner).__name__, sites)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP and FSDP (.module), torch.compile (._orig_mod) and PEFT
+    (get_base_model()).
+    """
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        elif not isinstance(model, PreTrainedModel) and isinstance(
+            inner := model._modules.get("module"), nn.Module
+        ):
+            model = inner
+        else:
+            return model
+
+
+# ---- the undo log --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Options:
+    strict: bool = False
+    fallback: str = "sdpa"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("strict", "fallback", "include", "exclude")}
+
+    def excludes(self, name: str) -> str | None:
+        """The reason why a module of this name stays off the kernel, or None."""
+        if self.include is not None and not any(
+            fnmatch.fnmatchcase(name, glob) for glob in self.include
+        ):
+            return f"not in include={list(self.include)}"
+        for glob in self.exclude or ():
+            if fnmatch.fnmatchcase(name, glob):
+                return f"excluded by {glob!r}"
+        return None
+
+
+@dataclass(eq=False)
+class _ConfigCopy:
+    original: PreTrainedConfig
+    copy: PreTrainedConfig
+    at_patch: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Patch:
+    """Everything patch_model changed on a model, in order."""
+
+    owner: nn.Module
+    options: _Options
+    attributes: list[tuple[nn.Module, str, Any]] = field(
+        default_factory=list
+    )  # (module, name, former value)
+    configs: list[_ConfigCopy] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)  # handles
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Sets an instance attribute, past nn.Module.__setattr__, and remembers the former
+        value.
+        """
+        former = module.__dict__.get(name, _ABSENT)
+        self.attributes.append((module, name, former))
+        module.__dict__[name] = value
+
+    def undo(self) -> None:
+        """The reverse of everything, last first; what the user set on a config copy goes to its
+        original.
+        """
+        for handle in reversed(self.hooks):
+            handle.remove()
+        originals = {id(pair.copy): pair.original for pair in self.configs}
+        for module, name, former in reversed(self.attributes):
+            if isinstance(former, _Absent) or former is _ABSENT:
+                module.__dict__.pop(name, None)
+            elif id(module.__dict__.get(name)) in originals or not isinstance(
+                former, PreTrainedConfig
+            ):
+                module.__dict__[name] = former
+        for pair in self.configs:
+            _carry_over(pair, originals)
+
+
+class _Absent:
+    """Type of the marker of an attribute that was not there; a copied model has a copied marker."""
+
+
+_ABSENT = _Absent()
+
+
+def _carry_over(pair: _ConfigCopy, originals: dict[int, PreTrainedConfig]) -> None:
+    now, then, target = pair.copy.__dict__, pair.at_patch, pair.original.__dict__
+    for name, value in now.items():
+        if name != CONFIG_NAME and (name not in then or then[name] is not value):
+            target[name] = originals.get(id(value), value)
+    for name in then.keys() - now.keys():
+        target.pop(name, None)
+
+
+# ---- patching ------------------------------------------------------------------------------------
+
+
+def _patch(model: nn.Module, options: _Options) -> None:
+    sites = _find_sites(model, options)
+    if options.strict:
+        _refuse(model, sites)
+    patch = Patch(model, options)
+    try:
+        copies = _privatize_configs(model, patch)
+        renamed = set()
+        for site in sites:
+            if site.unsupported is not None:
+                continue
+            owner = _owner(model, site.name)
+            name = _choose_name(owner)
+            for config in (site.module.config, getattr(owner, "config", None)):
+                if id(config) in copies:
+                    config.__dict__[CONFIG_NAME] = name
+                    renamed.add(id(config))
+            patch.set(
+                site.module,
+                SETTINGS,
+                Settings(site.name, options.fallback, options.strict, site.excluded),
+            )
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and id(module.config) in renamed:
+                _watch_position_ids(module, patch)
+        patch.set(model, _STATE, patch)
+        for pair in patch.configs:
+            pair.at_patch = dict(pair.copy.__dict__)
+    except BaseException:
+        patch.undo()
+        raise
+
+
+def _refuse(model: nn.Module, sites: list[Site]) -> None:
+    wanted = [site for site in sites if site.excluded is None]
+    bad = [site for site in wanted if site.forecast()[0] not in ("kernel", "cpu implementation")]
+    if bad or not wanted:
+        table = format_rows([site._row(*site.forecast(), calls=site.row().calls) for site in bad])
+        raise PatchError(
+            f"hf_flashattn: strict=True: expected every attention module of "
+            f"{type(model).__name__} on the kernel, got "
+            f"{len(bad)} of {len(wanted)} that cannot:\n{table}\nLeave them out with "
+            "exclude=[...], or patch with strict=False."
+        )
+
+
+def _privatize_configs(model: nn.Module, patch: Patch) -> set[int]:
+    """Gives the model's modules copies of their configs, one copy for each object. Returns the
+    ids of the copies.
+    """
+    memo: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, PreTrainedConfig):
+                patch.set(module, name, _copy_config(value, memo, patch))
+    return {id(pair.copy) for pair in patch.configs}
+
+
+def _copy_config(
+    config: PreTrainedConfig, memo: dict[int, PreTrainedConfig], patch: Patch
+) -> PreTrainedConfig:
+    if id(config) in memo:
+        return memo[id(config)]
+    copy = memo[id(config)] = object.__new__(type(config))
+    patch.configs.append(_ConfigCopy(config, copy))
+    for name, value in config.__dict__.items():
+        copy.__dict__[name] = (
+            _copy_config(value, memo, patch) if isinstance(value, PreTrainedConfig) else value
+        )
+    return copy
+
+
+def _choose_name(owner: nn.Module | None) -> str:
+    """The flash name where the model takes any flash implementation, else the alias that no
+    flash rule applies to.
+    """
+    takes_flash = getattr(owner, "_supports_flash_attn", False)
+    return (
+        FLASH_NAME
+        if takes_flash and not getattr(owner, "_compatible_flash_implementations", None)
+        else ALIAS_NAME
+    )
+
+
+class _PositionIdsHook:
+    """Forward pre-hook: tells the mask function whether the caller passed position_ids, which a
+    trace cannot.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index  # of position_ids among the positional arguments
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            given = args[self.index] if len(args) > self.index else kwargs.get("position_ids")
+            TRACED.config = module.config
+            TRACED.position_ids_given = given is not None
+
+
+def _watch_position_ids(module: PreTrainedModel, patch: Patch) -> None:
+    parameters = list(inspect.signature(module.forward).parameters)
+    if "position_ids" in parameters:
+        hook = _PositionIdsHook(parameters.index("position_ids"))
+        patch.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+
+
+# ---- finding attention ---------------------------------------------------------------------------
+
+
+def _find_sites(model: nn.Module, options: _Options) -> list[Site]:
+    """The attention modules of a model in order, those that Transformers' dispatch cannot reach
+    included.
+    """
+    sites = []
+    for name, module in model.named_modules():
+        if _dispatches(type(module)):
+            sites.append(Site(name, module, excluded=options.excludes(name)))
+        elif _looks_like_attention(module):
+            sites.append(
+                Site(
+                    name, module, f"{type(module).__name__} has its own attention code, no dispatch"
+                )
+            )
+    _spoil_shared_masks(model, sites)
+    return sites
+
+
+def _spoil_shared_masks(model: nn.Module, sites: list[Site]) -> None:
+    """A model with both kinds stays as it is: its masks, made once for both, would be in our
+    form for both.
+    """
+    blockers: dict[int, str] = {}
+    for site in sites:
+        owner = _owner(model, site.name)
+        if site.unsupported is not None and owner is not None:
+            config = getattr(site.module, "config", None)
+            if type(site.module).__module__ == type(owner).__module__ or isinstance(
+                config, PreTrainedConfig
+            ):
+                blockers[id(config if isinstance(config, PreTrainedConfig) else owner.config)] = (
+                    type(site.module).__name__
+                )
+                blockers[id(owner.config)] = type(site.module).__name__
+    for site in sites:
+        if site.unsupported is None:
+            config = getattr(site.module, "config", None)
+            if not isinstance(config, PreTrainedConfig):
+                site.unsupported = "has no config to name an implementation in"
+            elif id(config) in blockers:
+                site.unsupported = (
+                    f"shares its masks with {blockers[id(config)]}, which does not dispatch"
+                )
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    """An attention module of its own: named so, with weights, and not the wrapper of another
+    one.
+    """
+    if (
+        not re.search(r"Attention|Attn", type(module).__name__)
+        or next(module.parameters(), None) is None
+    ):
+        return False
+    inside = (child for child in module.modules() if child is not module)
+    return not any(re.search(r"Attention|Attn", type(child).__name__) for child in inside)
+
+
+@functools.cache
+def _dispatches(cls: type[nn.Module]) -> bool:
+    """Whether a module class itself looks its attention function up in Transformers' registry."""
+    if issubclass(cls, PreTrainedModel):
+        return False
+    for base in cls.__mro__:
+        if base in (nn.Module, object) or base.__module__.startswith("torch."):
+            continue
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):
+            continue
+        if "ALL_ATTENTION_FUNCTIONS" in source:
+            return True
+    return False
+
+
+def _owner(model: nn.Module, name: str) -> PreTrainedModel | None:
+    """The innermost PreTrainedModel that holds the module of this name: the one that makes its
+    masks.
+    """
+    owner = model if isinstance(model, PreTrainedModel) else None
+    parts = name.split(".") if name else []
+    for part in parts:
+        model = model._modules[part]
+        if isinstance(model, PreTrainedModel):
+            owner = model
+    return owner
+
+
+def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if globs is None:
+        return None
+    return (globs,) if isinstance(globs, str) else tuple(globs)

@@ -1,0 +1,298 @@
+"""What ran where: calls counted per attention module, and the table that patch_model returns.
+
+Counters are kept beside the modules, by weak reference, and cost one dictionary look-up per call.
+Under torch.compile a call is seen once per trace, not once per run: the columns then count traces,
+which the table marks with "traced".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch._dynamo.comptime import comptime
+
+from hf_flashattn import support
+
+
+@dataclass
+class Calls:
+    """The calls of one attention module so far."""
+
+    kernel: int = 0  # ran on our CUDA kernel
+    cpu: int = 0  # ran on our op's CPU implementation: same call, no kernel
+    fallback: int = 0  # ran on PyTorch's SDPA or the model's eager function
+    traced: bool = (
+        False  # some of these were traces of torch.compile, which stand for any number of runs
+    )
+    implementations: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        return self.kernel + self.cpu + self.fallback
+
+
+_CALLS: WeakKeyDictionary[nn.Module, Calls] = WeakKeyDictionary()
+
+
+def calls_of(module: nn.Module) -> Calls:
+    """The counters of `module`, all zero if it was never called."""
+    return _CALLS.get(module) or Calls()
+
+
+def count_kernel(module: nn.Module, implementation: str) -> None:
+    """Count a call that ran on `implementation`, as support.explain names it."""
+    if torch.compiler.is_compiling():
+        _count_trace(module, implementation, None)
+    else:
+        _count(module, implementation, None)
+
+
+def count_fallback(module: nn.Module, reason: str) -> None:
+    """Count a call that could not run on the kernel for `reason`."""
+    if torch.compiler.is_compiling():
+        _count_trace(module, "", reason)
+    else:
+        _count(module, "", reason)
+
+
+def _count(
+    module: nn.Module, implementation: str, reason: str | None, traced: bool = False
+) -> None:
+    calls = _CALLS.get(module)
+    if calls is None:
+        calls = _CALLS[module] = Calls()
+    calls.traced |= traced
+    if reason is not None:
+        calls.fallback += 1
+        calls.reasons[reason] += 1
+        return
+    calls.implementations[implementation] += 1
+    if is_cpu_implementation(implementation):
+        calls.cpu += 1
+    else:
+        calls.kernel += 1
+
+
+def _count_trace(module: nn.Module, implementation: str, reason: str | None) -> None:
+    # Runs in the compiler and leaves nothing in the graph: no break, no guard, no cost.
+    comptime(_count_in_compiler)
+
+
+def _count_in_compiler(ctx: Any) -> None:
+    try:
+        held = [
+            ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
+            for name in ("module", "implementation", "reason")
+        ]
+        module, implementation, reason = (
+            held[0].value,
+            held[1].as_python_constant(),
+            held[2].as_python_constant(),
+        )
+    except (AttributeError, KeyError, NotImplementedError):
+        return  # a count is never worth a failed compilation
+    _count(module, implementation, reason, traced=True)
+
+
+def is_cpu_implementation(name: str) -> bool:
+    """Whether support.explain's name of what runs is the CPU's stand-in for the kernel."""
+    return "(CPU)" in name
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None elsewhere, and under torch.compile."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention module. runs: "kernel", "cpu implementation", "fallback", "mixed" or
+    "unsupported".
+    """
+
+    module: str
+    cls: str
+    runs: str
+    why: str
+    calls: Calls
+
+    @property
+    def expected(self) -> bool:
+        """Whether `runs` is a forecast: the module was not called yet."""
+        return self.calls.total == 0
+
+
+@dataclass(eq=False)
+class Site:
+    """An attention module of a model, and what is known of it before any call."""
+
+    name: str
+    module: nn.Module
+    unsupported: str | None = None  # why Transformers' dispatch does not reach it
+    excluded: str | None = None  # why it stays off the kernel by the user's wish
+
+    def row(self) -> Row:
+        """What ran so far; without a call, what will."""
+        calls = calls_of(self.module)
+        if self.unsupported is not None:
+            return self._row("unsupported", self.unsupported, calls)
+        on_op, reasons = (
+            calls.kernel + calls.cpu,
+            "; ".join(reason for reason, _ in calls.reasons.most_common()),
+        )
+        if on_op and calls.fallback:
+            return self._row("mixed", reasons, calls)
+        if calls.fallback:
+            return self._row("fallback", reasons, calls)
+        if on_op:
+            runs = (
+                "kernel" if not calls.cpu else ("mixed" if calls.kernel else "cpu implementation")
+            )
+            return self._row(runs, ", ".join(calls.implementations), calls)
+        runs, why = self.forecast()
+        return self._row(runs, why, calls)
+
+    def _row(self, runs: str, why: str, calls: Calls) -> Row:
+        return Row(self.name, type(self.module).__name__, runs, why, calls)
+
+    def forecast(self) -> tuple[str, str]:
+        """(runs, why) from the module's weights and attributes; masks and dtypes under autocast
+        only show in a call.
+        """
+        if self.unsupported is not None:
+            return "unsupported", self.unsupported
+        if self.excluded is not None:
+            return "fallback", self.excluded
+        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        head_dim = _first_int(
+            self.module, ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+        )
+        if weight is None or head_dim is None:
+            return "kernel", "to be seen in the first forward"
+        dtype, note = weight.dtype, ""
+        if weight.device.type == "cuda" and dtype == torch.float32:
+            dtype, note = torch.bfloat16, "under autocast; fp32 calls fall back"
+        softcap = getattr(self.module, "attn_logit_softcapping", None) or 0.0
+        request = support.Request(
+            weight.device.type,
+            capability(weight.device),
+            dtype,
+            head_dim,
+            1,
+            1,
+            softcap=float(softcap),
+        )
+        verdict = support.explain(request)
+        if not verdict.ok:
+            return "fallback", verdict.reason
+        return (
+            "cpu implementation" if is_cpu_implementation(verdict.kernel) else "kernel"
+        ), note or verdict.kernel
+
+
+def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    found = (getattr(module, name, None) for name in names)
+    return next((x for x in found if isinstance(x, int) and x > 0), None)
+
+
+class NotOnKernel(AssertionError):
+    """Report.assert_all_on_kernel found a module that does not run on the kernel."""
+
+
+class Report:
+    """What patch_model did, and what has run since. Printing it shows the state of that moment."""
+
+    def __init__(self, model_name: str, sites: list[Site]) -> None:
+        self.model_name = model_name
+        self.sites = sites
+
+    @property
+    def rows(self) -> list[Row]:
+        """One row per attention module, as of now."""
+        return [site.row() for site in self.sites]
+
+    def __str__(self) -> str:
+        rows = self.rows
+        if not rows:
+            return f"hf_flashattn: no attention module found in {self.model_name}"
+        counts = Counter(row.runs for row in rows)
+        head = f"hf_flashattn: {self.model_name}, " + ", ".join(
+            f"{n} {runs}" for runs, n in counts.items()
+        )
+        return head + "\n" + format_rows(rows)
+
+    __repr__ = __str__
+
+    def assert_all_on_kernel(
+        self, *, allow_cpu: bool = False, allow_uncalled: bool = False
+    ) -> None:
+        """Raises NotOnKernel, with the failing rows, unless every attention module ran on the
+        kernel in all its calls.
+
+        allow_cpu: the op's CPU implementation passes too. allow_uncalled: modules that no forward
+        has reached pass if the kernel is expected to take them (cross-attention in a forward
+        without encoder states).
+        """
+        good = {"kernel", "cpu implementation"} if allow_cpu else {"kernel"}
+        rows = self.rows
+        bad = [
+            row
+            for row in rows
+            if not _on_kernel(row, good, allow_cpu) or (row.expected and not allow_uncalled)
+        ]
+        if bad or not rows:
+            hint = ""
+            if any(row.expected for row in bad):
+                hint += "\nRun a forward first, or pass allow_uncalled=True: so far a forecast."
+            if any(row.runs == "cpu implementation" for row in bad) and not allow_cpu:
+                hint += (
+                    "\nOn the CPU no kernel runs: move the model to a GPU, or pass allow_cpu=True."
+                )
+            raise NotOnKernel(
+                f"hf_flashattn: expected all {len(rows)} attention modules of {self.model_name} "
+                "on the kernel, "
+                f"got {len(bad)} that are not:\n{format_rows(bad)}{hint}"
+            )
+
+
+def _on_kernel(row: Row, good: set[str], allow_cpu: bool) -> bool:
+    moved = row.runs == "mixed" and allow_cpu and row.calls.fallback == 0
+    return row.runs in good or moved
+
+
+def format_rows(rows: list[Row]) -> str:
+    """The rows as a text table."""
+    cells = [("module", "class", "runs on", "why", "kernel", "cpu", "fallback")]
+    for row in rows:
+        runs = f"{row.runs} (expected)" if row.expected and row.runs != "unsupported" else row.runs
+        mark = " traced" if row.calls.traced else ""
+        counts = (
+            f"{row.calls.kernel}{mark}",
+            f"{row.calls.cpu}{mark}",
+            f"{row.calls.fallback}{mark}",
+        )
+        cells.append((row.module, row.cls, runs, row.why, *counts))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

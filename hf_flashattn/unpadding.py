@@ -1,0 +1,117 @@
+"""Sequence numbers per token <-> cu_seqlens: made once per forward, shared by all layers.
+
+A number per token says where it belongs: 0 is nowhere (padding, a hole), 1, 2, ... are sequences.
+Numbers do not decrease along a row (zeros aside), so that the tokens of a sequence stay neighbours
+when the zeros are dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_flashattn import support
+
+
+@dataclass(frozen=True, eq=False)
+class VarlenPlan:
+    """Where each token of a (B, S) batch goes in the packed layout (total, ...) that the varlen
+    kernel takes.
+    """
+
+    cu_seqlens_q: Tensor  # int32 (sequences + 1,)
+    cu_seqlens_k: Tensor  # int32 (sequences + 1,)
+    max_seqlen_q: int
+    max_seqlen_k: int
+    index_q: (
+        Tensor | None
+    )  # int64 (total_q,) into the flattened (B * Sq); None: all tokens, in order
+    index_k: (
+        Tensor | None
+    )  # int64 (total_k,) into the flattened (B * Sk); None: all tokens, in order
+
+    def pack_q(self, x: Tensor) -> Tensor:
+        """(B, Sq, H, D) -> (total_q, H, D)."""
+        return _take(x, self.index_q)
+
+    def pack_k(self, x: Tensor) -> Tensor:
+        """(B, Sk, H, D) -> (total_k, H, D)."""
+        return _take(x, self.index_k)
+
+    def unpack(self, packed: Tensor, batch: int, seqlen_q: int) -> Tensor:
+        """(total_q, H, D) -> (B, Sq, H, D); tokens that belong to no sequence get 0."""
+        if self.index_q is not None:
+            rows = packed.new_zeros(batch * seqlen_q, *packed.shape[1:])
+            packed = rows.index_copy(0, self.index_q, packed)
+        return packed.view(batch, seqlen_q, *packed.shape[1:])
+
+
+def plan_varlen(query_ids: Tensor, key_ids: Tensor) -> VarlenPlan:
+    """Plans the varlen call of a batch. Reads five integers back from the device: one sync.
+
+    query_ids: integer (B, Sq); key_ids: integer (B, Sk). Queries of a sequence see the keys of the
+    same row and number.
+    """
+    width = max(query_ids.shape[1], key_ids.shape[1])
+    count_q, count_k = _count(query_ids, width), _count(key_ids, width)  # (B, width)
+    biggest_id = torch.maximum(query_ids.max(), key_ids.max())
+    facts = [biggest_id, count_q.max(), count_k.max(), count_q.sum(), count_k.sum()]
+    sequences, max_q, max_k, total_q, total_k = torch.stack(
+        [fact.long() for fact in facts]
+    ).tolist()
+    sequences = max(sequences, 1)
+    return VarlenPlan(
+        cu_seqlens_q=support.trust(_cumulate(count_q[:, :sequences]), total_q, max_q),
+        cu_seqlens_k=support.trust(_cumulate(count_k[:, :sequences]), total_k, max_k),
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        index_q=_index(query_ids, total_q),
+        index_k=_index(key_ids, total_k),
+    )
+
+
+def packed_ids(position_ids: Tensor, *, strict: bool) -> Tensor | None:
+    """Sequence numbers, int64 (B, S), of positions that restart; None if they do not. One sync.
+
+    strict=False is Transformers' rule for causal models: a sequence starts wherever a position is
+    not its predecessor's plus one. strict=True asks for more, where Transformers has no rule
+    (bidirectional models, or a KV cache): each row is made of runs that all start at the row's
+    first position, and some run has two tokens.
+    """
+    steps = position_ids[:, 1:] - position_ids[:, :-1]
+    starts = steps != 1
+    restarts = position_ids[:, 1:] == position_ids[:, :1]
+    facts = [starts.any(), (starts == (starts & restarts)).all(), (~starts).any()]
+    packed, well_formed, has_runs = torch.stack(facts).tolist()
+    if not packed or (strict and not (well_formed and has_runs)):
+        return None
+    first = torch.ones_like(position_ids[:, :1])
+    return torch.cat([first, first + starts.cumsum(-1)], dim=-1)
+
+
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    flat = x.reshape(
+        -1, *x.shape[2:]
+    )  # a view for what a projection gives: batch and sequence are neighbours
+    return flat if index is None else flat.index_select(0, index)
+
+
+def _count(ids: Tensor, width: int) -> Tensor:
+    counts = torch.zeros(ids.shape[0], width + 1, dtype=torch.int32, device=ids.device)
+    counts.scatter_add_(1, ids.long(), torch.ones_like(ids, dtype=torch.int32))
+    return counts[:, 1:]
+
+
+def _cumulate(counts: Tensor) -> Tensor:
+    ends = counts.reshape(-1).cumsum(0, dtype=torch.int32)
+    return torch.cat([ends.new_zeros(1), ends])
+
+
+def _index(ids: Tensor, total: int) -> Tensor | None:
+    if total == ids.numel():
+        return None
+    # A stable sort brings the tokens forward in order; unlike nonzero it does not sync, as `total`
+    # is known.
+    return torch.argsort((ids == 0).reshape(-1).to(torch.uint8), stable=True)[:total]

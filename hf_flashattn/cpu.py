@@ -1,9 +1,10 @@
-"""The ops on the CPU: PyTorch's own SDPA where it can express the call, the reference where it cannot.
+"""The ops on the CPU: PyTorch's SDPA where it can express the call, the reference elsewhere.
 
-SDPA has no way to hand in a dropout mask, so calls with dropout go to the reference: slow, but the very mask that
-the kernels use. Everything else (causal with Sq != Sk, key ranges, packed sequences) becomes an additive mask or a
-loop over sequences. The ATen op behind `scaled_dot_product_attention` on the CPU is called directly, because the
-public function does not return the LSE that the backward needs.
+SDPA has no way to hand in a dropout mask, so calls with dropout go to the reference: slow, but the
+very mask that the kernels use. Everything else (causal with Sq != Sk, key ranges, packed sequences)
+becomes an additive mask or a loop over sequences. The ATen op behind `scaled_dot_product_attention`
+on the CPU is called directly, because the public function does not return the LSE that the backward
+needs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _sdpa_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-@torch.autocast("cpu", enabled=False)  # the caller's autocast would round the reference's fp32 products
+@torch.autocast(
+    "cpu", enabled=False
+)  # the caller's autocast would round the reference's fp32 products
 def forward(
     q: Tensor,
     k: Tensor,
@@ -43,16 +46,27 @@ def forward(
     if dropout_p > 0:
         return _contiguous(
             attention_reference(
-                q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, key_start=key_start, key_len=key_len,
-                causal=causal, softmax_scale=softmax_scale, dropout_p=dropout_p, rng_state=rng_state,
+                q,
+                k,
+                v,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                key_start=key_start,
+                key_len=key_len,
+                causal=causal,
+                softmax_scale=softmax_scale,
+                dropout_p=dropout_p,
+                rng_state=rng_state,
             )
-        )  # fmt: skip
+        )
     if cu_seqlens_q is None:
         return _contiguous(_dense(q, k, v, key_start, key_len, softmax_scale, causal))
     out = q.new_zeros(q.shape)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=_lse_dtype(q))
     for qs, ks in sequences(cu_seqlens_q, cu_seqlens_k):
-        part, part_lse = _dense(q[None, qs], k[None, ks], v[None, ks], None, None, softmax_scale, causal)
+        part, part_lse = _dense(
+            q[None, qs], k[None, ks], v[None, ks], None, None, softmax_scale, causal
+        )
         out[qs], lse[:, qs] = part[0], part_lse[0]
     return out, lse
 
@@ -81,42 +95,70 @@ def backward(
     if dropout_p > 0:
         return _contiguous(
             attention_backward_reference(
-                dout, q, k, v, out, lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, key_start=key_start,
-                key_len=key_len, causal=causal, softmax_scale=softmax_scale, dropout_p=dropout_p, rng_state=rng_state,
+                dout,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                key_start=key_start,
+                key_len=key_len,
+                causal=causal,
+                softmax_scale=softmax_scale,
+                dropout_p=dropout_p,
+                rng_state=rng_state,
             )
-        )  # fmt: skip
+        )
     if cu_seqlens_q is None:
-        return _contiguous(_dense_backward(dout, q, k, v, out, lse, key_start, key_len, softmax_scale, causal))
+        return _contiguous(
+            _dense_backward(dout, q, k, v, out, lse, key_start, key_len, softmax_scale, causal)
+        )
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     for qs, ks in sequences(cu_seqlens_q, cu_seqlens_k):
         grads = _dense_backward(
-            dout[None, qs], q[None, qs], k[None, ks], v[None, ks], out[None, qs], lse[None, :, qs],
-            None, None, softmax_scale, causal,
-        )  # fmt: skip
+            dout[None, qs],
+            q[None, qs],
+            k[None, ks],
+            v[None, ks],
+            out[None, qs],
+            lse[None, :, qs],
+            None,
+            None,
+            softmax_scale,
+            causal,
+        )
         dq[qs], dk[ks], dv[ks] = (grad[0] for grad in grads)
     return dq, dk, dv
 
 
 class _Mask:
-    """What SDPA needs to know of a dense call's visibility, and the rows and keys it must not be shown.
+    """What SDPA needs to know of a dense call's visibility, and the rows and keys it must not be
+    shown.
 
-    causal: SDPA's own flag (top-left aligned, so Sq == Sk only).  bias: (B or 1, 1, Sq, Sk), 0 or -inf, or None.
+    causal: SDPA's own flag (top-left aligned, so Sq == Sk only).  bias: (B or 1, 1, Sq, Sk), 0 or
+        -inf, or None.
     row_sees: (B or 1, 1, Sq) and key_seen: (B or 1, 1, Sk), or None if all do and all are.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, key_start: Tensor | None, key_len: Tensor | None, causal: bool) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, key_start: Tensor | None, key_len: Tensor | None, causal: bool
+    ) -> None:
         sq, sk = q.shape[1], k.shape[1]
         ranged = key_start is not None or key_len is not None
         self.causal = causal and sq == sk and not ranged
         self.bias = self.row_sees = self.key_seen = None
         if not ranged and (self.causal or not causal or sq == 1):
             return
-        visible = visible_keys(sq, sk, causal=causal, key_start=key_start, key_len=key_len, device=q.device)
+        visible = visible_keys(
+            sq, sk, causal=causal, key_start=key_start, key_len=key_len, device=q.device
+        )
         self.bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
         self.row_sees, self.key_seen = visible.any(-1), visible.any(-2)
 
     def rows(self, x: Tensor) -> Tensor:
-        """(B, H, Sq, D) with rows that see nothing set to 0: NaN in them must not reach a gradient."""
+        """(B, H, Sq, D), rows that see nothing set to 0: their NaN must not reach a gradient."""
         return x if self.row_sees is None else torch.where(self.row_sees[..., None], x, 0)
 
     def keys(self, x: Tensor) -> Tensor:
@@ -131,7 +173,9 @@ def _dense(q, k, v, key_start, key_len, scale, causal):
         return torch.zeros_like(q), lse
     mask = _Mask(q, k, key_start, key_len, causal)
     kh, vh = (mask.keys(_per_query_head(x, q.shape[2])) for x in (k, v))
-    out, lse = _sdpa(mask.rows(q.transpose(1, 2)), kh, vh, 0.0, mask.causal, attn_mask=mask.bias, scale=scale)
+    out, lse = _sdpa(
+        mask.rows(q.transpose(1, 2)), kh, vh, 0.0, mask.causal, attn_mask=mask.bias, scale=scale
+    )
     if mask.row_sees is not None:
         out = mask.rows(out)
         lse = torch.where(mask.row_sees, lse, -torch.inf)
@@ -150,7 +194,9 @@ def _dense_backward(dout, q, k, v, out, lse, key_start, key_len, scale, causal):
     dq, dk, dv = _sdpa_backward(
         do, qh, kh, vh, oh, lse.contiguous(), 0.0, mask.causal, attn_mask=mask.bias, scale=scale
     )
-    dk, dv = (x.unflatten(1, (k.shape[2], -1)).sum(2) if x.shape[1] != k.shape[2] else x for x in (dk, dv))
+    dk, dv = (
+        x.unflatten(1, (k.shape[2], -1)).sum(2) if x.shape[1] != k.shape[2] else x for x in (dk, dv)
+    )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 

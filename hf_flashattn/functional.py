@@ -2,14 +2,16 @@
 
     out = flash_attn_func(q, k, v, dropout_p=0.1, causal=True)      # (B, S, H, D), differentiable
 
-Code written for flash-attn runs unchanged where it uses what is there: full and causal attention, dropout, GQA and
-MQA, packed sequences, deterministic gradients. A sliding window, softcap, ALiBi and a paged cache raise
-NotImplementedError. What flash-attn lacks comes as keywords: key_start and key_len say per batch row which keys
-are real, so that left- and right-padded batches run without a copy.
+Code written for flash-attn runs unchanged where it uses what is there: full and causal attention,
+dropout, GQA and MQA, packed sequences, deterministic gradients. A sliding window, softcap, ALiBi
+and a paged cache raise NotImplementedError. What flash-attn lacks comes as keywords: key_start and
+key_len say per batch row which keys are real, so that left- and right-padded batches run without a
+copy.
 
-Causal means bottom-right aligned: the last query sees the last key. Rows that see no key give 0 (and no gradient).
-Under torch.autocast, inputs are cast to its dtype as PyTorch's own matrix products do. With
-torch.use_deterministic_algorithms(True) gradients are deterministic whatever `deterministic` says.
+Causal means bottom-right aligned: the last query sees the last key. Rows that see no key give 0
+(and no gradient). Under torch.autocast, inputs are cast to its dtype as PyTorch's own matrix
+products do. With torch.use_deterministic_algorithms(True) gradients are deterministic whatever
+`deterministic` says.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops, support
+from . import checks, ops, support
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 
@@ -41,21 +43,25 @@ def flash_attn_func(
     """softmax(softmax_scale * q k^T + mask) v, per head.
 
     Args:
-        q: (B, Sq, Hq, D).  k, v: (B, Sk, Hkv, D), Hq a multiple of Hkv. On CUDA: fp16 or bf16, D 64 or 128.
-        dropout_p: probability of dropping an attention weight (pass 0.0 when evaluating). Kept in 1/256ths.
+        q: (B, Sq, Hq, D).  k, v: (B, Sk, Hkv, D), Hq a multiple of Hkv. On CUDA: fp16 or bf16, D 64
+            or 128.
+        dropout_p: probability of dropping an attention weight (pass 0.0 when evaluating). Kept in
+            1/256ths.
         softmax_scale: 1 / sqrt(D) unless told.
         causal: row r sees keys c <= r + Sk - Sq.
-        window_size, softcap, alibi_slopes: not there yet, defaults only ((-1, 0) is taken as causal).
+        window_size, softcap, alibi_slopes: not there yet, defaults only ((-1, 0) is taken as
+            causal).
         deterministic: gradients bitwise equal from run to run, somewhat slower.
-        key_start, key_len: int32 (B,) on q's device. Row b sees keys key_start[b] <= c < key_start[b] + key_len[b];
-            None means from 0, and to the end.
+        key_start, key_len: int32 (B,) on q's device. Row b sees keys key_start[b] <= c <
+            key_start[b] + key_len[b]; None means from 0, and to the end.
 
-    Returns: out (B, Sq, Hq, D); with return_attn_probs the tuple (out, softmax_lse fp32 (B, Hq, Sq), None).
-        flash-attn's third entry, the dropped probabilities, is for its tests only and is never built here.
+    Returns: out (B, Sq, Hq, D); with return_attn_probs the tuple (out, softmax_lse fp32 (B, Hq,
+        Sq), None). flash-attn's third entry, the dropped probabilities, is for its tests only and
+        is never built here.
     """
     causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
     q, k, v = _under_autocast(q, k, v)
-    support.check_tensors(q, k, v, key_start=key_start, key_len=key_len, dropout_p=dropout_p)
+    checks.check_tensors(q, k, v, key_start=key_start, key_len=key_len, dropout_p=dropout_p)
     out, lse = ops.forward(
         q,
         k,
@@ -89,9 +95,20 @@ def flash_attn_kvpacked_func(
     """flash_attn_func with kv (B, Sk, 2, Hkv, D): no copy forward, one gradient tensor backward."""
     k, v = _unpack("kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
     return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs, key_start=key_start, key_len=key_len,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        key_start=key_start,
+        key_len=key_len,
+    )
 
 
 def flash_attn_qkvpacked_func(
@@ -111,9 +128,20 @@ def flash_attn_qkvpacked_func(
     """flash_attn_func with qkv (B, S, 3, H, D): no copy forward, one gradient tensor backward."""
     q, k, v = _unpack("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
     return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs, key_start=key_start, key_len=key_len,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        key_start=key_start,
+        key_len=key_len,
+    )
 
 
 def flash_attn_varlen_func(
@@ -138,26 +166,36 @@ def flash_attn_varlen_func(
 
     Args:
         q: (total_q, Hq, D).  k, v: (total_k, Hkv, D).
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) on q's device: 0 and the running sum of the lengths; empty
-            sequences are allowed. Their values are read once for each tensor (see support.py).
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) on q's device: 0 and the running sum of the
+            lengths; empty sequences are allowed. Their values are read once for each tensor (see
+            support.py).
         max_seqlen_q, max_seqlen_k: the longest lengths, or more.
         block_table: not there yet.
         The others as in flash_attn_func.
 
-    Returns: out (total_q, Hq, D); with return_attn_probs (out, softmax_lse fp32 (Hq, total_q), None).
+    Returns: out (total_q, Hq, D); with return_attn_probs (out, softmax_lse fp32 (Hq, total_q),
+        None).
     """
     causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes, block_table)
     q, k, v = _under_autocast(q, k, v)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise TypeError(
-            "hf_flashattn: expected tensors cu_seqlens_q and cu_seqlens_k, got None. Nearest supported: "
-            "flash_attn_func for dense batches. Next step: pass int32 offsets (batch + 1,)"
+            "hf_flashattn: expected tensors cu_seqlens_q and cu_seqlens_k, got None. Nearest "
+            "supported: flash_attn_func for dense batches. Next step: pass int32 offsets"
         )
-    max_seqlen_q, max_seqlen_k = (int(x) if isinstance(x, Tensor) else x for x in (max_seqlen_q, max_seqlen_k))
-    support.check_tensors(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, dropout_p=dropout_p,
-    )  # fmt: skip
+    max_seqlen_q, max_seqlen_k = (
+        int(x) if isinstance(x, Tensor) else x for x in (max_seqlen_q, max_seqlen_k)
+    )
+    checks.check_tensors(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        dropout_p=dropout_p,
+    )
     out, lse = ops.forward(
         q,
         k,
@@ -194,9 +232,22 @@ def flash_attn_varlen_kvpacked_func(
     """flash_attn_varlen_func with kv (total_k, 2, Hkv, D)."""
     k, v = _unpack("kv", kv, 2, "(total, 2, heads, head_dim)")
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -215,9 +266,22 @@ def flash_attn_varlen_qkvpacked_func(
     """flash_attn_varlen_func with qkv (total, 3, H, D)."""
     q, k, v = _unpack("qkv", qkv, 3, "(total, 3, heads, head_dim)")
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
 
 
 def _only_what_is_there(
@@ -227,7 +291,7 @@ def _only_what_is_there(
     alibi_slopes: Tensor | None,
     block_table: Tensor | None = None,
 ) -> bool:
-    """Raise NotImplementedError for what is to come; return causal, which the window (-1, 0) also means."""
+    """Raise NotImplementedError for what is to come; return causal, which (-1, 0) also means."""
     window = tuple(window_size)
     if window != (-1, -1) or softcap or alibi_slopes is not None or block_table is not None:
         support.refuse(
@@ -253,10 +317,14 @@ def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _unpack(name: str, x: Tensor, parts: int, layout: str) -> tuple[Tensor, ...]:
-    """The parts as views. unbind's gradient is one stack, where a select for each part would fill and add."""
+    """The parts as views.
+
+    unbind's gradient is one stack, where a select for each part would fill and add.
+    """
     if x.dim() != layout.count(",") + 1 or x.shape[-3] != parts:
         raise ValueError(
-            f"hf_flashattn: {name}: expected shape {layout}, got {tuple(x.shape)}. Nearest supported: "
-            f"torch.stack of the {parts} parts in dimension -3. Next step: check the order of the dimensions"
+            f"hf_flashattn: {name}: expected shape {layout}, got {tuple(x.shape)}. Nearest "
+            f"supported: torch.stack of the {parts} parts in dimension -3. Next step: check the "
+            "order of the dimensions"
         )
     return x.unbind(-3)

@@ -1,10 +1,11 @@
 """The ops hf_flashattn::forward and ::backward: the library, fakes, autograd, CPU implementations.
 
-Where the schemas come from. The compiled library defines them (kernels/torch_binding.cpp) and is loaded at import
-if it is there. If it is not, they are defined here with the same text, so that the CPU, fakes, torch.compile and
-opcheck work; the library that the first CUDA call then builds is told, through an environment variable that holds
-this process's id, to register its CUDA implementations only. So op objects that were taken early, compiled graphs
-among them, stay valid, and loading the plain file with torch.ops.load_library works as with any other library.
+Where the schemas come from. The compiled library defines them (kernels/torch_binding.cpp) and is
+loaded at import if it is there. If it is not, they are defined here with the same text, so that the
+CPU, fakes, torch.compile and opcheck work; the library that the first CUDA call then builds is
+told, through an environment variable that holds this process's id, to register its CUDA
+implementations only. So op objects that were taken early, compiled graphs among them, stay valid,
+and loading the plain file with torch.ops.load_library works as with any other library.
 
 Environment: HF_FLASHATTN_LIBRARY=/path/to/libhf_flashattn.so overrides the search and the build.
 """
@@ -22,25 +23,30 @@ from torch import Tensor
 from . import build, cpu
 
 FORWARD_SCHEMA = (
-    "forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_start, "
-    "Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, "
-    "float softmax_scale, bool causal, bool deterministic) -> (Tensor out, Tensor lse)"
+    "forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? key_start, Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, bool deterministic) "
+    "-> (Tensor out, Tensor lse)"
 )
 BACKWARD_SCHEMA = (
-    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, bool deterministic) "
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, "
+    "Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, "
+    "float softmax_scale, bool causal, bool deterministic) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
-_DEFINED_BY = "HF_FLASHATTN_SCHEMAS_DEFINED_BY"  # read by schemas_are_defined() in torch_binding.cpp
+_DEFINED_BY = (
+    "HF_FLASHATTN_SCHEMAS_DEFINED_BY"  # read by schemas_are_defined() in torch_binding.cpp
+)
 
 
-# ------------------------------------------------------------------------------------------------ the library
+# -------------------------------------------------------------------------------------- the library
 
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """path: the loaded library, or None. reason: why there is none, and the next step; empty when loaded.
+    """path: the loaded library, or None. reason: why there is none, and the next step; empty when
+    loaded.
 
     failed: it was wanted and is not to be had here, as opposed to not built yet.
     """
@@ -65,10 +71,14 @@ def library_status() -> LibraryStatus:
     return _status
 
 
-def load_library(*, build_if_missing: bool = True, retry: bool = False, verbose: bool = True) -> LibraryStatus:
-    """Load the compiled library once a process, building it first if it is missing and that is allowed.
+def load_library(
+    *, build_if_missing: bool = True, retry: bool = False, verbose: bool = True
+) -> LibraryStatus:
+    """Load the compiled library once a process, building it first if it is missing and that is
+    allowed.
 
-    Never raises: the status says what is missing. What failed once is not tried again (a build takes minutes, and
+    Never raises: the status says what is missing. What failed once is not tried again (a build
+        takes minutes, and
     callers that fall back ask for every call), unless retry.
     """
     global _status, _tried
@@ -79,7 +89,11 @@ def load_library(*, build_if_missing: bool = True, retry: bool = False, verbose:
         if not _status.loaded and (_tried < wanted or retry):
             try:
                 path = _find(build_if_missing, verbose)
-                _status = _load(path) if path else LibraryStatus(None, "not built yet; next step: hf-flashattn build")
+                _status = (
+                    _load(path)
+                    if path
+                    else LibraryStatus(None, "not built yet; next step: hf-flashattn build")
+                )
             except (build.BuildError, OSError) as error:
                 _status = LibraryStatus(None, str(error), failed=True)
             _tried = wanted
@@ -87,7 +101,8 @@ def load_library(*, build_if_missing: bool = True, retry: bool = False, verbose:
 
 
 def library_available(device: torch.device | str) -> bool:
-    """Whether calls on this device would run now: the CPU always, CUDA if the library is (or can be) loaded.
+    """Whether calls on this device would run now: the CPU always, CUDA if the library is (or can
+    be) loaded.
 
     Builds nothing.
     """
@@ -98,7 +113,8 @@ def _find(build_if_missing: bool, verbose: bool) -> Path | None:
     if chosen := os.environ.get("HF_FLASHATTN_LIBRARY"):
         if not Path(chosen).is_file():
             raise OSError(
-                f"HF_FLASHATTN_LIBRARY: expected the path of libhf_flashattn.so, got {chosen!r}, which is no file. "
+                f"HF_FLASHATTN_LIBRARY: expected the path of libhf_flashattn.so, got {chosen!r}, "
+                "which is no file. Nearest supported: the library that hf-flashattn build prints. "
                 "Next step: correct the variable, or unset it to search and build."
             )
         return Path(chosen)
@@ -112,8 +128,9 @@ def _load(path: Path) -> LibraryStatus:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise OSError(
-            f"{path} does not load into torch {torch.__version__}: {error}. Supported: torch >= 2.11 on Linux. "
-            "Next step: upgrade torch, or rebuild with: hf-flashattn build --rebuild"
+            f"{path} does not load into torch {torch.__version__}: {error}. "
+            "Nearest supported: torch >= 2.11 on Linux. Next step: upgrade torch, or rebuild "
+            "with: hf-flashattn build --force"
         ) from error
     finally:
         os.environ.pop(_DEFINED_BY, None)
@@ -122,14 +139,17 @@ def _load(path: Path) -> LibraryStatus:
 
 @torch.compiler.assume_constant_result
 def _require_library() -> bool:
-    """Load or build the library for a CUDA call; raises if there is none. Tracing takes the answer as given."""
+    """Load or build the library for a CUDA call; raises if there is none.
+
+    Tracing takes the answer as given.
+    """
     status = load_library()
     if not status.loaded:
         raise RuntimeError(f"hf_flashattn: the CUDA kernels are not available. {status.reason}")
     return True
 
 
-# ------------------------------------------------------------------------------------------------- definition
+# --------------------------------------------------------------------------------------- definition
 
 load_library(build_if_missing=False)
 _registry = torch.library.Library("hf_flashattn", "FRAGMENT")
@@ -148,7 +168,9 @@ _registry.impl("backward", cpu.backward, "CPU")
 def _forward_fake(q, k, v, cu_seqlens_q, *_):
     tokens, heads = q.shape[:-2], q.shape[-2]
     lse_shape = (*tokens[:-1], heads, tokens[-1])  # dense (B, Hq, Sq), packed (Hq, Tq)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(
+        lse_shape, dtype=torch.promote_types(q.dtype, torch.float32)
+    )
 
 
 @torch.library.register_fake("hf_flashattn::backward", lib=_registry)
@@ -165,7 +187,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, *ctx.flags = args
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # else zeros are made for lse in every step
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+        ctx.save_for_backward(
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state
+        )
         return out, lse
 
     @staticmethod
@@ -185,8 +209,9 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise NotImplementedError(
-            "hf_flashattn: the gradient of a gradient is not there (create_graph=True reached attention). "
-            "Nearest supported: first derivatives. Next step: attn_implementation='eager' for this model"
+            "hf_flashattn: the gradient of a gradient is not there (create_graph=True reached "
+            "attention). Nearest supported: first derivatives. Next step: use "
+            "attn_implementation='eager' for this model"
         )
 
 
@@ -209,7 +234,7 @@ _registry.impl("forward", _autograd_kernel(_forward, _Attention), "Autograd", wi
 _registry.impl("backward", _autograd_kernel(_backward, _Gradient), "Autograd", with_keyset=True)
 
 
-# -------------------------------------------------------------------------------------------------- the calls
+# ---------------------------------------------------------------------------------------- the calls
 
 
 def forward(
@@ -231,15 +256,27 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """hf_flashattn::forward, differentiable in q, k, v: (out, lse).
 
-    Shapes as in reference.attention_reference; nothing is checked here (see support.py). deterministic: what
-    backward will do.
+    Shapes as in reference.attention_reference; nothing is checked here (see checks.py).
+    deterministic: what backward will do.
     """
     if q.is_cuda and not _status.loaded:
         _require_library()
     return _forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, max_seqlen_q, max_seqlen_k,
-        dropout_p, softmax_scale, causal, deterministic,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        key_start,
+        key_len,
+        rng_state,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        deterministic,
+    )
 
 
 def backward(
@@ -262,17 +299,33 @@ def backward(
     key_len: Tensor | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hf_flashattn::backward: dq, dk, dv from what forward returned, with forward's own arguments."""
+    """hf_flashattn::backward: dq, dk, dv from forward's results and its own arguments."""
     if q.is_cuda and not _status.loaded:
         _require_library()
     return _backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, max_seqlen_q,
-        max_seqlen_k, dropout_p, softmax_scale, causal, deterministic,
-    )  # fmt: skip
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        key_start,
+        key_len,
+        rng_state,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        deterministic,
+    )
 
 
 def new_rng_state(device: torch.device) -> Tensor:
-    """(2,) int64 seed and offset for one call's dropout, from the device's torch generator: no sync.
+    """(2,) int64 seed and offset for one call's dropout, from the device's torch generator: no
+    sync.
 
     torch.manual_seed, gradient checkpointing and CUDA graphs thereby replay the mask.
     """

@@ -6,18 +6,20 @@ Per query head, with S = scale * Q K^T and the keys that a row may not see set t
 
     LSE = log sum_c exp(S)                      natural log, -inf for a row that sees no key
     P   = exp(S - LSE)                          0 for a row that sees no key
-    out = (P * keep / (1 - p)) V                keep: the Philox mask, a function of the position alone
+    out = (P * keep / (1 - p)) V                keep: the Philox mask of (b, h, r, c)
 
-Which keys a row sees: key_start[b] <= c < key_start[b] + key_len[b] and, if causal, c <= r + Sk - Sq (the last
-row sees the last key). Query head h reads key head h // (Hq / Hkv).
+Which keys a row sees: key_start[b] <= c < key_start[b] + key_len[b] and, if causal,
+c <= r + Sk - Sq (the last row sees the last key). Query head h reads key head h // (Hq / Hkv).
 
-Nothing here is fast; everything runs on any device and is differentiable by autograd. fp64 inputs stay fp64.
+Nothing here is fast; everything runs on any device and is differentiable by autograd. fp64 inputs
+stay fp64.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,15 +29,18 @@ _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _PHILOX_ROUNDS = 7
 
-# Score elements computed at once; larger problems are cut into chunks of heads (1 GiB of fp32 a chunk).
+# Score elements computed at once; larger problems are cut into chunks of heads (1 GiB of fp32 a
+# chunk).
 _MAX_SCORES = 1 << 28
 
 
-def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
+def philox_4x32(
+    counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]
+) -> tuple[Tensor, ...]:
     """Philox 4x32 with 7 rounds (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words.
 
-    An int64 product wraps modulo 2^64, so its bits are those of the unsigned product; the arithmetic right
-    shift brings in sign bits that the 32-bit mask removes.
+    An int64 product wraps modulo 2^64, so its bits are those of the unsigned product; the
+    arithmetic right shift brings in sign bits that the 32-bit mask removes.
     """
     x, y, z, w = counter
     k0, k1 = key
@@ -49,7 +54,7 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | i
 
 
 def drop_threshold(p: float) -> int:
-    """The random byte below which an element is dropped: p in 1/256ths, at least 1 if p > 0, at most 255."""
+    """The random byte below which an element is dropped: p in 1/256ths, 1 to 255 if p > 0."""
     if not 0.0 <= p < 1.0:
         raise ValueError(
             f"dropout_p: expected 0 <= p < 1, got {p}; nearest supported: "
@@ -59,7 +64,7 @@ def drop_threshold(p: float) -> int:
 
 
 def dropout_scale(p: float) -> float:
-    """What kept probabilities are multiplied by: the inverse of the kept fraction, (256 - t) / 256."""
+    """What kept probabilities are multiplied by: the inverse of the kept fraction."""
     return 256.0 / (256 - drop_threshold(p))
 
 
@@ -76,7 +81,8 @@ def dropout_mask(
 ) -> Tensor:
     """The exact mask of the kernels: bool (batch, heads, sq, sk), True where an element is kept.
 
-    seed, offset: 64-bit integers, or int64 tensors of one element (which stay on their device, no sync).
+    seed, offset: 64-bit integers, or int64 tensors of one element (which stay on their device, no
+        sync).
     """
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
@@ -84,7 +90,9 @@ def dropout_mask(
     return _keep(seed, offset, index, sq, sk, p).unflatten(0, (batch, heads))
 
 
-def _keep(seed: int | Tensor, offset: int | Tensor, head_index: Tensor, sq: int, sk: int, p: float) -> Tensor:
+def _keep(
+    seed: int | Tensor, offset: int | Tensor, head_index: Tensor, sq: int, sk: int, p: float
+) -> Tensor:
     """(N,) int64 indices b * Hq + h -> (N, sq, sk) bool.
 
     One Philox call serves a 16 x 16 tile's 16 elements: rows 2 * gamma + alpha + {0, 8} and columns
@@ -95,7 +103,9 @@ def _keep(seed: int | Tensor, offset: int | Tensor, head_index: Tensor, sq: int,
     x = torch.arange(cols * 16, device=device).view(1, 1, -1)  # c // 16 * 16 + gamma * 4 + t
     y = torch.arange(rows, device=device).view(1, -1, 1)
     w = (offset ^ (offset >> 32)) & _MASK32
-    counter = torch.broadcast_tensors(x, y, head_index.view(-1, 1, 1), torch.as_tensor(w, device=device))
+    counter = torch.broadcast_tensors(
+        x, y, head_index.view(-1, 1, 1), torch.as_tensor(w, device=device)
+    )
     words = philox_4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
     # The words' bytes, least significant first (little-endian, as every host of a CUDA device is).
     random = torch.stack(words, -1).to(torch.int32).view(torch.uint8)
@@ -147,16 +157,18 @@ def attention_reference(
     """Attention with every flag spelled out.
 
     Args:
-        q: dense (B, Sq, Hq, D), packed (Tq, Hq, D).  k, v: dense (B, Sk, Hkv, D), packed (Tk, Hkv, D).
+        q: dense (B, Sq, Hq, D), packed (Tq, Hq, D).
+        k, v: dense (B, Sk, Hkv, D), packed (Tk, Hkv, D).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) offsets of the packed sequences; both or neither.
-        key_start, key_len: (B,) dense only: row b sees keys key_start[b] <= c < key_start[b] + key_len[b].
+        key_start, key_len: (B,) dense only: row b sees keys key_start[b] <= c < key_start[b] +
+            key_len[b].
         rng_state: (2,) int64 seed and offset of the dropout mask; needed if dropout_p > 0.
-        math_dtype: what the matrix products and the softmax are computed in; fp32 (fp64 for fp64 inputs)
-            unless told. With q.dtype this is "the same PyTorch math in the low precision", whose error
-            against fp32 is the yardstick of the tests.
+        math_dtype: what the matrix products and the softmax are computed in; fp32 (fp64 for fp64
+            inputs) unless told. With q.dtype this is "the same PyTorch math in the low precision",
+            whose error against fp32 is the yardstick of the tests.
 
-    Returns: out shaped as q and rounded to its dtype, lse fp32 (fp64 for fp64 inputs), dense (B, Hq, Sq),
-        packed (Hq, Tq).
+    Returns: out shaped as q and rounded to its dtype, lse fp32 (fp64 for fp64 inputs), dense (B,
+        Hq, Sq), packed (Hq, Tq).
     """
     scale = softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5
     math_dtype = math_dtype or torch.promote_types(q.dtype, torch.float32)
@@ -165,14 +177,26 @@ def attention_reference(
         raise ValueError("dropout_p > 0 needs rng_state: an int64 tensor (seed, offset)")
     if cu_seqlens_q is None:
         visible = visible_keys(
-            q.shape[1], k.shape[1], causal=causal, key_start=key_start, key_len=key_len, device=q.device
+            q.shape[1],
+            k.shape[1],
+            causal=causal,
+            key_start=key_start,
+            key_len=key_len,
+            device=q.device,
         )
         return _attend(q, k, v, visible, scale, dropout, 0, math_dtype)
 
-    outs, lses = [q[:0]], [torch.empty(q.shape[1], 0, device=q.device, dtype=_lse_dtype(math_dtype))]
+    outs, lses = (
+        [q[:0]],
+        [torch.empty(q.shape[1], 0, device=q.device, dtype=_lse_dtype(math_dtype))],
+    )
     for b, (qs, ks) in enumerate(sequences(cu_seqlens_q, cu_seqlens_k)):
-        visible = visible_keys(qs.stop - qs.start, ks.stop - ks.start, causal=causal, device=q.device)
-        out, lse = _attend(q[None, qs], k[None, ks], v[None, ks], visible, scale, dropout, b, math_dtype)
+        visible = visible_keys(
+            qs.stop - qs.start, ks.stop - ks.start, causal=causal, device=q.device
+        )
+        out, lse = _attend(
+            q[None, qs], k[None, ks], v[None, ks], visible, scale, dropout, b, math_dtype
+        )
         outs.append(out[0])
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, dim=1)
@@ -181,7 +205,7 @@ def attention_reference(
 def sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice]]:
     """The token ranges (queries, keys) of every packed sequence. Reads the tensors on the host."""
     q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    return [(slice(*qs), slice(*ks)) for qs, ks in zip(zip(q, q[1:]), zip(k, k[1:]))]
+    return [(slice(*qs), slice(*ks)) for qs, ks in zip(pairwise(q), pairwise(k), strict=True)]
 
 
 def _lse_dtype(math_dtype: torch.dtype) -> torch.dtype:
@@ -215,7 +239,7 @@ def _attend(
     first_batch: int,
     math_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention under a visibility mask. first_batch: the batch index of q[0] in the dropout mask."""
+    """Dense attention under a visibility mask. first_batch: what the dropout mask calls q[0]."""
     (batch, sq, heads, _), sk = q.shape, k.shape[1]
     row_sees = visible.any(-1)  # (B or 1, 1, Sq)
     # What no row may see, and rows that see nothing, must not reach a product: 0 * NaN is NaN.
@@ -225,7 +249,9 @@ def _attend(
 
     outs, lses = [], []
     for chunk in _head_chunks(batch, heads, sq, sk):
-        out, lse = _attend_heads(q, k, v, visible, row_sees, scale, dropout, first_batch, math_dtype, chunk)
+        out, lse = _attend_heads(
+            q, k, v, visible, row_sees, scale, dropout, first_batch, math_dtype, chunk
+        )
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=1)
@@ -247,7 +273,11 @@ def _attend_heads(q, k, v, visible, row_sees, scale, dropout, first_batch, math_
     probs = torch.where(visible, torch.softmax(scores, -1), 0)
     if dropout:
         p, rng_state = dropout
-        probs = probs * _keep_heads(rng_state, first_batch, batch, heads, chunk, sq, sk, p) * dropout_scale(p)
+        probs = (
+            probs
+            * _keep_heads(rng_state, first_batch, batch, heads, chunk, sq, sk, p)
+            * dropout_scale(p)
+        )
     out = torch.matmul(probs, vh)
     # The gradient of rows that see nothing ends here, NaN in it included.
     out = torch.where(row_sees[..., None], out, 0)
@@ -255,7 +285,7 @@ def _attend_heads(q, k, v, visible, row_sees, scale, dropout, first_batch, math_
 
 
 def _heads(q, k, v, chunk, group, math_dtype):
-    """The chunk's heads as (B, h, S, D) in math_dtype, K/V heads repeated for their group of query heads."""
+    """The chunk's heads as (B, h, S, D) in math_dtype, K/V repeated for their query heads."""
     q = q[:, :, chunk.start : chunk.stop].transpose(1, 2).to(math_dtype)
     kv_head = torch.arange(chunk.start, chunk.stop, device=k.device) // group
     k, v = (x.index_select(2, kv_head).transpose(1, 2).to(math_dtype) for x in (k, v))
@@ -291,26 +321,40 @@ def attention_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient as the kernels compute it, from out and LSE instead of a stored P.
 
-    With Z = keep / (1 - p):  dV = (P * Z)^T dO,  dP = (dO V^T) * Z,  dS = P * (dP - rowsum(dO * O)),
-    dQ = scale * dS K,  dK = scale * dS^T Q.
+    With Z = keep / (1 - p):  dV = (P * Z)^T dO,  dP = (dO V^T) * Z,  dS = P * (dP - rowsum(dO *
+    O)), dQ = scale * dS K,  dK = scale * dS^T Q.
 
-    Returns dq, dk, dv shaped and typed as q, k, v. Shapes of the arguments as in attention_reference.
+    Returns dq, dk, dv shaped and typed as q, k, v. Shapes of the arguments as in
+    attention_reference.
     """
     scale = softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5
     dropout = (dropout_p, rng_state) if dropout_p > 0 else None
     if cu_seqlens_q is None:
         visible = visible_keys(
-            q.shape[1], k.shape[1], causal=causal, key_start=key_start, key_len=key_len, device=q.device
+            q.shape[1],
+            k.shape[1],
+            causal=causal,
+            key_start=key_start,
+            key_len=key_len,
+            device=q.device,
         )
         return _attend_backward(dout, q, k, v, out, lse, visible, scale, dropout, 0)
 
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for b, (qs, ks) in enumerate(sequences(cu_seqlens_q, cu_seqlens_k)):
-        visible = visible_keys(qs.stop - qs.start, ks.stop - ks.start, causal=causal, device=q.device)
+        visible = visible_keys(
+            qs.stop - qs.start, ks.stop - ks.start, causal=causal, device=q.device
+        )
         grads = _attend_backward(
-            *(x[None, qs] for x in (dout, q)), *(x[None, ks] for x in (k, v)), out[None, qs], lse[None, :, qs],
-            visible, scale, dropout, b,
-        )  # fmt: skip
+            *(x[None, qs] for x in (dout, q)),
+            *(x[None, ks] for x in (k, v)),
+            out[None, qs],
+            lse[None, :, qs],
+            visible,
+            scale,
+            dropout,
+            b,
+        )
         dq[qs], dk[ks], dv[ks] = (grad[0] for grad in grads)
     return dq, dk, dv
 
@@ -324,7 +368,9 @@ def _attend_backward(dout, q, k, v, out, lse, visible, scale, dropout, first_bat
     q, dout, out = (torch.where(row_sees.transpose(1, 2)[..., None], x, 0) for x in (q, dout, out))
     k, v = (torch.where(key_seen.transpose(1, 2)[..., None], x, 0) for x in (k, v))
     dq = torch.zeros_like(q, dtype=math_dtype)
-    dk, dv = (torch.zeros(batch, sk, heads, dim, device=q.device, dtype=math_dtype) for _ in range(2))
+    dk, dv = (
+        torch.zeros(batch, sk, heads, dim, device=q.device, dtype=math_dtype) for _ in range(2)
+    )
     for chunk in _head_chunks(batch, heads, sq, sk):
         at = slice(chunk.start, chunk.stop)
         qh, kh, vh = _heads(q, k, v, chunk, heads // heads_k, math_dtype)
@@ -335,7 +381,9 @@ def _attend_backward(dout, q, k, v, out, lse, visible, scale, dropout, first_bat
         keep = 1.0
         if dropout:
             p, rng_state = dropout
-            keep = _keep_heads(rng_state, first_batch, batch, heads, chunk, sq, sk, p).to(math_dtype)
+            keep = _keep_heads(rng_state, first_batch, batch, heads, chunk, sq, sk, p).to(
+                math_dtype
+            )
             keep = keep * dropout_scale(p)
         d_probs = torch.matmul(do, vh.transpose(-1, -2)) * keep
         d_scores = probs * (d_probs - (do * o).sum(-1, keepdim=True)) * scale

@@ -1,8 +1,9 @@
 // The ops of hf_flashattn on torch's stable ABI: the only file that knows torch.
 //
-// It checks what memory safety needs (the ops can be called directly, without the Python checks), allocates
-// results and workspace through torch, and fills the plain structs of params.h. One library serves every
-// Python and every torch >= 2.11 (TORCH_TARGET_VERSION), CPU-only builds of torch included.
+// It checks what memory safety needs (the ops can be called directly, without the Python checks),
+// allocates results and workspace through torch, and fills the plain structs of params.h. One
+// library serves every Python and every torch >= 2.11 (TORCH_TARGET_VERSION), CPU-only builds of
+// torch included.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,17 +33,22 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 constexpr char kForwardSchema[] =
-    "forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_start, "
-    "Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, "
+    "forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
+    "key_start, "
+    "Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float "
+    "dropout_p, "
     "float softmax_scale, bool causal, bool deterministic) -> (Tensor out, Tensor lse)";
 
 constexpr char kBackwardSchema[] =
-    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, "
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? "
+    "cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, Tensor? rng_state, SymInt "
+    "max_seqlen_q, "
     "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, bool deterministic) "
     "-> (Tensor dq, Tensor dk, Tensor dv)";
 
-// ---------------------------------------------------------------------------------------------- checks
+// ----------------------------------------------------------------------------------------------
+// checks
 
 template <typename... Parts>
 [[noreturn]] void fail(Parts const&... parts) {
@@ -52,10 +58,9 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-#define HFA_CHECK(condition, ...)     \
-  do {                                \
-    if (!(condition))    \
-      fail(__VA_ARGS__);              \
+#define HFA_CHECK(condition, ...)        \
+  do {                                   \
+    if (!(condition)) fail(__VA_ARGS__); \
   } while (false)
 
 std::string shape_of(Tensor const& t) {
@@ -67,8 +72,8 @@ std::string shape_of(Tensor const& t) {
 }
 
 int32_t to_int32(int64_t value, char const* what) {
-  HFA_CHECK(value >= 0 && value <= std::numeric_limits<int32_t>::max(), what, ": expected 0 to 2^31 - 1, got ", value,
-            "; next step: split the batch");
+  HFA_CHECK(value >= 0 && value <= std::numeric_limits<int32_t>::max(), what,
+            ": expected 0 to 2^31 - 1, got ", value, "; next step: split the batch");
   return static_cast<int32_t>(value);
 }
 
@@ -79,7 +84,8 @@ struct Shape {
 
 Shape shape(Tensor const& t, bool packed, char const* name) {
   HFA_CHECK(t.dim() == (packed ? 3 : 4), name, ": expected ",
-            packed ? "(total, heads, head_dim) with cu_seqlens" : "(batch, seqlen, heads, head_dim) without cu_seqlens",
+            packed ? "(total, heads, head_dim) with cu_seqlens"
+                   : "(batch, seqlen, heads, head_dim) without cu_seqlens",
             ", got shape ", shape_of(t));
   auto const s = t.sizes();
   return packed ? Shape{1, s[0], s[1], s[2]} : Shape{s[0], s[1], s[2], s[3]};
@@ -87,13 +93,15 @@ Shape shape(Tensor const& t, bool packed, char const* name) {
 
 struct Layout {
   TensorView view;
-  bool loadable;  // TMA: unit stride inside a head, other strides and the base multiples of 16 bytes
+  bool
+      loadable;  // TMA: unit stride inside a head, other strides and the base multiples of 16 bytes
 };
 
 Layout layout(Tensor const& t, Shape const& s, bool packed) {
   auto const strides = t.strides();
   int const first = packed ? 0 : 1;
-  // The stride of a dimension of size 1 has no meaning and may be anything: give it the contiguous value.
+  // The stride of a dimension of size 1 has no meaning and may be anything: give it the contiguous
+  // value.
   int64_t const head = s.heads == 1 ? s.dim : strides[first + 1];
   int64_t const seq = s.seq == 1 ? s.heads * s.dim : strides[first];
   int64_t const batch = packed || s.batch == 1 ? s.seq * s.heads * s.dim : strides[0];
@@ -105,22 +113,25 @@ Layout layout(Tensor const& t, Shape const& s, bool packed) {
 }
 
 void check_like(Tensor const& t, Tensor const& q, char const* name) {
-  HFA_CHECK(t.is_cuda() && t.get_device_index() == q.get_device_index(), name, ": expected the device of q (cuda:",
-            q.get_device_index(), "), got another one");
+  HFA_CHECK(t.is_cuda() && t.get_device_index() == q.get_device_index(), name,
+            ": expected the device of q (cuda:", q.get_device_index(), "), got another one");
   HFA_CHECK(t.scalar_type() == q.scalar_type(), name, ": expected the dtype of q, got another one");
 }
 
 // int32 (n,), contiguous, on q's device; null for None.
 int32_t const* index_data(OptionalTensor const& t, Tensor const& q, int64_t n, char const* name) {
   if (!t) return nullptr;
-  HFA_CHECK(t->is_cuda() && t->get_device_index() == q.get_device_index(), name, ": expected on the device of q");
-  HFA_CHECK(t->scalar_type() == ScalarType::Int, name, ": expected dtype int32; next step: ", name, ".to(torch.int32)");
-  HFA_CHECK(t->dim() == 1 && t->size(0) == n && t->is_contiguous(), name, ": expected a contiguous tensor of shape (",
-            n, ",), got ", shape_of(*t));
+  HFA_CHECK(t->is_cuda() && t->get_device_index() == q.get_device_index(), name,
+            ": expected on the device of q");
+  HFA_CHECK(t->scalar_type() == ScalarType::Int, name, ": expected dtype int32; next step: ", name,
+            ".to(torch.int32)");
+  HFA_CHECK(t->dim() == 1 && t->size(0) == n && t->is_contiguous(), name,
+            ": expected a contiguous tensor of shape (", n, ",), got ", shape_of(*t));
   return static_cast<int32_t const*>(t->data_ptr());
 }
 
-// ------------------------------------------------------------------------------------- device and stream
+// ------------------------------------------------------------------------------------- device and
+// stream
 
 struct DeviceInfo {
   int32_t compute_capability, num_sms;
@@ -129,14 +140,18 @@ struct DeviceInfo {
 DeviceInfo device_info(int32_t device) {
   constexpr int kMaxDevices = 128;
   static std::atomic<uint64_t> cache[kMaxDevices];  // capability << 32 | SMs; 0: not asked yet
-  HFA_CHECK(device >= 0 && device < kMaxDevices, "device index ", device, " is beyond ", kMaxDevices);
+  HFA_CHECK(device >= 0 && device < kMaxDevices, "device index ", device, " is beyond ",
+            kMaxDevices);
   uint64_t packed = cache[device].load(std::memory_order_relaxed);
   if (packed == 0) {
     int major = 0, minor = 0, sms = 0;
     cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    HFA_CHECK(error == cudaSuccess, "cannot ask cuda:", device, " for its properties: ", cudaGetErrorString(error));
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    HFA_CHECK(error == cudaSuccess, "cannot ask cuda:", device,
+              " for its properties: ", cudaGetErrorString(error));
     packed = static_cast<uint64_t>(10 * major + minor) << 32 | static_cast<uint32_t>(sms);
     cache[device].store(packed, std::memory_order_relaxed);
   }
@@ -161,9 +176,10 @@ Tensor empty(int64_t const (&sizes)[N], int32_t dtype, int32_t device) {
     step *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  // The C shim keeps only the fact of a failure. These words are what tools look for to try a smaller batch.
-  HFA_CHECK(aoti_torch_empty_strided(N, sizes, strides, dtype, aoti_torch_device_type_cuda(), device, &handle) ==
-                TORCH_SUCCESS,
+  // The C shim keeps only the fact of a failure. These words are what tools look for to try a
+  // smaller batch.
+  HFA_CHECK(aoti_torch_empty_strided(N, sizes, strides, dtype, aoti_torch_device_type_cuda(),
+                                     device, &handle) == TORCH_SUCCESS,
             "cannot allocate ", step, " elements on cuda:", device,
             ": CUDA out of memory. Next step: a smaller batch, or shorter sequences");
   return Tensor(handle);
@@ -174,7 +190,8 @@ Tensor empty_like(Shape const& s, bool packed, int32_t dtype, int32_t device) {
   return empty({s.batch, s.seq, s.heads, s.dim}, dtype, device);
 }
 
-// ------------------------------------------------------------------------------------------ the problem
+// ------------------------------------------------------------------------------------------ the
+// problem
 
 struct Call {
   Problem problem;
@@ -189,14 +206,16 @@ struct Call {
 
 std::atomic<int32_t> experiment{0};
 
-// Checks the arguments that forward and backward share. Values of device tensors are not read: the kernels
-// stay inside the tensors for any content of cu_seqlens, key_start and key_len.
-Call make_call(Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor const& cu_seqlens_q,
-               OptionalTensor const& cu_seqlens_k, OptionalTensor const& key_start, OptionalTensor const& key_len,
-               OptionalTensor const& rng_state, int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
-               double softmax_scale, bool causal) {
+// Checks the arguments that forward and backward share. Values of device tensors are not read: the
+// kernels stay inside the tensors for any content of cu_seqlens, key_start and key_len.
+Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
+               OptionalTensor const& cu_seqlens_q, OptionalTensor const& cu_seqlens_k,
+               OptionalTensor const& key_start, OptionalTensor const& key_len,
+               OptionalTensor const& rng_state, int64_t max_seqlen_q, int64_t max_seqlen_k,
+               double dropout_p, double softmax_scale, bool causal) {
   HFA_CHECK(q.is_cuda(), "q: expected a CUDA tensor");
-  HFA_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), "expected both cu_seqlens_q and cu_seqlens_k or none");
+  HFA_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
+            "expected both cu_seqlens_q and cu_seqlens_k or none");
   Call call{};
   Problem& p = call.problem;
   call.packed = cu_seqlens_q.has_value();
@@ -215,22 +234,30 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor
 
   HFA_CHECK(sk.batch == sv.batch && sk.seq == sv.seq && sk.heads == sv.heads && sk.dim == sv.dim,
             "expected k and v of one shape, got ", shape_of(k), " and ", shape_of(v));
-  HFA_CHECK(sq.batch == sk.batch, "expected one batch size, got q ", shape_of(q), " and k ", shape_of(k));
-  HFA_CHECK(sq.dim == sk.dim && sq.dim > 0, "expected one head_dim, got q ", shape_of(q), " and k ", shape_of(k));
+  HFA_CHECK(sq.batch == sk.batch, "expected one batch size, got q ", shape_of(q), " and k ",
+            shape_of(k));
+  HFA_CHECK(sq.dim == sk.dim && sq.dim > 0, "expected one head_dim, got q ", shape_of(q), " and k ",
+            shape_of(k));
   HFA_CHECK(sq.heads > 0 && sk.heads > 0 && sq.heads % sk.heads == 0,
-            "expected heads of q to be a multiple of heads of k, got ", sq.heads, " and ", sk.heads);
+            "expected heads of q to be a multiple of heads of k, got ", sq.heads, " and ",
+            sk.heads);
   HFA_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p: expected 0 <= p < 1, got ", dropout_p);
-  HFA_CHECK(dropout_p == 0.0 || rng_state.has_value(), "dropout_p > 0 needs rng_state, int64 (2,) on the device of q");
-  HFA_CHECK(std::isfinite(softmax_scale), "softmax_scale: expected a finite number, got ", softmax_scale);
+  HFA_CHECK(dropout_p == 0.0 || rng_state.has_value(),
+            "dropout_p > 0 needs rng_state, int64 (2,) on the device of q");
+  HFA_CHECK(std::isfinite(softmax_scale), "softmax_scale: expected a finite number, got ",
+            softmax_scale);
 
   int64_t batch = sq.batch;
   if (call.packed) {
     HFA_CHECK(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) >= 1,
               "cu_seqlens_q: expected shape (batch + 1,), got ", shape_of(*cu_seqlens_q));
-    HFA_CHECK(!key_start && !key_len, "key_start and key_len: expected None with cu_seqlens, which says the lengths");
+    HFA_CHECK(!key_start && !key_len,
+              "key_start and key_len: expected None with cu_seqlens, which says the lengths");
     batch = cu_seqlens_q->size(0) - 1;
-    HFA_CHECK(sq.seq == 0 || batch == 0 || max_seqlen_q > 0, "max_seqlen_q: expected at least 1, got ", max_seqlen_q);
-    HFA_CHECK(sk.seq == 0 || batch == 0 || max_seqlen_k >= 0, "max_seqlen_k: expected at least 0, got ", max_seqlen_k);
+    HFA_CHECK(sq.seq == 0 || batch == 0 || max_seqlen_q > 0,
+              "max_seqlen_q: expected at least 1, got ", max_seqlen_q);
+    HFA_CHECK(sk.seq == 0 || batch == 0 || max_seqlen_k >= 0,
+              "max_seqlen_k: expected at least 0, got ", max_seqlen_k);
     p.seqlen_q = to_int32(max_seqlen_q < sq.seq ? max_seqlen_q : sq.seq, "max_seqlen_q");
     p.seqlen_k = to_int32(max_seqlen_k < sk.seq ? max_seqlen_k : sk.seq, "max_seqlen_k");
   } else {
@@ -253,8 +280,8 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor
   p.dropout_p = static_cast<float>(dropout_p);
   if (dropout_p > 0.0) {
     HFA_CHECK(rng_state->is_cuda() && rng_state->get_device_index() == call.device &&
-                  rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 && rng_state->size(0) == 2 &&
-                  rng_state->is_contiguous(),
+                  rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 &&
+                  rng_state->size(0) == 2 && rng_state->is_contiguous(),
               "rng_state: expected int64 (2,) on the device of q, got ", shape_of(*rng_state));
     p.rng_state = static_cast<int64_t const*>(rng_state->data_ptr());
   }
@@ -269,15 +296,16 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v, OptionalTensor
   return call;
 }
 
-// The view of an input. TMA wants other strides than 0, so what was expanded is copied first; `t` then holds
-// the copy, which must live until the launch.
+// The view of an input. TMA wants other strides than 0, so what was expanded is copied first; `t`
+// then holds the copy, which must live until the launch.
 TensorView input_view(Call const& call, Tensor& t, Shape const& s, char const* name) {
   Layout l = layout(t, s, call.packed);
   if (!l.loadable) {
     auto const& v = l.view;
     bool const expanded = v.stride_seq == 0 || v.stride_head == 0 || v.stride_batch == 0;
     HFA_CHECK(expanded, name,
-              ": expected head_dim contiguous, other strides multiples of 8 elements, data aligned to 16 bytes; "
+              ": expected head_dim contiguous, other strides multiples of 8 elements, data aligned "
+              "to 16 bytes; "
               "next step: ",
               name, ".contiguous()");
     t = torch::stable::contiguous(t);
@@ -286,7 +314,8 @@ TensorView input_view(Call const& call, Tensor& t, Shape const& s, char const* n
   return l.view;
 }
 
-// Autograd hands over gradients of any strides (a sum's is expanded): copy those that TMA cannot load.
+// Autograd hands over gradients of any strides (a sum's is expanded): copy those that TMA cannot
+// load.
 TensorView gradient_view(Call const& call, Tensor& t, Shape const& s) {
   Layout l = layout(t, s, call.packed);
   if (!l.loadable) {
@@ -297,18 +326,19 @@ TensorView gradient_view(Call const& call, Tensor& t, Shape const& s) {
 }
 
 void raise_if_failed(Status const& status) {
-  if (!status.ok())
-    fail(status.message);
+  if (!status.ok()) fail(status.message);
 }
 
-// -------------------------------------------------------------------------------------------------- ops
+// --------------------------------------------------------------------------------------------------
+// ops
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
-                                   OptionalTensor cu_seqlens_k, OptionalTensor key_start, OptionalTensor key_len,
-                                   OptionalTensor rng_state, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                   double dropout_p, double softmax_scale, bool causal, bool /*deterministic*/) {
-  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, max_seqlen_q,
-                              max_seqlen_k, dropout_p, softmax_scale, causal);
+                                   OptionalTensor cu_seqlens_k, OptionalTensor key_start,
+                                   OptionalTensor key_len, OptionalTensor rng_state,
+                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
+                                   double softmax_scale, bool causal, bool /*deterministic*/) {
+  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
+                              max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal);
   torch::stable::accelerator::DeviceGuard const guard(call.device);
   Tensor out = empty_like(call.q, call.packed, call.dtype, call.device);
   int32_t const fp32 = aoti_torch_dtype_float32();
@@ -330,21 +360,26 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                            OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                            OptionalTensor key_start, OptionalTensor key_len, OptionalTensor rng_state,
-                                            int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
-                                            double softmax_scale, bool causal, bool deterministic) {
-  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, max_seqlen_q,
-                              max_seqlen_k, dropout_p, softmax_scale, causal);
-  for (auto const& [t, name] : {std::pair<Tensor const&, char const*>{dout, "dout"}, {out, "out"}}) {
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                            Tensor lse, OptionalTensor cu_seqlens_q,
+                                            OptionalTensor cu_seqlens_k, OptionalTensor key_start,
+                                            OptionalTensor key_len, OptionalTensor rng_state,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                            double dropout_p, double softmax_scale, bool causal,
+                                            bool deterministic) {
+  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
+                              max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal);
+  for (auto const& [t, name] :
+       {std::pair<Tensor const&, char const*>{dout, "dout"}, {out, "out"}}) {
     check_like(t, q, name);
     Shape const s = shape(t, call.packed, name);
-    HFA_CHECK(s.batch == call.q.batch && s.seq == call.q.seq && s.heads == call.q.heads && s.dim == call.q.dim, name,
-              ": expected the shape of q ", shape_of(q), ", got ", shape_of(t));
+    HFA_CHECK(s.batch == call.q.batch && s.seq == call.q.seq && s.heads == call.q.heads &&
+                  s.dim == call.q.dim,
+              name, ": expected the shape of q ", shape_of(q), ", got ", shape_of(t));
   }
-  HFA_CHECK(lse.is_cuda() && lse.get_device_index() == call.device && lse.scalar_type() == ScalarType::Float &&
-                lse.is_contiguous() && lse.numel() == call.q.batch * call.q.heads * call.q.seq,
+  HFA_CHECK(lse.is_cuda() && lse.get_device_index() == call.device &&
+                lse.scalar_type() == ScalarType::Float && lse.is_contiguous() &&
+                lse.numel() == call.q.batch * call.q.heads * call.q.seq,
             "lse: expected what forward returned (float32, contiguous), got shape ", shape_of(lse));
 
   torch::stable::accelerator::DeviceGuard const guard(call.device);
@@ -367,18 +402,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   params.dv = call.view(dv, call.k);
   params.lse = static_cast<float const*>(lse.data_ptr());
   params.deterministic = deterministic;
-  int64_t const bytes = static_cast<int64_t>(backward_workspace_bytes(call.problem, deterministic));
-  // torch aligns allocations to 512 bytes; the kernels want 1024.
-  Tensor const workspace = empty({bytes + 1024}, aoti_torch_dtype_uint8(), call.device);
-  auto const base = reinterpret_cast<uintptr_t>(workspace.data_ptr());
-  params.workspace = reinterpret_cast<void*>((base + 1023) / 1024 * 1024);
+  // torch's allocations are aligned to 512 bytes, more than the kernels ask for.
+  int64_t const bytes = static_cast<int64_t>(backward_workspace_bytes(call.problem));
+  Tensor const workspace = empty({bytes}, aoti_torch_dtype_uint8(), call.device);
+  params.workspace = workspace.data_ptr();
   raise_if_failed(launch_backward(params));
   return {dq, dk, dv};
 }
 
-// True if this process's Python has already defined the schemas, because the library was not there yet when
-// hf_flashattn was imported (see hf_flashattn/ops.py). The value is the process id, so that a child that
-// inherits the environment is not misled.
+// True if this process's Python has already defined the schemas, because the library was not there
+// yet when hf_flashattn was imported (see hf_flashattn/ops.py). The value is the process id, so
+// that a child that inherits the environment is not misled.
 bool schemas_are_defined() {
   char const* const pid = std::getenv("HF_FLASHATTN_SCHEMAS_DEFINED_BY");
   return pid != nullptr && std::strtol(pid, nullptr, 10) == static_cast<long>(getpid());

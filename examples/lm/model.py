@@ -78,7 +78,12 @@ def build_model(
             str(error),
             "pip install . in the repository, or --attention sdpa",
         ) from error
-    return model, hf_flashattn.patch_model(model, strict=strict)
+    try:
+        return model, hf_flashattn.patch_model(model, strict=strict)
+    except hf_flashattn.PatchError as error:
+        raise UsageError(
+            "every attention module on the kernel (--strict)", str(error), "leave out --strict"
+        ) from error
 
 
 def parameter_count(model: torch.nn.Module) -> int:

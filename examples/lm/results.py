@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,25 @@ def speed_ratios(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def report_record(report: Any) -> dict[str, Any] | None:
-    """An attention report as JSON: the printed table, and its rows where it has any."""
+    """An attention report as JSON: the printed table, and what every module ran on."""
     if report is None:
         return None
-    record: dict[str, Any] = {"table": str(report)}
-    to_dict = getattr(report, "to_dict", None)
-    if to_dict is not None:
-        record["rows"] = to_dict()
-    return record
+    rows = [
+        {
+            "module": row.module,
+            "runs": row.runs,
+            "why": row.why,
+            "calls": {name: getattr(row.calls, name) for name in ("kernel", "cpu", "fallback")},
+        }
+        for row in report.rows
+    ]
+    return {"table": str(report), "rows": rows}
+
+
+def attention_that_ran(name: str, report: Any) -> str:
+    """One line: on what the attention modules of the run have run."""
+    if report is None:
+        return f"{name} (Transformers' own)"
+    kinds = Counter((row.runs, row.why) for row in report.rows)
+    parts = [f"{count} x {runs}: {why}" for (runs, why), count in kinds.items()]
+    return f"{name} ({'; '.join(parts)})"

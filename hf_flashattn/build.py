@@ -46,10 +46,14 @@ COMPILE_FLAGS = (
     "-Xcompiler -fPIC -Xcompiler -fvisibility=hidden"
 )
 BINDING_FLAGS = f"-DUSE_CUDA -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
-LINK_FLAGS = "-shared -cudart static -Xlinker --no-as-needed -ltorch -ltorch_cpu -lc10"
+LINK_FLAGS = (  # a missing instantiation is an error here, not when the library is loaded
+    "-shared -cudart static -Xlinker --no-undefined -Xlinker --no-as-needed "
+    "-ltorch -ltorch_cpu -lc10"
+)
 
 UNIT_SUFFIXES = {".cu", ".cpp"}
 SOURCE_SUFFIXES = UNIT_SUFFIXES | {".cuh", ".h", ".hpp"}
+GET_NVCC = "A toolkit from pip: pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.*'"
 MEMORY_PER_JOB = 1.5 * 2**30  # bytes; what `make kernels` allows one unit
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -133,11 +137,15 @@ class Toolchain:
 
 
 def find_nvcc() -> Path | None:
-    named = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")))
+    """nvcc as named by CUDA_HOME, on PATH, in the usual places, or installed by pip."""
+    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     on_path = shutil.which("nvcc")
-    candidates = [Path(home) / "bin" / "nvcc" for home in named]
+    candidates = [Path(home, "bin", "nvcc") for home in homes]
     candidates += [Path(on_path)] if on_path else []
-    candidates += [Path(home) / "bin" / "nvcc" for home in _USUAL_CUDA_HOMES]
+    candidates += [Path(home, "bin", "nvcc") for home in _USUAL_CUDA_HOMES]
+    nvidia = importlib.util.find_spec("nvidia")  # a namespace: cuda-toolkit[nvcc] puts it there
+    for folder in (nvidia.submodule_search_locations or ()) if nvidia else ():
+        candidates += sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -165,13 +173,13 @@ def find_toolchain() -> Toolchain:
     missing = []
     if nvcc is None:
         missing.append(
-            f"nvcc: expected CUDA {least_nvcc} or later in $CUDA_HOME/bin, on PATH or in "
-            f"{' or '.join(_USUAL_CUDA_HOMES)}, found none. Install the toolkit, or set CUDA_HOME."
+            f"nvcc: expected CUDA {least_nvcc} or later in CUDA_HOME, on PATH, in "
+            f"{' or '.join(_USUAL_CUDA_HOMES)} or as a Python package; found none. {GET_NVCC}"
         )
     elif _numbers(version) < MIN_NVCC:
         missing.append(
             f"nvcc: expected CUDA {least_nvcc} or later, got {version or 'none'} from {nvcc}. "
-            "Set CUDA_HOME to a newer toolkit."
+            f"Set CUDA_HOME to a newer toolkit. {GET_NVCC}"
         )
     if shutil.which(cxx) is None:
         missing.append(f"C++ compiler: expected {cxx} on PATH, found none. Install g++.")
@@ -239,9 +247,11 @@ def unit_flags(root: Path, archs: tuple[str, ...]) -> list[str]:
 
 def write_graph(build_dir: Path, root: Path, archs: tuple[str, ...], tools: Toolchain) -> None:
     """Writes build.ninja: an edge for every unit, each of them measured, and the link."""
-    nvcc, torch_lib = _quoted(tools.nvcc), _quoted(tools.torch / "lib")
+    nvcc, python = _quoted(tools.nvcc), _quoted(sys.executable)
+    # A toolkit from pip keeps cudart in lib/, where its nvcc does not look.
+    libraries = " ".join(f"-L {_quoted(p / 'lib')}" for p in (tools.torch, tools.nvcc.parents[1]))
     flags = " ".join(map(_quoted, unit_flags(root, archs)))
-    measured = f"{_quoted(sys.executable)} -I -S {_quoted(_PACKAGE / '_measured.py')} $out.json"
+    measured = f"{python} -I -S {_quoted(_PACKAGE / '_measured.py')} $out.json"
     lines = [
         "rule compile",
         f"  command = {measured} {nvcc} {flags} $extra -MMD -MF $out.d -c $in -o $out",
@@ -249,7 +259,7 @@ def write_graph(build_dir: Path, root: Path, archs: tuple[str, ...], tools: Tool
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        f"  command = {nvcc} $in -L {torch_lib} {LINK_FLAGS} -o $out",
+        f"  command = {measured} {nvcc} $in {libraries} {LINK_FLAGS} -o $out",
         "  description = $out",
     ]
     objects = []
@@ -275,12 +285,12 @@ def _quoted(path: object) -> str:
 
 def unit_reports(build_dir: Path, root: Path) -> dict[str, dict]:
     """What every unit cost when last compiled, by its name; the fields are _measured.py's."""
-    reports = {}
-    for unit in compile_units(root):
-        name = unit.relative_to(root).as_posix()
-        with contextlib.suppress(FileNotFoundError):
-            reports[name] = json.loads((build_dir / f"{name}.o.json").read_text())
-    return reports
+    names = [unit.relative_to(root).as_posix() for unit in compile_units(root)]
+    return _reports({name: build_dir / f"{name}.o.json" for name in names})
+
+
+def _reports(files: dict[str, Path]) -> dict[str, dict]:
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
 def run_graph(build_dir: Path, root: Path, tools: Toolchain, *, verbose: bool) -> Path:
@@ -290,7 +300,9 @@ def run_graph(build_dir: Path, root: Path, tools: Toolchain, *, verbose: bool) -
     sink = {"stdout": 2} if verbose else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, cwd=build_dir, env=env, text=True, check=False, **sink)
     if done.returncode:
-        failed = {n: r for n, r in unit_reports(build_dir, root).items() if r["returncode"]}
+        reports = unit_reports(build_dir, root)
+        reports |= _reports({"the link": build_dir / f"{LIBRARY_NAME}.json"})
+        failed = {name: report for name, report in reports.items() if report["returncode"]}
         words = "\n".join(f"--- {n}\n{r['output'][-3000:]}" for n, r in failed.items())
         raise BuildError(
             f"Compiling the kernels of hf_flashattn failed (ninja's status {done.returncode}).\n"

@@ -139,6 +139,14 @@ def test_build_edit_and_failure(build, checkout, capfd):
     assert not capfd.readouterr().out
 
 
+def test_a_missing_definition_fails_at_the_link(build, checkout):
+    require_nvcc(build)
+    unit = build.source_root() / "sm90" / "twice.cu"
+    unit.write_text('#include "params.h"\nint thrice(float* x) { return twice(x); }\n')
+    with pytest.raises(build.BuildError, match=r"the link(.|\n)*undefined reference.*twice"):
+        build.find_or_build(verbose=False)
+
+
 def test_two_processes_build_once(build, checkout):
     """Both get the same path; one of them compiles and the other waits."""
     require_nvcc(build)

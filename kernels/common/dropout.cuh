@@ -8,10 +8,11 @@
 // An accumulator lane (group, quad) of S needs, of the call (group / 2, quad), the two words with
 // g % 2 = group % 2; one of S^T needs, of the call (quad, group / 2), the two with c % 2 = group % 2.
 // Either way lanes l and l ^ 4 share a call, so for a pair of tiles each makes the call of one tile and
-// they swap two words: 16 bytes a lane for one call and two shuffles.
+// they swap two words: 16 elements a lane for one call.
 //
-// An element is kept if its byte >= threshold. After `flags`, bit 7 of each byte says so, and one PRMT
-// with sign replication spreads two of them over a register of two 16-bit values.
+// An element is kept if its byte >= threshold. The flags that say so are packed into the top two bits
+// of each byte before the swap (one shuffle instead of two), and one PRMT with sign replication spreads
+// two of them over a register of two 16-bit values.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -63,51 +64,52 @@ struct DropoutMask {
     below_half = threshold < 128 ? 0xffffffffu : 0;
   }
 
-  // Bit 7 of each byte: random byte >= threshold.
+  // The flags of this lane's elements in two neighbouring tiles along the accumulator's columns:
+  // kRows: (row16, column16) and (row16, column16 + 1); kKeys: (row16, column16), (row16 + 1, column16).
+  // Bit 7 of each byte is element e = 0, bit 6 element e = 1, where e is column % 2 (kRows) or row % 2.
+  __device__ __forceinline__ void draw(uint32_t (&tiles)[2], int row16, int column16) const {
+    uint32_t const row = row16 + (D == Down::kKeys && odd ? 1 : 0);
+    uint32_t const column = column16 + (D == Down::kRows && odd ? 1 : 0);
+    uint4 const random = philox_7(make_uint4(column * 16 + call, row, batch_head, offset), key);
+    // Words with (g % 2, c % 2) = (0,0), (0,1), (1,0), (1,1) are x, y, z, w.
+    bool const rows_down = D == Down::kRows;
+    uint32_t const of_even = both_flags(random.x, rows_down ? random.y : random.z);
+    uint32_t const of_odd = both_flags(rows_down ? random.z : random.y, random.w);
+    uint32_t const own = odd ? of_odd : of_even;
+    uint32_t const received = __shfl_xor_sync(0xffffffff, odd ? of_even : of_odd, 4);
+    tiles[0] = odd ? received : own;
+    tiles[1] = odd ? own : received;
+  }
+
+  // All ones or zeros for each of the two 16-bit values at (row half, column half) of a tile.
+  static __device__ __forceinline__ uint32_t pair_mask(uint32_t tile, int row_half,
+                                                       int column_half) {
+    uint32_t const byte = row_half * 2 + column_half;
+    uint32_t const low = 8 | byte, high = 8 | (4 + byte);
+    return permute_signed(tile, tile << 1, low | low << 4 | high << 8 | high << 12);
+  }
+
+  // All ones or zeros for one float: element e at (row half, column half) of a tile.
+  static __device__ __forceinline__ uint32_t single_mask(uint32_t tile, int row_half,
+                                                         int column_half, int e) {
+    uint32_t const byte = 8 | (row_half * 2 + column_half);
+    return permute_signed(tile << e, 0, byte | byte << 4 | byte << 8 | byte << 12);
+  }
+
+ private:
+  // Bit 7 of each byte: random byte >= threshold. The other bits are noise.
   __device__ __forceinline__ uint32_t flags(uint32_t random) const {
     uint32_t const low = (random & 0x7f7f7f7fu) + low_bits;
     return (random & low) | ((random | low) & below_half);
   }
 
-  // Flags of two neighbouring tiles along the accumulator's columns: kRows: (row16, column16) and
-  // (row16, column16 + 1); kKeys: (row16, column16) and (row16 + 1, column16).
-  // words[tile][e]: e is column % 2 (kRows) or row % 2 (kKeys); bytes as above.
-  __device__ __forceinline__ void draw(uint32_t (&words)[2][2], int row16, int column16) const {
-    uint32_t const row = row16 + (D == Down::kKeys && odd ? 1 : 0);
-    uint32_t const column = column16 + (D == Down::kRows && odd ? 1 : 0);
-    uint4 const random = philox_7(make_uint4(column * 16 + call, row, batch_head, offset), key);
-    // Words with (g % 2, c % 2) = (0,0), (0,1), (1,0), (1,1) are x, y, z, w.
-    uint32_t const of_even[2] = {random.x, D == Down::kRows ? random.y : random.z};
-    uint32_t const of_odd[2] = {D == Down::kRows ? random.z : random.y, random.w};
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      uint32_t const own = flags(odd ? of_odd[e] : of_even[e]);
-      uint32_t const received =
-          __shfl_xor_sync(0xffffffff, flags(odd ? of_even[e] : of_odd[e]), 4);
-      words[0][e] = odd ? received : own;
-      words[1][e] = odd ? own : received;
-    }
+  __device__ __forceinline__ uint32_t both_flags(uint32_t first, uint32_t second) const {
+    return (flags(first) & 0x80808080u) | (flags(second) >> 1 & ~0x80808080u);
   }
 
-  // All ones or zeros for each of the two 16-bit values at (row half, column half) of a tile.
-  static __device__ __forceinline__ uint32_t pair_mask(uint32_t const (&tile)[2], int row_half,
-                                                       int column_half) {
-    uint32_t const byte = row_half * 2 + column_half;
-    uint32_t const low = 8 | byte, high = 8 | (4 + byte);
-    return __byte_perm_signed(tile[0], tile[1], low | low << 4 | high << 8 | high << 12);
-  }
-
-  // All ones or zeros for one float at (row half, column half) of a tile, element e.
-  static __device__ __forceinline__ uint32_t single_mask(uint32_t word, int row_half,
-                                                         int column_half) {
-    uint32_t const byte = 8 | (row_half * 2 + column_half);
-    return __byte_perm_signed(word, 0, byte | byte << 4 | byte << 8 | byte << 12);
-  }
-
- private:
   // PRMT with sign replication (selector bit 3), which __byte_perm masks off.
-  static __device__ __forceinline__ uint32_t __byte_perm_signed(uint32_t a, uint32_t b,
-                                                                uint32_t selector) {
+  static __device__ __forceinline__ uint32_t permute_signed(uint32_t a, uint32_t b,
+                                                            uint32_t selector) {
     uint32_t result;
     asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
     return result;
@@ -122,17 +124,17 @@ __device__ __forceinline__ void drop_operand(uint32_t (&operand)[Steps][4], Drop
   static_assert(Steps % 2 == 0, "dropout masks come for pairs of 16 x 16 tiles");
 #pragma unroll
   for (int k = 0; k < Steps; k += 2) {
-    uint32_t words[2][2];
-    if constexpr (D == Down::kRows) mask.draw(words, row16, column16 + k);
-    else mask.draw(words, row16 + k, column16);
+    uint32_t tiles[2];
+    if constexpr (D == Down::kRows) mask.draw(tiles, row16, column16 + k);
+    else mask.draw(tiles, row16 + k, column16);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         int const down = i % 2, across = i / 2;
         operand[k + tile][i] &= D == Down::kRows
-                                    ? mask.pair_mask(words[tile], down, across)
-                                    : mask.pair_mask(words[tile], across, down);
+                                    ? mask.pair_mask(tiles[tile], down, across)
+                                    : mask.pair_mask(tiles[tile], across, down);
       }
   }
 }

@@ -26,22 +26,33 @@ __device__ __forceinline__ void mask_keys(float (&scores)[N], Sequence const& s,
   }
 }
 
-// scores(key, row): this lane's keys first_key and first_key + 8, rows from first_row on.
-template <int N>
-__device__ __forceinline__ void mask_rows(float (&scores)[N], Sequence const& s, bool causal,
-                                          int first_key, int first_row, int quad) {
+// scores(key, row): the first row that sees each of this lane's keys first_key and first_key + 8.
+struct FirstRows {
+  static constexpr int kNone = 0x7fffffff;
+  int row[2];
+
+  __device__ __forceinline__ FirstRows(Sequence const& s, bool causal, int first_key) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    int const key = first_key + 8 * i;
-    bool const exists = key >= s.key_begin && key < s.key_end;
-    int const first_seeing = causal ? key - s.diagonal() : 0;
-    int const begin = exists ? first_seeing - first_row - 2 * quad : 0x7fffffff;
-#pragma unroll
-    for (int j = 0; j < N; j += 4)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (2 * j + e < begin) scores[j + 2 * i + e] = -infinity();
+    for (int i = 0; i < 2; ++i) {
+      int const key = first_key + 8 * i;
+      bool const exists = key >= s.key_begin && key < s.key_end;
+      row[i] = !exists ? kNone : causal ? key - s.diagonal() : 0;
+    }
   }
-}
+
+  // Rows from first_row on; lane `quad` holds columns 8j + 2 quad, + 1.
+  template <int N>
+  __device__ __forceinline__ void mask(float (&scores)[N], int first_row, int quad) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int const begin = row[i] == kNone ? kNone : row[i] - first_row - 2 * quad;
+#pragma unroll
+      for (int j = 0; j < N; j += 4)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (2 * j + e < begin) scores[j + 2 * i + e] = -infinity();
+    }
+  }
+};
 
 }  // namespace hf_flashattn

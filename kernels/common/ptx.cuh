@@ -113,6 +113,13 @@ __device__ __forceinline__ void store_shared_zero_16b(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
 }
 
+// Keeps what comes before it before it. ptxas moves arithmetic freely across wgmma waits, and sinks a
+// softmax below the wait that it is meant to hide; it does not move it out of a basic block, and this
+// ends one. `never` is negative in no launch, which the compiler cannot know.
+__device__ __forceinline__ void schedule_fence(int never) {
+  if (never < 0) __nanosleep(1);
+}
+
 // A value known to be the same in the whole warp: lets the compiler keep it in a uniform register.
 __device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 

@@ -69,13 +69,13 @@ __device__ __forceinline__ void to_probabilities(float (&scores)[N], float const
 template <class P>
 struct RowBlockDropout {
   static constexpr int kPairs = P::kDropout ? P::kBlockM / 32 : 1;
-  uint32_t words[kPairs][2][2];
+  uint32_t tiles[kPairs][2];
 
   __device__ __forceinline__ void draw(DropoutMask<Down::kKeys> const& mask, int first_row,
                                        int first_key) {
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair)
-      mask.draw(words[pair], first_row / 16 + 2 * pair, first_key / 16);
+      mask.draw(tiles[pair], first_row / 16 + 2 * pair, first_key / 16);
   }
 };
 
@@ -85,10 +85,12 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
                                             uint32_t (&ds_operand)[Steps][4],
                                             float const (&probabilities)[N], float (&dp)[N],
                                             float const* delta, RowBlockDropout<P> const& dropout,
-                                            float keep, int quad) {
+                                            float keep, int quad, int never) {
   using Element = typename P::Element;
 #pragma unroll
-  for (int k = 0; k < Steps; ++k)
+  for (int k = 0; k < Steps; ++k) {
+    // The masks leave no registers for what ptxas would like to load ahead.
+    if (P::kDropout && k == Steps / 2) schedule_fence(never);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 8 rows of the problem
       float2 const d = load_shared_float2(smem_address(delta + 16 * k + 8 * half + 2 * quad));
@@ -100,10 +102,10 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
         uint32_t p_pair = pack<Element>(prob[0], prob[1]);
         if constexpr (P::kDropout) {
           using Mask = DropoutMask<Down::kKeys>;
-          uint32_t const(&tile)[2] = dropout.words[k / 2][k % 2];
+          uint32_t const tile = dropout.tiles[k / 2][k % 2];
           p_pair &= Mask::pair_mask(tile, half, down);
-          dp_low = __uint_as_float(__float_as_uint(dp_low) & Mask::single_mask(tile[0], half, down));
-          dp_high = __uint_as_float(__float_as_uint(dp_high) & Mask::single_mask(tile[1], half, down));
+          dp_low = __uint_as_float(__float_as_uint(dp_low) & Mask::single_mask(tile, half, down, 0));
+          dp_high = __uint_as_float(__float_as_uint(dp_high) & Mask::single_mask(tile, half, down, 1));
           dp_low *= keep;
           dp_high *= keep;
         }
@@ -111,6 +113,7 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
         ds_operand[k][i] = pack<Element>(prob[0] * (dp_low - d.x), prob[1] * (dp_high - d.y));
       }
     }
+  }
 }
 
 __device__ __forceinline__ void release_stage(Mbarrier& empty) {
@@ -133,6 +136,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   float const scale_log2 = problem.softmax_scale * kLog2e;
   float const keep = P::kDropout ? keep_scale(problem.dropout_p) : 1.f;
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
+  FirstRows const first_rows(work.sequence, P::kCausal, warp_key + lane.group);
   PipelineState<P::kStages> pipe;
   s.k_full.wait(0);
   s.v_full.wait(0);
@@ -159,12 +163,14 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       wgmma_wait<1>();
       pin_registers(scores);
       if (work.rows.needs_mask(block))
-        mask_rows(scores, work.sequence, P::kCausal, warp_key + lane.group, block * P::kBlockM,
-                  lane.quad);
+        first_rows.mask(scores, block * P::kBlockM, lane.quad);
       to_probabilities(scores, s.lse[stage], scale_log2, lane.quad);
+      pin_registers(scores);
+      schedule_fence(problem.batch);  // the exponentials run under dP^T, not after the wait
       wgmma_wait<0>();
       pin_registers(dp);
-      to_operands<P>(p_operand, ds_operand, scores, dp, s.delta[stage], dropout, keep, lane.quad);
+      to_operands<P>(p_operand, ds_operand, scores, dp, s.delta[stage], dropout, keep, lane.quad,
+                     problem.batch);
 
       // dS is double buffered: the other consumer may still read the previous one.
       store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16, 0);

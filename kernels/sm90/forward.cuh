@@ -26,10 +26,10 @@ struct ForwardSmem {
   using Element = typename P::Element;
   using QTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
   using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
-  QTile q;  // then the output of the same rows
+  QTile q[P::kQueryStages];  // then the output of the same rows
   KeyTile k[P::kStages];
   KeyTile v[P::kStages];
-  Mbarrier q_full, q_empty;  // full: TMA; empty: every consumer warp
+  Mbarrier q_full[P::kQueryStages], q_empty[P::kQueryStages];  // full: TMA; empty: consumer warps
   Mbarrier k_full[P::kStages], k_empty[P::kStages];
   Mbarrier v_full[P::kStages], v_empty[P::kStages];
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
@@ -38,9 +38,11 @@ struct ForwardSmem {
 template <class P>
 __device__ void init_barriers(ForwardSmem<P>& s) {
   constexpr int kConsumerWarps = P::kConsumers * 4;
-  s.q_full.init(1);
-  s.q_empty.init(kConsumerWarps);
   s.staging.init(1);
+  for (int stage = 0; stage < P::kQueryStages; ++stage) {
+    s.q_full[stage].init(1);
+    s.q_empty[stage].init(kConsumerWarps);
+  }
   for (int stage = 0; stage < P::kStages; ++stage) {
     s.k_full[stage].init(1);
     s.v_full[stage].init(1);
@@ -58,7 +60,8 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
                         TileScheduler const& scheduler) {
   Problem const& problem = p.problem;
   PipelineState<P::kStages> pipe;
-  uint32_t q_phase = 0, staging_phase = 0;
+  PipelineState<P::kQueryStages> q_pipe;
+  uint32_t staging_phase = 0;
   for (int round = 0; !scheduler.done(round); ++round) {
     int const tile = scheduler.tile(round);
     if (tile >= scheduler.tiles) continue;
@@ -69,13 +72,14 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
     if (blocks.count <= 0) continue;
 
-    s.q_empty.wait(q_phase ^ 1);
-    q_phase ^= 1;
+    s.q_empty[q_pipe.stage].wait(q_pipe.parity() ^ 1);
     if (elect_one()) {
-      s.q_full.arrive_expect(ForwardSmem<P>::QTile::kBytes);
-      load_tile(maps.q, s.q_full, s.q, sequence.first_q + first_row, work.head, sequence.batch);
+      s.q_full[q_pipe.stage].arrive_expect(ForwardSmem<P>::QTile::kBytes);
+      load_tile(maps.q, s.q_full[q_pipe.stage], s.q[q_pipe.stage], sequence.first_q + first_row,
+                work.head, sequence.batch);
     }
     __syncwarp();
+    q_pipe.next();
 
     int const head_k = work.head / (problem.heads_q / problem.heads_k);
     for (int block = blocks.last(); block >= blocks.first; --block, pipe.next()) {
@@ -98,13 +102,13 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
 // S = Q K^T, one commit group.
 template <class P, int N>
 __device__ __forceinline__ void issue_scores(float (&scores)[N], ForwardSmem<P> const& s, int stage,
-                                             int warpgroup) {
+                                             int q_stage, int warpgroup) {
   pin_registers(scores);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < P::kHeadDim / 16; ++k)
     Wgmma<typename P::Element, P::kBlockN>::template smem_smem<Major::kK, Major::kK>(
-        scores, k_major(s.q, warpgroup * 64, k), k_major(s.k[stage], 0, k), k > 0);
+        scores, k_major(s.q[q_stage], warpgroup * 64, k), k_major(s.k[stage], 0, k), k > 0);
   wgmma_commit();
 }
 
@@ -196,7 +200,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
   turns.start();
 
   PipelineState<P::kStages> pipe;
-  uint32_t q_phase = 0;
+  PipelineState<P::kQueryStages> q_pipe;
   for (int round = 0; !scheduler.done(round); ++round) {
     int const tile = scheduler.tile(round);
     if (tile >= scheduler.tiles) continue;
@@ -233,11 +237,10 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
     };
 
     // First block: nothing to overlap with.
-    s.q_full.wait(q_phase);
-    q_phase ^= 1;
+    s.q_full[q_pipe.stage].wait(q_pipe.parity());
     s.k_full[pipe.stage].wait(pipe.parity());
     turns.take();
-    issue_scores(scores, s, pipe.stage, warpgroup);
+    issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
     turns.pass();
     wgmma_wait<0>();
     pin_registers(scores);
@@ -250,14 +253,16 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
       pipe.next();
       s.k_full[pipe.stage].wait(pipe.parity());
       turns.take();
-      issue_scores(scores, s, pipe.stage, warpgroup);
+      issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
       s.v_full[previous.stage].wait(previous.parity());
       issue_output(out, probabilities, s, previous.stage);
       turns.pass();
       wgmma_wait<1>();
       pin_registers(scores);
       release(s.k_empty[pipe.stage]);
-      finish_block(block);  // under O += P V
+      finish_block(block);
+      pin_registers(scores);
+      schedule_fence(problem.batch);  // the softmax runs under O += P V, not after the wait
       wgmma_wait<0>();
       pin_registers(out);
       pin_registers(probabilities);
@@ -282,10 +287,11 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
     }
     // Q's rows become scratch: all four warps have finished reading them.
     barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
-    store_rows(s.q, tile_row, out, normalise[0], normalise[1], rows.out, rows.stride, rows.count);
+    store_rows(s.q[q_pipe.stage], tile_row, out, normalise[0], normalise[1], rows.out, rows.stride, rows.count);
     rows.store_lse(lane, lse);
     fence_proxy_async();
-    release(s.q_empty);
+    release(s.q_empty[q_pipe.stage]);
+    q_pipe.next();
   }
   // The last pass of the ring is never taken: take it, so that the barriers end as they began.
   if (warpgroup == 0) turns.take();

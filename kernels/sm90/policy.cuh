@@ -17,6 +17,8 @@ struct ElementOf<DType::kBFloat16> {
   using type = __nv_bfloat16;
 };
 
+constexpr int kSharedMemoryBytes = 227 << 10;  // what one CTA may have
+
 // One producer warpgroup, and consumers that hold 64 rows each.
 // 2 consumers: 24 + 2 * 240 registers a thread of each warpgroup; 3 consumers: 32 + 3 * 160.
 template <int Consumers>
@@ -37,6 +39,9 @@ struct ForwardTile {
   static constexpr int kBlockM = 64 * Consumers;
   static constexpr int kBlockN = BlockN;
   static constexpr int kStages = 2;
+  // A second Q tile, where it fits, lets the next rows arrive while these write their output.
+  static constexpr int kQueryStages =
+      2 * HeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 1024 <= kSharedMemoryBytes ? 2 : 1;
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
 };

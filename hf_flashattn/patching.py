@@ -38,7 +38,9 @@ _ABSENT = object()
 
 
 class PatchError(RuntimeError):
-    """strict=True, and some attention module would not run on the kernel. Nothing was changed."""
+    """The model cannot be patched as asked: strict=True and a module that the kernel cannot take, or a
+    part that is patched already. Nothing was changed.
+    """
 
 
 # ---- public --------------------------------------------------------------------------------------
@@ -74,6 +76,7 @@ def patch_model(
         unpatch_model(inner)
         patch = None
     if patch is None:
+        _refuse_nesting(inner)
         _patch(inner, options)
     return attention_report(inner)
 
@@ -261,10 +264,20 @@ def _patch(model: nn.Module, options: _Options) -> None:
         raise
 
 
+def _refuse_nesting(model: nn.Module) -> None:
+    """Patches do not nest: they could then be undone in the wrong order."""
+    for name, module in model.named_modules():
+        if _STATE in module.__dict__ or SETTINGS in module.__dict__:
+            raise PatchError(
+                f"hf_flashattn: expected a model without patched parts, got {type(model).__name__} whose {name!r} was "
+                "patched on its own or as part of a larger model. Next step: unpatch_model that one first."
+            )
+
+
 def _refuse(model: nn.Module, sites: list[Site]) -> None:
     wanted = [site for site in sites if site.excluded is None]
     bad = [site for site in wanted if site.forecast()[0] not in ("kernel", "cpu implementation")]
-    if bad or not wanted:
+    if bad or not sites:
         table = format_rows([site._row(*site.forecast(), calls=site.row().calls) for site in bad])
         raise PatchError(
             f"hf_flashattn: strict=True: expected every attention module of "

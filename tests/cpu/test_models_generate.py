@@ -1,0 +1,126 @@
+"""KV caches and `generate`: the same tokens as eager, with the calls on the op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_helpers import (
+    BATCH,
+    ENCODER_LENGTH,
+    LENGTH,
+    bert,
+    bert_decoder,
+    calls,
+    encoder_states,
+    gpt2,
+    output,
+    padding,
+    tokens,
+)
+from transformers import DynamicCache, EncoderDecoderModel, StaticCache
+
+import hf_flashattn
+
+MAKERS = pytest.mark.parametrize("make", [gpt2, bert_decoder], ids=["gpt2", "bert"])
+
+
+def generate(model, **options):
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
+    result = model.generate(tokens(), output_logits=True, return_dict_in_generate=True, **options)
+    return result.sequences, torch.stack(result.logits)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["none", "ones", "left", "holed"])
+@MAKERS
+def test_generate(make, kind, cache):
+    model, options = make(), {"attention_mask": padding(kind), "cache_implementation": cache}
+    expected, expected_logits = generate(model, **options)
+    with hf_flashattn.patched(model) as report:
+        got, got_logits = generate(model, **options)
+        # A static cache with holes in the prompt takes the explicit mask, in the prefill only.
+        assert calls(report, "fallback") == (2 if (cache, kind) == ("static", "holed") else 0)
+        assert calls(report, "cpu") >= 14
+    assert torch.equal(got, expected)
+    assert (got_logits - expected_logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"use_cache": False}], ids=["beams", "no-cache"])
+@MAKERS
+def test_generate_otherwise(make, options):
+    model, options = make(), {"attention_mask": padding("left"), **options}
+    options["max_new_tokens"] = 4
+    expected = model.generate(tokens(), do_sample=False, pad_token_id=0, eos_token_id=None, **options)
+    with hf_flashattn.patched(model) as report:
+        got = model.generate(tokens(), do_sample=False, pad_token_id=0, eos_token_id=None, **options)
+        assert calls(report, "fallback") == 0
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "holed"])
+def test_generate_gpt2_with_cross_attention(kind):
+    model = gpt2(add_cross_attention=True)
+    options = {
+        "attention_mask": padding("left"),
+        "encoder_hidden_states": encoder_states(),
+        "encoder_attention_mask": padding(kind, ENCODER_LENGTH),
+    }
+    expected, expected_logits = generate(model, **options)
+    with hf_flashattn.patched(model) as report:
+        got, got_logits = generate(model, **options)
+        assert calls(report, "fallback") == 0
+    assert torch.equal(got, expected)
+    assert (got_logits - expected_logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "holed"])
+def test_generate_bert2bert(kind):
+    """Two BERTs with a config in a config each: padded encoder, cached decoder, cross-attention."""
+    model = EncoderDecoderModel(encoder=bert(), decoder=bert_decoder()).eval()
+    options = {"attention_mask": padding(kind), "decoder_start_token_id": 1}
+    expected, expected_logits = generate(model, **options)
+    with hf_flashattn.patched(model) as report:
+        got, got_logits = generate(model, **options)
+        assert calls(report, "fallback") == 0
+        assert len(report.rows) == 6 and all(row.calls.total > 0 for row in report.rows)
+    assert torch.equal(got, expected)
+    assert (got_logits - expected_logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["ones", "none", "left", "holed"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@MAKERS
+def test_chunks(make, cache, kind):
+    """A prompt in three pieces of several tokens each: causal is aligned with the last key that exists."""
+    model, ids, mask = make(), tokens(), padding(kind)
+
+    def logits():
+        past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=32)
+        rows, start = [], 0
+        for stop in (6, 10, LENGTH):
+            inputs = {"input_ids": ids[:, start:stop], "past_key_values": past, "use_cache": True}
+            inputs["position_ids"] = torch.arange(start, stop).expand(BATCH, -1)
+            if mask is not None:
+                inputs["attention_mask"] = mask[:, :stop]
+            rows.append(output(model, inputs))
+            start = stop
+        return torch.cat(rows, dim=1)
+
+    with torch.no_grad():
+        expected = logits()
+        with hf_flashattn.patched(model) as report:
+            got = logits()
+            expected_fallbacks = 6 if (cache, kind) == ("static", "holed") else 0
+            assert calls(report, "fallback") == expected_fallbacks
+    rows = torch.ones(BATCH, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+    assert (got - expected)[rows].abs().max() < 1e-4
+
+
+def test_first_forward_with_a_cache_is_not_mistaken_for_packed():
+    """Left padding gives positions that restart; with the mask all ones they must not cut the sequence."""
+    model = gpt2()
+    positions = torch.arange(LENGTH)[None].repeat(BATCH, 1)
+    inputs = {"input_ids": tokens(), "position_ids": positions, "use_cache": True}
+    expected = output(model, inputs)
+    with hf_flashattn.patched(model):
+        assert (output(model, inputs) - expected).abs().max() < 1e-5

@@ -1,0 +1,217 @@
+"""Training and evaluation: dtypes, autocast, dropout, checkpointing, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_helpers import (
+    LENGTH,
+    assert_same,
+    bert,
+    bert_decoder,
+    calls,
+    gpt2,
+    output,
+    outputs_and_grads,
+    padding,
+    tokens,
+)
+
+import hf_flashattn
+
+MAKERS = pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
+
+
+@pytest.mark.parametrize("kind", ["none", "left", "holed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@MAKERS
+def test_16_bit(make, dtype, kind):
+    """No further from fp32 than twice eager in the same dtype."""
+    mask = padding(kind)
+    inputs, rows = {"input_ids": tokens(), "attention_mask": mask}, slice(None) if mask is None else mask.bool()
+    with torch.no_grad():
+        exact = output(make(), inputs)[rows]
+        model = make().to(dtype)
+        eager_error = (output(model, inputs)[rows].float() - exact).abs().mean()
+        with hf_flashattn.patched(model) as report:
+            got = output(model, inputs)
+            assert calls(report, "cpu") == 2
+    assert got.dtype == dtype
+    assert (got[rows].float() - exact).abs().mean() <= 2 * eager_error
+
+
+@MAKERS
+def test_autocast(make):
+    model, inputs = make(), {"input_ids": tokens(), "attention_mask": padding("left")}
+    seen = []
+    with hf_flashattn.patched(model), torch.autocast("cpu", torch.bfloat16):
+        module = next(m for m in model.modules() if hasattr(m, "_hf_flashattn"))
+        handle = module.register_forward_hook(lambda _, args, out: seen.append(out[0].dtype))
+        got, grads = outputs_and_grads(model, inputs, padding("left"))
+        handle.remove()
+    expected, _ = outputs_and_grads(model, inputs, padding("left"))
+    assert seen[0] == torch.bfloat16
+    weight = padding("left").bool()
+    assert (got.float() - expected)[weight].abs().mean() < 0.05 * expected.abs().mean()
+    assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["none", "left", "holed"])
+@MAKERS
+def test_checkpointing_replays_dropout(make, kind, reentrant):
+    name = "attn_pdrop" if make is gpt2 else "attention_probs_dropout_prob"
+    model = make(**{name: 0.4}).train()
+    mask = padding(kind)
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    with hf_flashattn.patched(model) as report:
+        torch.manual_seed(5)
+        expected, expected_grads = outputs_and_grads(model, inputs, mask)
+        torch.manual_seed(6)
+        other, _ = outputs_and_grads(model, inputs, mask)
+        assert not torch.allclose(other, expected)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(5)
+        got, grads = outputs_and_grads(model, inputs, mask)
+        assert calls(report, "fallback") == 0
+        model.gradient_checkpointing_disable()
+    assert torch.equal(got, expected)
+    for key, grad in expected_grads.items():
+        assert torch.allclose(grads[key], grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item()), key
+
+
+def test_checkpointing_replays_packing():
+    model = gpt2().train()
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None].repeat(3, 1)
+    inputs = {"input_ids": tokens(), "position_ids": positions}
+    with hf_flashattn.patched(model):
+        expected, expected_grads = outputs_and_grads(model, inputs, None)
+        for reentrant in (False, True):
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            got, grads = outputs_and_grads(model, inputs, None)
+            assert torch.equal(got, expected)
+            assert all(torch.allclose(grads[key], grad, rtol=1e-4, atol=1e-5) for key, grad in expected_grads.items())
+
+
+@MAKERS
+def test_dropout_averages_to_no_dropout(make):
+    """In training mode only; its mean is the model without it (first layer, where it enters linearly)."""
+    if make is gpt2:
+        model = gpt2(n_layer=1, attn_pdrop=0.3)
+        inner = model.transformer.h[0].attn
+    else:
+        model = bert(num_hidden_layers=1, attention_probs_dropout_prob=0.3)
+        inner = model.encoder.layer[0].attention.self
+    seen = []
+    handle = inner.register_forward_hook(lambda _, args, out: seen.append(out[0].detach()))
+    inputs = {"input_ids": tokens(), "attention_mask": padding("left")}
+    with hf_flashattn.patched(model), torch.no_grad():
+        output(model, inputs)
+        output(model, inputs)
+        assert torch.equal(seen[0], seen[1])
+        model.train()
+        for _ in range(300):
+            output(model, inputs)
+    handle.remove()
+    weight = padding("left").bool()
+    exact, mean = seen[0][weight], torch.stack(seen[2:]).mean(0)[weight]
+    assert (mean - exact).abs().mean() < 0.06 * exact.abs().mean()
+    assert not torch.equal(seen[2], seen[3])
+
+
+@MAKERS
+def test_a_few_steps_of_training_follow_eager(make):
+    losses = {}
+    for name in ("eager", "patched"):
+        model = make().train()
+        if name == "patched":
+            hf_flashattn.patch_model(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses[name] = []
+        for step in range(4):
+            loss = output(model, {"input_ids": tokens(seed=step), "attention_mask": padding("right")}).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(loss.item())
+    assert losses["patched"] == pytest.approx(losses["eager"], rel=1e-3)
+    assert losses["eager"][-1] < losses["eager"][0]
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("kind", ["none", "ones", "left", "holed", "empty"])
+@pytest.mark.parametrize("make", [gpt2, bert, bert_decoder], ids=["gpt2", "bert", "bert-decoder"])
+def test_compile(make, kind):
+    """No graph break, no read of the device, on the op, for every 2-D mask; one graph for all contents."""
+    model, mask = make(), padding(kind)
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "use_cache": False}
+    if make is bert:
+        del inputs["use_cache"]
+    expected, expected_grads = outputs_and_grads(model, inputs, mask)
+    with hf_flashattn.patched(model) as report:
+        fast = compiled(model)
+        got = output(fast, inputs)
+        rows = torch.ones(3, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+        assert (got - expected)[rows].abs().max() < 1e-5 * max(1, expected[rows].abs().max())
+        used = [row for row in report.rows if row.calls.total]
+        assert len(used) == 2 and all(row.runs == "cpu implementation" and row.calls.traced for row in used)
+        assert "traced" in str(report)
+        model.zero_grad()
+        _, grads = outputs_and_grads(fast, inputs, mask)
+    scale = max(grad.abs().max() for grad in expected_grads.values())
+    for name, grad in expected_grads.items():
+        assert (grads[f"_orig_mod.{name}"] - grad).abs().max() < 1e-5 * scale, name
+
+
+def test_compile_with_positions_from_the_caller_is_right():
+    """Packed or not cannot be seen while tracing: Transformers' mask then, and the report says so."""
+    model = gpt2()
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None].repeat(3, 1)
+    inputs = {"input_ids": tokens(), "position_ids": positions, "use_cache": False}
+    expected = output(model, inputs)
+    with hf_flashattn.patched(model) as report:
+        got = output(compiled(model), inputs)
+        assert {row.runs for row in report.rows} == {"fallback"}
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_compile_layer_by_layer():
+    """Masks made outside, layers compiled: the small tensors go through, and the module's number is no guard."""
+    for kind in ("left", "none", "holed"):
+        model, mask = bert(num_hidden_layers=3), padding(kind)
+        inputs = {"input_ids": tokens(), "attention_mask": mask}
+        expected = output(model, inputs)
+        with hf_flashattn.patched(model):
+            torch._dynamo.reset()
+            for layer in model.encoder.layer:
+                layer.compile(fullgraph=True, backend="aot_eager")
+            got = output(model, inputs)
+        rows = torch.ones(3, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+        assert (got - expected)[rows].abs().max() < 1e-5
+
+
+def test_same_after_compile_without_it():
+    """Patching after compiling: the compiled model notices."""
+    model = gpt2()
+    inputs = {"input_ids": tokens(), "attention_mask": padding("left"), "use_cache": False}
+    expected, weight = output(model, inputs), padding("left").bool()
+    fast = compiled(model)
+    assert (output(fast, inputs) - expected)[weight].abs().max() < 1e-5
+    with hf_flashattn.patched(fast) as report:
+        assert (output(fast, inputs) - expected)[weight].abs().max() < 1e-5
+        assert calls(report, "cpu") == 2
+    assert (output(fast, inputs) - expected)[weight].abs().max() < 1e-5
+
+
+def test_eval_after_training_with_dropout():
+    model = gpt2(attn_pdrop=0.5).train()
+    with hf_flashattn.patched(model):
+        output(model, {"input_ids": tokens()})
+    assert_same(model.eval(), {"input_ids": tokens()})

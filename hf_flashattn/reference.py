@@ -98,7 +98,7 @@ def _keep(
     One Philox call serves a 16 x 16 tile's 16 elements: rows 2 * gamma + alpha + {0, 8} and columns
     2 * t + e + {0, 8}, which is what one lane of a wgmma accumulator holds.
     """
-    device = head_index.device
+    device, heads = head_index.device, head_index.numel()
     rows, cols = -(-sq // 16), -(-sk // 16)
     x = torch.arange(cols * 16, device=device).view(1, 1, -1)  # c // 16 * 16 + gamma * 4 + t
     y = torch.arange(rows, device=device).view(1, -1, 1)
@@ -110,9 +110,9 @@ def _keep(
     # The words' bytes, least significant first (little-endian, as every host of a CUDA device is).
     random = torch.stack(words, -1).to(torch.int32).view(torch.uint8)
     # (N, rows, cols, gamma, t, alpha, e, b8, d8): word = alpha * 2 + e, byte = b8 * 2 + d8
-    keep = (random >= drop_threshold(p)).view(-1, rows, cols, 4, 4, 2, 2, 2, 2)
+    keep = (random >= drop_threshold(p)).view(heads, rows, cols, 4, 4, 2, 2, 2, 2)
     # row = b8 * 8 + gamma * 2 + alpha, column = d8 * 8 + t * 2 + e
-    keep = keep.permute(0, 1, 7, 3, 5, 2, 8, 4, 6).reshape(-1, rows * 16, cols * 16)
+    keep = keep.permute(0, 1, 7, 3, 5, 2, 8, 4, 6).reshape(heads, rows * 16, cols * 16)
     return keep[:, :sq, :sk]
 
 

@@ -1,0 +1,307 @@
+"""hf_flashattn::forward and ::backward: schemas, CPU implementations, tracing, the library."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from hf_flashattn import flash_attn_func, flash_attn_varlen_func, ops
+from hf_flashattn.reference import attention_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+RNG = torch.tensor([2**60 + 1, 17])
+FORWARD = torch.ops.hf_flashattn.forward.default
+BACKWARD = torch.ops.hf_flashattn.backward.default
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def problem(kind, dtype=torch.float32):
+    """(q, k, v, the keywords of ops.forward) of a small problem."""
+    options = {"softmax_scale": 0.2, "causal": "causal" in kind}
+    if "dropout" in kind:
+        options |= {"dropout_p": 0.3, "rng_state": RNG}
+    if "packed" in kind:
+        q, k = torch.randn(14, 4, 16), torch.randn(17, 2, 16)
+        options |= {
+            "cu_seqlens_q": int32(0, 5, 5, 14), "cu_seqlens_k": int32(0, 8, 10, 17),
+            "max_seqlen_q": 9, "max_seqlen_k": 8,
+        }  # fmt: skip
+    else:
+        q, k = torch.randn(3, 9, 4, 16), torch.randn(3, 12, 2, 16)
+    if "range" in kind:
+        options |= {"key_start": int32(0, 3, 5), "key_len": int32(12, 0, 4)}
+    v = torch.randn_like(k)
+    return *(x.to(dtype).requires_grad_() for x in (q, k, v)), options
+
+
+FLAGS = ("causal", "dropout")
+KINDS = [
+    "-".join((layout, *chosen))
+    for layout in ("dense", "range", "packed")
+    for n in range(3)
+    for chosen in itertools.combinations(FLAGS, n)
+]
+
+
+def arguments(q, k, v, options):
+    """The op's positional arguments."""
+    tensors = ("cu_seqlens_q", "cu_seqlens_k", "key_start", "key_len", "rng_state")
+    numbers = ("max_seqlen_q", "max_seqlen_k", "dropout_p")
+    flags = (options["softmax_scale"], options["causal"], False)
+    return q, k, v, *map(options.get, tensors), *(options.get(x, 0) for x in numbers), *flags
+
+
+def reference(q, k, v, options, **more):
+    options = {x: y for x, y in options.items() if not x.startswith("max_")}
+    return attention_reference(q, k, v, **options, **more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_matches_the_reference(kind):
+    q, k, v, options = problem(kind, torch.float64)
+    out, lse = ops.forward(q, k, v, **options)
+    expected, expected_lse = reference(q, k, v, options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert out.is_contiguous() and lse.is_contiguous() and not lse.requires_grad
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    for got, want in zip(grads, torch.autograd.grad(expected, (q, k, v), dout), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "range-causal", "packed-causal", "dense-dropout"])
+def test_cpu_low_precision(kind, dtype):
+    """Error at most 2x (gradients 3x) that of the same PyTorch math in the low precision."""
+    q, k, v, options = problem(kind, dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    results = []
+    dout = torch.randn_like(q)
+    for inputs, out in (
+        (exact, reference(*exact, options)[0]),
+        ((q, k, v), reference(q, k, v, options, math_dtype=dtype)[0]),
+        ((q, k, v), ops.forward(q, k, v, **options)[0]),
+    ):
+        results.append((out, *torch.autograd.grad(out, inputs, dout.to(out.dtype))))
+    for i, (truth, yardstick, got) in enumerate(zip(*results, strict=True)):
+        allowed = (yardstick.double() - truth).abs().max() * (2 if i == 0 else 3)
+        assert (got.double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind):
+    q, k, v, options = problem(kind)
+    args = arguments(q, k, v, options)
+    opcheck(FORWARD, args)
+    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    out, lse = FORWARD(*plain)
+    opcheck(BACKWARD, (torch.randn_like(out), *plain[:3], out, lse, *plain[3:]))
+
+
+@pytest.mark.parametrize(
+    "shape_q, shape_k",
+    [((2, 0, 2, 8), (2, 3, 2, 8)), ((2, 3, 2, 8), (2, 0, 2, 8)), ((0, 3, 2, 8), (0, 3, 2, 8))],
+)
+def test_empty_problems(shape_q, shape_k):
+    q, k = torch.randn(shape_q, requires_grad=True), torch.randn(shape_k, requires_grad=True)
+    out, lse = ops.forward(q, k, k, softmax_scale=1.0)
+    assert out.shape == q.shape and (out == 0).all()
+    assert lse.shape == (q.shape[0], 2, q.shape[1]) and torch.isneginf(lse).all()
+    out.sum().backward()
+    assert (q.grad == 0).all() and (k.grad == 0).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_padding_is_never_read(poison):
+    q, k, v, options = problem("range")
+    clean = ops.forward(q, k, v, **options)
+    dout = torch.randn_like(q)
+    grads = torch.autograd.grad(clean[0], (q, k, v), dout)
+    with torch.no_grad():
+        for x in (k, v):
+            x[1] = x[2, :5] = x[2, 9:] = poison
+        q[1] = poison
+    dout[1] = poison
+    out, lse = ops.forward(q, k, v, **options)
+    assert torch.equal(out, clean[0]) and torch.equal(lse, clean[1])
+    for got, want in zip(torch.autograd.grad(out, (q, k, v), dout), grads, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_strange_strides(causal):
+    q, k, v, options = problem("dense-causal" if causal else "dense", torch.float64)
+    out, _ = ops.forward(q, k, v, **options)
+    for dout in (
+        torch.ones((), dtype=torch.float64).expand_as(out),
+        torch.randn(*out.shape[:2], 16, 4, dtype=torch.float64).transpose(2, 3),
+    ):
+        got = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        want = torch.autograd.grad(out, (q, k, v), dout.contiguous(), retain_graph=True)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["dense-causal", "range", "packed-causal", "dense-dropout"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(kind, dynamic):
+    torch._dynamo.reset()
+    q, k, v, options = problem(kind)
+    dropout_p = options.get("dropout_p", 0.0)
+
+    def call(q, k, v):
+        if "packed" in kind:
+            out = flash_attn_varlen_func(
+                q, k, v, options["cu_seqlens_q"], options["cu_seqlens_k"], 9, 8, causal=True
+            )
+        else:
+            out = flash_attn_func(
+                q * 1.0, k, v, dropout_p, causal=options["causal"],
+                key_start=options.get("key_start"), key_len=options.get("key_len"),
+            )  # fmt: skip
+        return out * 2.0
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    results = []
+    for function in (call, compiled):
+        torch.manual_seed(4)
+        out = function(q, k, v)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_second_derivative_is_an_error():
+    q = torch.randn(1, 4, 2, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(flash_attn_func(q, q, q).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"gradient of a gradient.*Next step"):
+        grad.sum().backward()
+
+
+def test_only_some_inputs_need_gradients():
+    q, k, v, options = problem("dense")
+    k = k.detach()
+    out, _ = ops.forward(q, k, v, **options)
+    out.sum().backward()
+    assert q.grad is not None and v.grad is not None
+    with torch.no_grad():
+        assert not ops.forward(q, k, v, **options)[0].requires_grad
+
+
+def test_new_rng_state_comes_from_torchs_generator():
+    torch.manual_seed(2)
+    a, b = (ops.new_rng_state(torch.device("cpu")) for _ in range(2))
+    torch.manual_seed(2)
+    assert torch.equal(ops.new_rng_state(torch.device("cpu")), a) and not torch.equal(a, b)
+    assert a.shape == (2,) and a.dtype == torch.int64
+
+
+# ------------------------------------------------------------------------------- the library
+
+
+STUB = """
+#include "params.h"
+namespace hf_flashattn {
+Status launch_forward(ForwardParams const&) { return {"stub"}; }
+Status launch_backward(BackwardParams const&) { return {"stub"}; }
+size_t backward_workspace_bytes(Problem const&) { return 0; }
+}  // namespace hf_flashattn
+"""
+
+
+@pytest.fixture(scope="module")
+def stub_library(tmp_path_factory):
+    """The real binding on launchers that do nothing."""
+    from hf_flashattn import build
+
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc and the CUDA headers to compile kernels/torch_binding.cpp")
+    folder = tmp_path_factory.mktemp("stub")
+    (folder / "stub.cpp").write_text(STUB)
+    torch_home = Path(torch.__file__).parent
+    library = folder / "libhf_flashattn.so"
+    command = [nvcc, "-std=c++20", "-Xcompiler", "-fPIC", *build.BINDING_FLAGS.split()]
+    command += ["-I", ROOT / "kernels", "-I", torch_home / "include", "-L", torch_home / "lib"]
+    command += [ROOT / "kernels" / "torch_binding.cpp", folder / "stub.cpp", "-o", library]
+    subprocess.run([*map(str, command), *build.LINK_FLAGS.split()], check=True)
+    return library
+
+
+def python(code, cache, **environment):
+    """Run code in a fresh process that finds no library; returns its standard output."""
+    env = {**os.environ, "HF_FLASHATTN_CACHE": str(cache), **environment}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SHOW_SCHEMAS = """
+import torch
+from hf_flashattn import ops
+print(ops._schemas_in_python)
+for op in (torch.ops.hf_flashattn.forward.default, torch.ops.hf_flashattn.backward.default):
+    print(op._schema)
+"""
+
+LATE = """
+import os, torch
+from hf_flashattn import flash_attn_func, ops
+early = torch.ops.hf_flashattn.forward.default
+assert not ops.library_status().loaded and not ops.library_available("cuda")
+has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key("hf_flashattn::forward", "CUDA")
+assert not has()
+os.environ["HF_FLASHATTN_LIBRARY"] = os.environ["LATE_LIBRARY"]
+status = ops.load_library(retry=True)
+assert status.loaded, status.reason
+assert has() and ops.library_available("cuda")
+assert early is torch.ops.hf_flashattn.forward.default
+q = torch.randn(1, 3, 2, 8, requires_grad=True)
+flash_attn_func(q, q, q).sum().backward()
+assert "HF_FLASHATTN_SCHEMAS_DEFINED_BY" not in os.environ
+"""
+
+
+def test_schemas_of_library_and_python_are_the_same(stub_library, tmp_path):
+    from_library = python(SHOW_SCHEMAS, tmp_path, HF_FLASHATTN_LIBRARY=str(stub_library))
+    from_python = python(SHOW_SCHEMAS, tmp_path, HF_FLASHATTN_LIBRARY=str(tmp_path / "none"))
+    assert from_library.splitlines()[0] == "False" and from_python.splitlines()[0] == "True"
+    assert from_library.splitlines()[1:] == from_python.splitlines()[1:]
+
+
+def test_a_library_that_comes_later_joins_the_same_ops(stub_library, tmp_path):
+    python(LATE, tmp_path, LATE_LIBRARY=str(stub_library), HF_FLASHATTN_LIBRARY=str(tmp_path / "x"))
+
+
+def test_a_plain_load_defines_the_schemas(stub_library, tmp_path):
+    code = f"import torch; torch.ops.load_library({str(stub_library)!r}); "
+    code += "print(torch.ops.hf_flashattn.forward.default._schema.name)"
+    # A parent's note about its own schemas must not reach a child.
+    out = python(code, tmp_path, HF_FLASHATTN_SCHEMAS_DEFINED_BY=str(os.getpid()))
+    assert "hf_flashattn::forward" in out
+
+
+def test_a_wrong_library_path_says_so(tmp_path):
+    code = (
+        "from hf_flashattn import ops; s = ops.load_library(); print(s.loaded, s.failed, s.reason)"
+    )
+    out = python(code, tmp_path, HF_FLASHATTN_LIBRARY="/nowhere/lib.so")
+    assert "False True" in out and "/nowhere/lib.so" in out and "Next step" in out
+
+
+def test_a_broken_library_says_so(tmp_path):
+    (tmp_path / "bad.so").write_bytes(b"not a library")
+    code = "from hf_flashattn import ops; print(ops.load_library().reason)"
+    out = python(code, tmp_path, HF_FLASHATTN_LIBRARY=str(tmp_path / "bad.so"))
+    assert "does not load into torch" in out and "Next step" in out

@@ -137,12 +137,15 @@ def _load(path: Path) -> LibraryStatus:
     return LibraryStatus(path, "")
 
 
+def _library_for_cuda() -> None:
+    """Load or build the library before the first CUDA call; raises if there is none."""
+    # A trace must not read the status, which it would guard on while it changes.
+    if torch.compiler.is_compiling() or not _status.loaded:
+        _require_library()
+
+
 @torch.compiler.assume_constant_result
 def _require_library() -> bool:
-    """Load or build the library for a CUDA call; raises if there is none.
-
-    Tracing takes the answer as given.
-    """
     status = load_library()
     if not status.loaded:
         raise RuntimeError(f"hf_flashattn: the CUDA kernels are not available. {status.reason}")
@@ -259,24 +262,15 @@ def forward(
     Shapes as in reference.attention_reference; nothing is checked here (see checks.py).
     deterministic: what backward will do.
     """
-    if q.is_cuda and not _status.loaded:
-        _require_library()
-    return _forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_start,
-        key_len,
-        rng_state,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        deterministic,
-    )
+    if q.is_cuda:
+        _library_for_cuda()
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+    args += (max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _forward(*args)
+    # Without gradients the way through Python's autograd kernel would cost 5 us for nothing.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*args)
 
 
 def backward(
@@ -300,27 +294,11 @@ def backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hf_flashattn::backward: dq, dk, dv from forward's results and its own arguments."""
-    if q.is_cuda and not _status.loaded:
-        _require_library()
-    return _backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_start,
-        key_len,
-        rng_state,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        deterministic,
-    )
+    if q.is_cuda:
+        _library_for_cuda()
+    args = (dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+    args += (max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic)
+    return _backward(*args)
 
 
 def new_rng_state(device: torch.device) -> Tensor:

@@ -263,8 +263,11 @@ assert not ops.library_status().loaded and not ops.library_available("cuda")
 has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key("hf_flashattn::forward", "CUDA")
 assert not has()
 os.environ["HF_FLASHATTN_LIBRARY"] = os.environ["LATE_LIBRARY"]
-status = ops.load_library(retry=True)
-assert status.loaded, status.reason
+def first_use(x):
+    ops._library_for_cuda()  # what a CUDA call does first, here while it is traced
+    return x + 1
+torch.compile(first_use, fullgraph=True, backend="eager")(torch.zeros(1))
+assert ops.library_status().loaded, ops.library_status().reason
 assert has() and ops.library_available("cuda")
 assert early is torch.ops.hf_flashattn.forward.default
 q = torch.randn(1, 3, 2, 8, requires_grad=True)

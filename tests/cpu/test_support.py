@@ -238,3 +238,14 @@ def test_layouts_that_tma_can_load(view, ok):
         message = r"k: expected head_dim contiguous.*strides.*Next step: k = k.contiguous\(\)"
         with pytest.raises(ValueError, match=message):
             checks.check_strides("k", x)
+
+
+def test_strides_are_checked_in_a_trace():
+    def call(x):
+        checks.check_strides("q", x)
+        return x * 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    compiled(torch.zeros(2, 6, 4, 64).transpose(1, 2))
+    with pytest.raises(Exception, match="expected head_dim contiguous"):
+        compiled(torch.zeros(2, 6, 64, 4).transpose(2, 3))

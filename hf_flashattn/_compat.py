@@ -168,6 +168,7 @@ class MaskPattern:
     causal: bool = False
     packed_ids: Tensor | None = None  # (B, S) integer: tokens with equal numbers belong together
     window: int | None = None  # keys further away than this are masked
+    unpacked: bool = False  # composed for packed sequences, of which there are none
 
 
 def describe_mask(mask_function: Callable) -> MaskPattern | None:

@@ -166,7 +166,7 @@ def _pattern(
         tracing and TRACED.config is kwargs.get("config") and not TRACED.position_ids_given
     )
     if nothing_packed and _compat.traced_packing_only(mask_function, kwargs):
-        return _compat.MaskPattern(causal=True)
+        return _compat.MaskPattern(causal=True, unpacked=True)
     return None
 
 
@@ -178,12 +178,10 @@ def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[
     """Did the model ask for a real mask, to combine it with another? (For one query it means a
     compiled decode.)
     """
+    if pattern.packed_ids is not None or pattern.unpacked:
+        return False  # Transformers itself says "no skip" when it composes packing
     if pattern.causal:
-        return (
-            pattern.packed_ids is None
-            and q_length > 1
-            and not kwargs.get("allow_is_causal_skip", True)
-        )
+        return q_length > 1 and not kwargs.get("allow_is_causal_skip", True)
     return not kwargs.get("allow_is_bidirectional_skip", True)
 
 

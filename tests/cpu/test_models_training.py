@@ -19,6 +19,7 @@ from model_helpers import (
 
 import hf_flashattn
 
+KINDS = ("none", "left", "ones", "holed", "empty")
 MAKERS = pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
 
 
@@ -110,12 +111,12 @@ def test_dropout_averages_to_no_dropout(make):
         output(model, inputs)
         assert torch.equal(seen[0], seen[1])
         model.train()
-        for _ in range(300):
+        for _ in range(60):
             output(model, inputs)
     handle.remove()
     weight = padding("left").bool()
     exact, mean = seen[0][weight], torch.stack(seen[2:]).mean(0)[weight]
-    assert (mean - exact).abs().mean() < 0.06 * exact.abs().mean()
+    assert (mean - exact).abs().mean() < 0.12 * exact.abs().mean()
     assert not torch.equal(seen[2], seen[3])
 
 
@@ -141,32 +142,44 @@ def test_a_few_steps_of_training_follow_eager(make):
 # ---- torch.compile ------------------------------------------------------------------------------
 
 
-def compiled(model):
+def compiled(model, backend="eager"):
     torch._dynamo.reset()
-    return torch.compile(model, fullgraph=True, backend="aot_eager")
+    return torch.compile(model, fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize("kind", ["none", "ones", "left", "holed", "empty"])
+def assert_traced_on_op(report):
+    used = [row for row in report.rows if row.calls.total]
+    assert len(used) == 2 and all(row.runs == "cpu implementation" for row in used), report
+    assert all(row.calls.traced for row in used) and "traced" in str(report)
+
+
 @pytest.mark.parametrize("make", [gpt2, bert, bert_decoder], ids=["gpt2", "bert", "bert-decoder"])
-def test_compile(make, kind):
-    """No graph break, no read of the device, on the op, for every 2-D mask; one graph for all contents."""
-    model, mask = make(), padding(kind)
-    inputs = {"input_ids": tokens(), "attention_mask": mask, "use_cache": False}
-    if make is bert:
-        del inputs["use_cache"]
-    expected, expected_grads = outputs_and_grads(model, inputs, mask)
+def test_compile(make):
+    """No graph break, no read of the device, on the op, for every 2-D mask; one graph for all of their contents."""
+    model, options = make(), {} if make is bert else {"use_cache": False}
+    with torch.no_grad():
+        expected = {k: output(model, {"input_ids": tokens(), "attention_mask": padding(k), **options}) for k in KINDS}
+        with hf_flashattn.patched(model) as report:
+            fast = compiled(model)
+            for kind in KINDS:
+                mask = padding(kind)
+                got = output(fast, {"input_ids": tokens(), "attention_mask": mask, **options})
+                rows = torch.ones(3, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+                assert (got - expected[kind])[rows].abs().max() < 2e-5, kind
+            assert_traced_on_op(report)
+            assert all(row.calls.cpu == 2 for row in report.rows if row.calls.total)  # with and without a mask
+
+
+@MAKERS
+def test_compile_backward(make):
+    model, mask = make(), padding("left")
+    inputs = {"input_ids": tokens(), "attention_mask": mask} | ({} if make is bert else {"use_cache": False})
+    _, expected = outputs_and_grads(model, inputs, mask)
     with hf_flashattn.patched(model) as report:
-        fast = compiled(model)
-        got = output(fast, inputs)
-        rows = torch.ones(3, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
-        assert (got - expected)[rows].abs().max() < 1e-5 * max(1, expected[rows].abs().max())
-        used = [row for row in report.rows if row.calls.total]
-        assert len(used) == 2 and all(row.runs == "cpu implementation" and row.calls.traced for row in used)
-        assert "traced" in str(report)
-        model.zero_grad()
-        _, grads = outputs_and_grads(fast, inputs, mask)
-    scale = max(grad.abs().max() for grad in expected_grads.values())
-    for name, grad in expected_grads.items():
+        _, grads = outputs_and_grads(compiled(model, "aot_eager"), inputs, mask)
+        assert_traced_on_op(report)
+    scale = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
         assert (grads[f"_orig_mod.{name}"] - grad).abs().max() < 1e-5 * scale, name
 
 
@@ -191,7 +204,7 @@ def test_compile_layer_by_layer():
         with hf_flashattn.patched(model):
             torch._dynamo.reset()
             for layer in model.encoder.layer:
-                layer.compile(fullgraph=True, backend="aot_eager")
+                layer.compile(fullgraph=True, backend="eager")
             got = output(model, inputs)
         rows = torch.ones(3, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
         assert (got - expected)[rows].abs().max() < 1e-5

@@ -30,7 +30,7 @@ demo: $(READY)  ## train a small GPT-2 for two minutes; on a GPU, GPT-2 small on
 	@$(PY) examples/train_gpt2.py --demo
 
 test: $(READY)  ## everything that needs no GPU
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
 
 lint: $(READY)  ## ruff and clang-format
 	@$(PY) -m ruff check .

@@ -28,6 +28,7 @@ import statistics
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -325,7 +326,16 @@ def table(name: str, shape: Shape, compiled: bool, runs: dict[str, dict[str, Any
             f"{run['tokens_per_second']:>12,.0f}{run['peak_memory_gib'] or 0:>10.1f}"
             f"{run['speedup']:>10.2f}"
         )
+    rows += [f"  {label} ran on {run['ran_on']}" for label, run in runs.items() if run["ran_on"]]
     return "\n".join(rows)
+
+
+def ran_on(report: Any) -> str | None:
+    """What the attention modules of hf_flashattn ran on; None without a report."""
+    if report is None:
+        return None
+    kinds = Counter(f"{row.runs}, {row.why}" for row in report.rows)
+    return "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def _summary(current: Contender, tokens: float, sequences: int, baseline: float) -> dict[str, Any]:
@@ -339,6 +349,7 @@ def _summary(current: Contender, tokens: float, sequences: int, baseline: float)
         "peak_memory_gib": current.peak_bytes / 2**30 or None,
         "speedup": baseline / median,
         "losses": current.losses,
+        "ran_on": ran_on(current.report),
         "attention_report": None if current.report is None else str(current.report),
     }
 

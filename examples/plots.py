@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def draw(runs: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     for number, (label, run) in enumerate(runs.items()):
         color = COLORS.get(label, f"C{number}")
         steps = range(1, len(run["losses"]) + 1)
+        width = 1.2 + 1.4 * (len(runs) - 1 - number)  # equal curves stay visible on each other
         curve.plot(steps, run["losses"], color=color, alpha=0.25, linewidth=0.8)
-        curve.plot(steps, smooth(run["losses"]), color=color, linewidth=1.6, label=label)
+        curve.plot(steps, smooth(run["losses"]), color=color, linewidth=width, label=label)
     curve.set(xlabel="step", ylabel="training loss (nats per token)")
     curve.legend(frameon=False)
     if timed:
@@ -65,6 +67,19 @@ def draw(runs: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def title_of(result: dict[str, Any]) -> str:
+    """Model, batch and device of a results.json; the command where it says nothing of these."""
+    settings = result.get("settings")
+    device = result.get("device", {}).get("name", "")
+    if not settings:
+        return textwrap.fill(result.get("command", ""), 90)
+    blocks = settings["batch_size"] * settings["accumulate"] * settings["processes"]
+    return (
+        f"GPT-2, {settings['layers']} layers x {settings['hidden']}, "
+        f"{blocks} x {settings['context']} tokens a step, dropout {settings['dropout']:g}, {device}"
+    )
 
 
 def load_runs(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -81,11 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="results.json of one or more runs")
     parser.add_argument("--out", type=Path, help="default: the first file's name with .png")
-    parser.add_argument("--title", help="default: the command of the first run")
+    parser.add_argument("--title", help="default: model, batch and device")
     args = parser.parse_args(argv)
     try:
         runs = load_runs(args.results)
-        title = args.title or json.loads(args.results[0].read_text()).get("command", "")
+        title = args.title or title_of(json.loads(args.results[0].read_text()))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         print(
             f"error: expected results.json files with 'runs'\n  got:       {error!r}\n"

@@ -40,7 +40,7 @@ from lm.model import build_model, gpt2_config, parameter_count
 from lm.packing import Blocks, pack_corpus
 from lm.tokenizer import get_tokenizer, tokenizer_fingerprint
 from lm.training import Progress, held_out_perplexity, make_trainee, train
-from plots import draw
+from plots import draw, title_of
 
 COMPARED_STEPS_OF_THE_DEMO = 25
 RESULTS, PLOT, MODEL = "results.json", "losses.png", "model"
@@ -272,7 +272,7 @@ class Run:
         outcome["plot"] = PLOT
         output.mkdir(parents=True, exist_ok=True)
         try:
-            draw(outcome.get("comparison", outcome)["runs"], output / PLOT, outcome["command"])
+            draw(outcome.get("comparison", outcome)["runs"], output / PLOT, title_of(outcome))
         except ImportError as error:
             outcome["plot"] = f"skipped: {error}"
             self.say(f"\nno {PLOT}: {error}; later: python examples/plots.py {output / RESULTS}")

@@ -224,6 +224,8 @@ def train(
             )
         after_step(progress)
     progress.flush()
+    if progress.step % FLUSH_EVERY:
+        progress.marks.append((progress.step, progress.seconds))
     bar.close()
 
 

@@ -39,6 +39,6 @@ echo "torch==$(version_of torch)" >"$constraints"
 echo "setup: installing hf_flashattn with its dependencies"
 if ! pip --constraint "$constraints" --no-build-isolation --editable '.[dev,examples]'; then
   [ ${#borrow[@]} -gt 0 ] || fail "pip could not install hf_flashattn; its words are above"
-  echo "setup: without a package index; what the machine's Python has must do, linters may be missing"
+  echo "setup: pip's words are above; what the machine's Python has must do, linters may be missing"
   pip --no-deps --no-build-isolation --editable .
 fi

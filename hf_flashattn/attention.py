@@ -17,17 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat, functional, masks, report, support
-from hf_flashattn.masks import Compaction, Descriptor, KeyRange, Segments
-from hf_flashattn.unpadding import VarlenPlan, packed_ids, plan_varlen
+from hf_flashattn.call import Call
+from hf_flashattn.fallback import fall_back
+from hf_flashattn.masks import Compaction, KeyRange, Segments
+from hf_flashattn.unpadding import VarlenPlan
 
 SETTINGS = "_hf_flashattn"  # the attribute of an attention module that holds its Settings
-
-_PACKED: WeakTensorKeyDictionary = (
-    WeakTensorKeyDictionary()
-)  # position_ids -> (version, batch, VarlenPlan or None)
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,7 @@ class Settings:
     name: str = ""
     fallback: str = "sdpa"
     strict: bool = False
-    excluded: str | None = (
-        None  # the reason why this module stays off the kernel by the user's wish
-    )
+    excluded: str | None = None  # why the user keeps this module off the kernel
 
 
 _DEFAULTS = Settings()
@@ -47,30 +42,6 @@ _DEFAULTS = Settings()
 
 class FallbackError(RuntimeError):
     """strict=True, and a call could not run on the kernel."""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of an attention function, in the terms of the kernel."""
-
-    module: nn.Module
-    query: Tensor  # (B, H, Sq, D)
-    key: Tensor  # (B, Hkv, Sk, D)
-    value: Tensor  # (B, Hkv, Sk, Dv)
-    mask: Tensor | None  # as it came
-    found: Descriptor | None  # what the mask says, if it is ours
-    causal: bool  # of a call without a descriptor
-    dropout: float
-    scaling: float
-    extra: dict[str, Any]
-
-    @property
-    def seqlen_q(self) -> int:
-        return self.query.shape[2]
-
-    @property
-    def seqlen_k(self) -> int:
-        return self.key.shape[2]
 
 
 def attention_forward(
@@ -116,7 +87,7 @@ def attention_forward(
             "Change the call, leave the module out with exclude=[...], or patch with strict=False."
         )
     report.count_fallback(module, reason)
-    return _fall_back(call, settings.fallback)
+    return fall_back(call, settings.fallback)
 
 
 # ---- what runs -----------------------------------------------------------------------------------
@@ -127,7 +98,7 @@ def _why_not(call: Call) -> str | None:
     if there is none.
     """
     extra, mask = call.extra, call.mask
-    if extra.get("output_attentions") or _compat.attentions_wanted():
+    if call.weights_wanted:
         return "output_attentions=True: the kernel never builds attention weights"
     if extra.get("position_bias") is not None:
         return "adds a position bias to the scores"
@@ -142,21 +113,13 @@ def _why_not(call: Call) -> str | None:
         )
     if isinstance(call.found, Segments) and call.found.plan is None:
         return "packed or holed mask made outside the compiled region"
+    if (positions := call.unchecked_positions) is not None and _compat.is_tracing(positions):
+        return "position_ids from the caller: packed or not cannot be seen while tracing"
     if call.value.shape[-1] != call.query.shape[-1]:
         return f"head dims differ: queries {call.query.shape[-1]}, values {call.value.shape[-1]}"
     if not call.query.dtype == call.key.dtype == call.value.dtype:
         return f"mixed dtypes: {call.query.dtype}, {call.key.dtype}, {call.value.dtype}"
     return None
-
-
-def _window(call: Call) -> tuple[int, int]:
-    """flash-attn's window of the call: Transformers' sliding_window counts the token itself;
-    (-1, -1) if it is idle.
-    """
-    window = call.extra.get("sliding_window")
-    if not isinstance(window, int) or call.seqlen_k <= window:
-        return -1, -1
-    return window - 1, 0 if call.causal else window - 1
 
 
 def _supported(call: Call) -> tuple[str, str | None]:
@@ -169,11 +132,11 @@ def _supported(call: Call) -> tuple[str, str | None]:
         query.shape[-1],
         query.shape[1],
         call.key.shape[1],
-        causal=_is_causal(call),
+        causal=call.causal,
         dropout_p=call.dropout,
-        window=_window(call),
+        window=call.window,
         softcap=call.extra.get("softcap") or 0.0,
-        deterministic=_deterministic(call),
+        deterministic=call.deterministic,
         needs_grad=torch.is_grad_enabled() and query.requires_grad,
     )
     explain = support.explain if torch.compiler.is_compiling() else _explain_once
@@ -184,15 +147,6 @@ def _supported(call: Call) -> tuple[str, str | None]:
 @functools.lru_cache(maxsize=1024)
 def _explain_once(request: support.Request) -> support.Support:
     return support.explain(request)
-
-
-def _deterministic(call: Call) -> bool:
-    return bool(call.extra.get("deterministic") or torch.are_deterministic_algorithms_enabled())
-
-
-def _is_causal(call: Call) -> bool:
-    causal = call.causal if call.found is None else call.found.causal
-    return causal and call.seqlen_q > 1  # one query is the last one: it sees every key
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,12 +168,12 @@ def _run(call: Call) -> Tensor:
     q, k, v = (
         _aligned(x).transpose(1, 2) for x in (call.query, call.key, call.value)
     )  # (B, S, H, D)
-    found, causal = call.found, _is_causal(call)
+    found, causal = call.found, call.causal
     options = {
         "dropout_p": call.dropout,
         "softmax_scale": call.scaling,
         "causal": causal,
-        "deterministic": _deterministic(call),
+        "deterministic": call.deterministic,
     }
     if isinstance(found, Segments):
         return _run_varlen(q, k, v, found.plan, options)
@@ -233,7 +187,7 @@ def _run(call: Call) -> Tensor:
         )
     if call.extra.get("cu_seq_lens_q") is not None:
         return _run_given(q, k, v, call.extra, options)
-    plan = _packed_plan(call)
+    plan = call.packed_plan()
     if plan is not None:
         return _run_varlen(q, k, v, plan, options)
     return functional.flash_attn_func(q, k, v, **options)
@@ -311,153 +265,3 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
         .index_select(0, (order + rows).flatten())
         .view(x.shape)
     )
-
-
-def _packed_plan(call: Call) -> VarlenPlan | None:
-    """cu_seqlens of position_ids that restart, where Transformers did not look: a cache, a
-    bidirectional model.
-
-    Reads the device once per forward: what came out is remembered with the tensor, for the other
-    layers.
-    """
-    positions = call.extra.get("position_ids")
-    if (
-        positions is None
-        or positions.dim() != 2
-        or call.seqlen_q == 1
-        or _compat.is_tracing(positions)
-    ):
-        return None
-    if call.seqlen_q != call.seqlen_k or positions.shape[1] != call.seqlen_q:
-        return None
-    if getattr(call.module, "is_cross_attention", False):
-        return None
-    if call.causal and call.extra.get("use_cache") is False:
-        return None  # create_causal_mask has looked, and would have made a mask
-    version = -1 if positions.is_inference() else positions._version
-    known = _PACKED.get(positions)
-    if known is not None and known[:2] == (version, call.query.shape[0]):
-        return known[2]
-    ids = packed_ids(positions, strict=True)
-    ids = None if ids is None else ids.expand(call.query.shape[0], -1)
-    plan = None if ids is None else plan_varlen(ids, ids)
-    _PACKED[positions] = (version, call.query.shape[0], plan)
-    return plan
-
-
-# ---- the fallback --------------------------------------------------------------------------------
-
-
-def _fall_back(call: Call, choice: str) -> tuple[Tensor, Tensor | None]:
-    extra = call.extra
-    weights_wanted = bool(extra.get("output_attentions")) or _compat.attentions_wanted()
-    needs_eager = (
-        weights_wanted or extra.get("softcap") is not None or extra.get("s_aux") is not None
-    )
-    eager = _compat.eager_function(call.module)
-    if extra.get("cu_seq_lens_q") is not None and call.found is None:
-        mask = _dense_of_given(call)
-    elif call.mask is not None and call.found is None:
-        mask = call.mask
-    else:
-        mask = _dense_mask(call)
-    mask, empty_rows = _open_empty_rows(mask)
-    if eager is not None and (needs_eager or choice == "eager"):
-        out, weights = _eager(call, eager, mask)
-    elif needs_eager:
-        raise NotImplementedError(
-            f"hf_flashattn: expected an eager_attention_forward next to "
-            f"{type(call.module).__qualname__}, which softcap, sinks "
-            "and attention weights need, got none. Leave this model unpatched, or load it with "
-            'attn_implementation="eager".'
-        )
-    else:
-        out, weights = _sdpa(call, mask), None
-    if empty_rows is not None:  # (B or 1, 1, Sq, 1)
-        out = out.masked_fill(empty_rows.transpose(1, 2), 0.0)
-    return out, weights
-
-
-def _sdpa(call: Call, mask: Tensor | None) -> Tensor:
-    # PyTorch aligns a causal mask at the top left: right for Sq == Sk only, so that any other comes
-    # as a mask.
-    extra = {
-        name: x
-        for name, x in call.extra.items()
-        if name not in ("is_causal", "softcap", "output_attentions")
-    }
-    return _compat.sdpa_attention_forward(
-        call.module,
-        call.query,
-        call.key,
-        call.value,
-        mask,
-        dropout=call.dropout,
-        scaling=call.scaling,
-        is_causal=mask is None and _is_causal(call),
-        **extra,
-    )[0]
-
-
-def _eager(call: Call, eager: Any, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if mask is None and _is_causal(call):
-        device = call.query.device
-        mask = masks.dense(None, call.seqlen_q, call.seqlen_k, causal=True, device=device)
-    if mask is not None and mask.dtype == torch.bool:
-        lowest = torch.finfo(call.query.dtype).min
-        mask = torch.zeros((), dtype=call.query.dtype, device=mask.device).where(mask, lowest)
-    return eager(
-        call.module,
-        call.query,
-        call.key,
-        call.value,
-        mask,
-        dropout=call.dropout,
-        scaling=call.scaling,
-        **call.extra,
-    )
-
-
-def _dense_mask(call: Call) -> Tensor | None:
-    found = call.found
-    plan_ids = None
-    if (
-        found is None
-        and (positions := call.extra.get("position_ids")) is not None
-        and _packed_plan(call) is not None
-    ):
-        plan_ids = packed_ids(positions, strict=True).expand(call.query.shape[0], -1)
-        found = Segments(plan_ids, plan_ids, _is_causal(call), None)
-    window = _window(call)
-    if found is None and window == (-1, -1) and call.seqlen_q in (1, call.seqlen_k):
-        return None  # SDPA's own causal flag says it
-    device = call.query.device
-    mask = masks.dense(found, call.seqlen_q, call.seqlen_k, causal=call.causal, device=device)
-    if window != (-1, -1):
-        rows = torch.arange(call.seqlen_q, device=device)[:, None] + call.seqlen_k - call.seqlen_q
-        distance = (rows - torch.arange(call.seqlen_k, device=device))[None, None]  # (1, 1, Sq, Sk)
-        near = (distance <= window[0]) & (distance >= -window[1])
-        mask = near if mask is None else mask & near
-    return mask
-
-
-def _dense_of_given(call: Call) -> Tensor:
-    """The boolean mask of the caller's cu_seqlens, whose sequences lie one behind the other in a
-    batch of one.
-    """
-    ids = []
-    for name, length in (("cu_seq_lens_q", call.seqlen_q), ("cu_seq_lens_k", call.seqlen_k)):
-        tokens = torch.arange(length, device=call.query.device)
-        ids.append(torch.searchsorted(call.extra[name].long(), tokens, right=True)[None])
-    found = Segments(ids[0], ids[1], _is_causal(call), None)
-    return masks.dense(found, call.seqlen_q, call.seqlen_k, causal=False, device=call.query.device)
-
-
-def _open_empty_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A softmax over nothing is NaN, forward and backward: such rows see every key, and are set
-    to 0 afterwards.
-    """
-    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
-        return mask, None
-    empty = ~mask.any(-1, keepdim=True)
-    return mask | empty, empty

@@ -77,7 +77,7 @@ _DECODED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # carrier -> what
 
 
 class TracedFacts:
-    """What the caller of the model being traced passed; only read and written under torch.compile.
+    """What the caller of the model being traced passed; only read and written while tracing.
 
     Transformers cannot tell packed from plain `position_ids` while tracing and then assumes packed.
     Whether the caller passed any is known to the hook of `patch_model`, which leaves it here for
@@ -160,14 +160,11 @@ def _pattern(
         return _compat.MaskPattern(causal=True)
     if mask_function is _compat.masking_utils.bidirectional_mask_function:
         return _compat.MaskPattern()
-    if not torch.compiler.is_compiling():
-        return _compat.describe_mask(mask_function)
-    nothing_packed = (
-        tracing and TRACED.config is kwargs.get("config") and not TRACED.position_ids_given
-    )
-    if nothing_packed and _compat.traced_packing_only(mask_function, kwargs):
+    nothing_packed = TRACED.config is kwargs.get("config") and not TRACED.position_ids_given
+    if tracing and nothing_packed and _compat.traced_packing_only(mask_function, kwargs):
         return _compat.MaskPattern(causal=True, unpacked=True)
-    return None
+    # Closures cannot be read under torch.compile.
+    return None if torch.compiler.is_compiling() else _compat.describe_mask(mask_function)
 
 
 def _windowed(pattern: _compat.MaskPattern, kv_length: int) -> bool:

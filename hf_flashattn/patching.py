@@ -14,21 +14,20 @@ changed is first written to an undo log, kept on the model.
 from __future__ import annotations
 
 import fnmatch
-import functools
 import inspect
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from hf_flashattn import _compat
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.masks import TRACED
 from hf_flashattn.report import Report, Site, format_rows
+from hf_flashattn.sites import find_sites, owner_of
 
 FLASH_NAME = "hf_flashattn"
 ALIAS_NAME = "hf_fused_attn"
@@ -38,8 +37,8 @@ _ABSENT = object()
 
 
 class PatchError(RuntimeError):
-    """The model cannot be patched as asked: strict=True and a module that the kernel cannot take, or a
-    part that is patched already. Nothing was changed.
+    """The model cannot be patched as asked: strict=True and a module that the kernel cannot take,
+    or a part that is patched already. Nothing was changed.
     """
 
 
@@ -115,7 +114,7 @@ def attention_report(model: nn.Module) -> Report:
     inner = unwrap(model)
     patch = inner.__dict__.get(_STATE)
     options = _Options() if patch is None else patch.options
-    sites = _find_sites(inner, options)
+    sites = find_sites(inner, options.excludes)
     if patch is None:
         for site in sites:
             config = getattr(site.module, "config", None)
@@ -232,7 +231,7 @@ def _carry_over(pair: _ConfigCopy, originals: dict[int, PreTrainedConfig]) -> No
 
 
 def _patch(model: nn.Module, options: _Options) -> None:
-    sites = _find_sites(model, options)
+    sites = find_sites(model, options.excludes)
     if options.strict:
         _refuse(model, sites)
     patch = Patch(model, options)
@@ -242,7 +241,7 @@ def _patch(model: nn.Module, options: _Options) -> None:
         for site in sites:
             if site.unsupported is not None:
                 continue
-            owner = _owner(model, site.name)
+            owner = owner_of(model, site.name)
             name = _choose_name(owner)
             for config in (site.module.config, getattr(owner, "config", None)):
                 if id(config) in copies:
@@ -269,8 +268,10 @@ def _refuse_nesting(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if _STATE in module.__dict__ or SETTINGS in module.__dict__:
             raise PatchError(
-                f"hf_flashattn: expected a model without patched parts, got {type(model).__name__} whose {name!r} was "
-                "patched on its own or as part of a larger model. Next step: unpatch_model that one first."
+                f"hf_flashattn: expected a model without patched parts, got "
+                f"{type(model).__name__} whose {name!r} was "
+                "patched on its own or as part of a larger model. Next step: unpatch_model that "
+                "one first."
             )
 
 
@@ -334,7 +335,7 @@ class _PositionIdsHook:
         self.index = index  # of position_ids among the positional arguments
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if _compat.is_tracing():
             given = args[self.index] if len(args) > self.index else kwargs.get("position_ids")
             TRACED.config = module.config
             TRACED.position_ids_given = given is not None
@@ -345,97 +346,6 @@ def _watch_position_ids(module: PreTrainedModel, patch: Patch) -> None:
     if "position_ids" in parameters:
         hook = _PositionIdsHook(parameters.index("position_ids"))
         patch.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
-
-
-# ---- finding attention ---------------------------------------------------------------------------
-
-
-def _find_sites(model: nn.Module, options: _Options) -> list[Site]:
-    """The attention modules of a model in order, those that Transformers' dispatch cannot reach
-    included.
-    """
-    sites = []
-    for name, module in model.named_modules():
-        if _dispatches(type(module)):
-            sites.append(Site(name, module, excluded=options.excludes(name)))
-        elif _looks_like_attention(module):
-            sites.append(
-                Site(
-                    name, module, f"{type(module).__name__} has its own attention code, no dispatch"
-                )
-            )
-    _spoil_shared_masks(model, sites)
-    return sites
-
-
-def _spoil_shared_masks(model: nn.Module, sites: list[Site]) -> None:
-    """A model with both kinds stays as it is: its masks, made once for both, would be in our
-    form for both.
-    """
-    blockers: dict[int, str] = {}
-    for site in sites:
-        owner = _owner(model, site.name)
-        if site.unsupported is not None and owner is not None:
-            config = getattr(site.module, "config", None)
-            if type(site.module).__module__ == type(owner).__module__ or isinstance(
-                config, PreTrainedConfig
-            ):
-                blockers[id(config if isinstance(config, PreTrainedConfig) else owner.config)] = (
-                    type(site.module).__name__
-                )
-                blockers[id(owner.config)] = type(site.module).__name__
-    for site in sites:
-        if site.unsupported is None:
-            config = getattr(site.module, "config", None)
-            if not isinstance(config, PreTrainedConfig):
-                site.unsupported = "has no config to name an implementation in"
-            elif id(config) in blockers:
-                site.unsupported = (
-                    f"shares its masks with {blockers[id(config)]}, which does not dispatch"
-                )
-
-
-def _looks_like_attention(module: nn.Module) -> bool:
-    """An attention module of its own: named so, with weights, and not the wrapper of another
-    one.
-    """
-    if (
-        not re.search(r"Attention|Attn", type(module).__name__)
-        or next(module.parameters(), None) is None
-    ):
-        return False
-    inside = (child for child in module.modules() if child is not module)
-    return not any(re.search(r"Attention|Attn", type(child).__name__) for child in inside)
-
-
-@functools.cache
-def _dispatches(cls: type[nn.Module]) -> bool:
-    """Whether a module class itself looks its attention function up in Transformers' registry."""
-    if issubclass(cls, PreTrainedModel):
-        return False
-    for base in cls.__mro__:
-        if base in (nn.Module, object) or base.__module__.startswith("torch."):
-            continue
-        try:
-            source = inspect.getsource(base)
-        except (OSError, TypeError):
-            continue
-        if "ALL_ATTENTION_FUNCTIONS" in source:
-            return True
-    return False
-
-
-def _owner(model: nn.Module, name: str) -> PreTrainedModel | None:
-    """The innermost PreTrainedModel that holds the module of this name: the one that makes its
-    masks.
-    """
-    owner = model if isinstance(model, PreTrainedModel) else None
-    parts = name.split(".") if name else []
-    for part in parts:
-        model = model._modules[part]
-        if isinstance(model, PreTrainedModel):
-            owner = model
-    return owner
 
 
 def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -72,23 +72,29 @@ def plan_varlen(query_ids: Tensor, key_ids: Tensor) -> VarlenPlan:
     )
 
 
-def packed_ids(position_ids: Tensor, *, strict: bool) -> Tensor | None:
+def packed_ids(position_ids: Tensor) -> Tensor | None:
     """Sequence numbers, int64 (B, S), of positions that restart; None if they do not. One sync.
 
-    strict=False is Transformers' rule for causal models: a sequence starts wherever a position is
-    not its predecessor's plus one. strict=True asks for more, where Transformers has no rule
-    (bidirectional models, or a KV cache): each row is made of runs that all start at the row's
-    first position, and some run has two tokens.
+    Restarting means: every row is made of runs 0, 1, 2, ... (or all from the row's first position),
+    at least two in some row, and some run has two tokens. Other positions, of an encoder with ideas
+    of its own, say nothing about packing.
     """
-    steps = position_ids[:, 1:] - position_ids[:, :-1]
-    starts = steps != 1
+    ids, packed = _judge(position_ids)
+    return ids if packed.item() else None
+
+
+def packed_ids_unread(position_ids: Tensor) -> Tensor:
+    """packed_ids without reading the device; all 1 if the positions do not restart."""
+    ids, packed = _judge(position_ids)
+    return torch.where(packed, ids, torch.ones_like(ids))
+
+
+def _judge(position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    follows = position_ids[:, 1:] - position_ids[:, :-1] == 1
     restarts = position_ids[:, 1:] == position_ids[:, :1]
-    facts = [starts.any(), (starts == (starts & restarts)).all(), (~starts).any()]
-    packed, well_formed, has_runs = torch.stack(facts).tolist()
-    if not packed or (strict and not (well_formed and has_runs)):
-        return None
+    packed = (~follows).any() & (follows | restarts).all() & follows.any()
     first = torch.ones_like(position_ids[:, :1])
-    return torch.cat([first, first + starts.cumsum(-1)], dim=-1)
+    return torch.cat([first, first + (~follows).cumsum(-1)], dim=-1), packed
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:

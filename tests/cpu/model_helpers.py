@@ -1,4 +1,6 @@
-"""Tiny random models and batches for the tests of patch_model: fp32 on the CPU, compared with eager."""
+"""Tiny random models and batches for the tests of patch_model: fp32 on the CPU, compared with
+eager.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def bert_decoder(**changes) -> PreTrainedModel:
     return bert(BertLMHeadModel, is_decoder=True, add_cross_attention=True, **changes)
 
 
-def build(cls: type[PreTrainedModel], config: PreTrainedConfig, name: str = "eager") -> PreTrainedModel:
+def build(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, name: str = "eager"
+) -> PreTrainedModel:
     """A model with weights large enough that wrong attention shows, in eval mode."""
     torch.manual_seed(0)
     config._attn_implementation = name
@@ -78,7 +82,9 @@ def tokens(batch: int = BATCH, length: int = LENGTH, seed: int = 1) -> Tensor:
 
 
 def padding(kind: str, length: int = LENGTH) -> Tensor | None:
-    """int64 (BATCH, length) of 0 and 1: none, ones, right, left, holed, both (sides), empty (a row without tokens)."""
+    """int64 (BATCH, length) of 0 and 1: none, ones, right, left, holed, both (sides), empty (a
+    row without tokens).
+    """
     if kind == "none":
         return None
     mask = torch.ones(BATCH, length, dtype=torch.long)
@@ -109,7 +115,9 @@ def output(model: nn.Module, inputs: dict) -> Tensor:
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 
-def outputs_and_grads(model: nn.Module, inputs: dict, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def outputs_and_grads(
+    model: nn.Module, inputs: dict, weight: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The output, and the gradients of a loss over the rows where `weight` (B, S) is 1."""
     model.zero_grad()
     out = output(model, inputs)
@@ -119,8 +127,12 @@ def outputs_and_grads(model: nn.Module, inputs: dict, weight: Tensor | None) -> 
     return out.detach(), grads
 
 
-def assert_same(model: nn.Module, inputs: dict, weight: Tensor | None = None, tolerance: float = 1e-5, **options):
-    """Patched equals eager at the tokens, forward and backward, and eager comes back after the patch."""
+def assert_same(
+    model: nn.Module, inputs: dict, weight: Tensor | None = None, tolerance: float = 1e-5, **options
+):
+    """Patched equals eager at the tokens, forward and backward, and eager comes back after the
+    patch.
+    """
     expected, expected_grads = outputs_and_grads(model, inputs, weight)
     with hf_flashattn.patched(model, **options) as report:
         got, got_grads = outputs_and_grads(model, inputs, weight)
@@ -128,7 +140,9 @@ def assert_same(model: nn.Module, inputs: dict, weight: Tensor | None = None, to
     again, _ = outputs_and_grads(model, inputs, weight)
     rows = torch.ones(expected.shape[:2], dtype=torch.bool) if weight is None else weight.bool()
     error = (got - expected)[rows].abs().max()
-    assert error <= tolerance * max(1.0, expected[rows].abs().max()), f"{error} over {tolerance}\n{text}"
+    assert error <= tolerance * max(1.0, expected[rows].abs().max()), (
+        f"{error} over {tolerance}\n{text}"
+    )
     assert torch.isfinite(got).all()
     assert got_grads.keys() == expected_grads.keys()
     scale = max(grad.abs().max().item() for grad in expected_grads.values())
@@ -145,7 +159,11 @@ def state_of(model: nn.Module) -> dict:
     for name, module in model.named_modules():
         state[name] = {key: id(value) for key, value in module.__dict__.items() if key[0] != "_"}
         state[name]["keys"] = list(module.__dict__)
-        hooks = (module._forward_pre_hooks, module._forward_hooks, module._forward_pre_hooks_with_kwargs)
+        hooks = (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._forward_pre_hooks_with_kwargs,
+        )
         state[name]["hooks"] = [list(held.items()) for held in hooks]
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):

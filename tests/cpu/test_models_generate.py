@@ -25,7 +25,12 @@ MAKERS = pytest.mark.parametrize("make", [gpt2, bert_decoder], ids=["gpt2", "ber
 
 
 def generate(model, **options):
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    } | options
     result = model.generate(tokens(), output_logits=True, return_dict_in_generate=True, **options)
     return result.sequences, torch.stack(result.logits)
 
@@ -45,14 +50,20 @@ def test_generate(make, kind, cache):
     assert (got_logits - expected_logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"use_cache": False}], ids=["beams", "no-cache"])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"use_cache": False}], ids=["beams", "no-cache"]
+)
 @MAKERS
 def test_generate_otherwise(make, options):
     model, options = make(), {"attention_mask": padding("left"), **options}
     options["max_new_tokens"] = 4
-    expected = model.generate(tokens(), do_sample=False, pad_token_id=0, eos_token_id=None, **options)
+    expected = model.generate(
+        tokens(), do_sample=False, pad_token_id=0, eos_token_id=None, **options
+    )
     with hf_flashattn.patched(model) as report:
-        got = model.generate(tokens(), do_sample=False, pad_token_id=0, eos_token_id=None, **options)
+        got = model.generate(
+            tokens(), do_sample=False, pad_token_id=0, eos_token_id=None, **options
+        )
         assert calls(report, "fallback") == 0
     assert torch.equal(got, expected)
 
@@ -91,11 +102,17 @@ def test_generate_bert2bert(kind):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @MAKERS
 def test_chunks(make, cache, kind):
-    """A prompt in three pieces of several tokens each: causal is aligned with the last key that exists."""
+    """A prompt in three pieces of several tokens each: causal is aligned with the last key that
+    exists.
+    """
     model, ids, mask = make(), tokens(), padding(kind)
 
     def logits():
-        past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=32)
+        past = (
+            DynamicCache(config=model.config)
+            if cache == "dynamic"
+            else StaticCache(model.config, max_cache_len=32)
+        )
         rows, start = [], 0
         for stop in (6, 10, LENGTH):
             inputs = {"input_ids": ids[:, start:stop], "past_key_values": past, "use_cache": True}
@@ -117,7 +134,9 @@ def test_chunks(make, cache, kind):
 
 
 def test_first_forward_with_a_cache_is_not_mistaken_for_packed():
-    """Left padding gives positions that restart; with the mask all ones they must not cut the sequence."""
+    """Left padding gives positions that restart; with the mask all ones they must not cut the
+    sequence.
+    """
     model = gpt2()
     positions = torch.arange(LENGTH)[None].repeat(BATCH, 1)
     inputs = {"input_ids": tokens(), "position_ids": positions, "use_cache": True}

@@ -1,4 +1,6 @@
-"""BERT and GPT-2, patched, equal eager: encoders, decoders, cross-attention, every kind of padding and packing."""
+"""BERT and GPT-2, patched, equal eager: encoders, decoders, cross-attention, every kind of
+padding and packing.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_padding(make, kind):
 
 @pytest.mark.parametrize("kind", ["right", "left", "holed"])
 def test_bert_padded_queries_too(kind):
-    """In an encoder a padded query still sees the tokens: same as eager at every position, holes included."""
+    """In an encoder a padded query still sees the tokens: same as eager at every position, holes
+    included.
+    """
     assert_same(bert(), {"input_ids": tokens(), "attention_mask": padding(kind)})
 
 
@@ -65,10 +69,14 @@ def test_fully_masked_rows_give_zero():
             )
             model(tokens(), attention_mask=padding("empty"))
             handle.remove()
-        assert (seen[0][0] == 0).all() and (seen[0][1, :4] == 0).all() and (seen[0][1, 4:] != 0).any()
+        assert (
+            (seen[0][0] == 0).all() and (seen[0][1, :4] == 0).all() and (seen[0][1, 4:] != 0).any()
+        )
 
 
-@pytest.mark.parametrize("changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
+@pytest.mark.parametrize(
+    "changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]
+)
 @pytest.mark.parametrize("upcast", [False, True])
 def test_gpt2_scaling(changes, upcast):
     model = gpt2(reorder_and_upcast_attn=upcast, **changes)
@@ -102,7 +110,10 @@ def test_packed(make, use_cache, options):
     with torch.no_grad():
         expected = one_by_one(model, ids)
         with hf_flashattn.patched(model, **options):
-            got = output(model, {"input_ids": ids, "position_ids": packed_positions(), "use_cache": use_cache})
+            got = output(
+                model,
+                {"input_ids": ids, "position_ids": packed_positions(), "use_cache": use_cache},
+            )
     assert (got - expected).abs().max() < 2e-5
 
 
@@ -112,7 +123,9 @@ def test_packed_gradients_are_those_of_the_sequences():
     expected = model.transformer.wte.weight.grad.clone()
     model.zero_grad()
     with hf_flashattn.patched(model):
-        output(model, {"input_ids": ids, "position_ids": packed_positions()}).square().sum().backward()
+        output(
+            model, {"input_ids": ids, "position_ids": packed_positions()}
+        ).square().sum().backward()
     assert (model.transformer.wte.weight.grad - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
@@ -123,7 +136,9 @@ def test_flash_kwargs_of_a_flattening_collator():
     positions = torch.cat([torch.arange(n) for n in LENGTHS[0]])[None]
     given = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 7, "max_length_k": 7}
     with torch.no_grad():
-        expected = torch.cat([output(model, {"input_ids": p})[0] for p in torch.split(ids, LENGTHS[0], dim=1)])
+        expected = torch.cat(
+            [output(model, {"input_ids": p})[0] for p in torch.split(ids, LENGTHS[0], dim=1)]
+        )
         for options in ({}, {"exclude": "*"}):
             with hf_flashattn.patched(model, **options):
                 got = output(model, {"input_ids": ids, "position_ids": positions, **given})
@@ -132,9 +147,16 @@ def test_flash_kwargs_of_a_flattening_collator():
 
 @pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
 def test_positions_that_do_not_restart_are_not_packed(make):
-    """Shifted, constant or arbitrary positions of an encoder, and plain ones, must not cut the sequence."""
+    """Shifted, constant or arbitrary positions of an encoder, and plain ones, must not cut the
+    sequence.
+    """
     plain = torch.arange(LENGTH).expand(BATCH, -1)
-    for positions in (plain, plain[:1], plain + 3, *([plain * 2, plain * 0] if make is bert else [])):
+    for positions in (
+        plain,
+        plain[:1],
+        plain + 3,
+        *([plain * 2, plain * 0] if make is bert else []),
+    ):
         assert_same(make(), {"input_ids": tokens(), "position_ids": positions})
 
 
@@ -151,7 +173,9 @@ def test_4d_masks_fall_back(make, kind, fallback):
     model = make()
     expected = output(model, {"input_ids": tokens(), "attention_mask": additive})
     with hf_flashattn.patched(model, fallback=fallback) as report:
-        got = output(model, {"input_ids": tokens(), "attention_mask": seen if kind == "bool" else additive})
+        got = output(
+            model, {"input_ids": tokens(), "attention_mask": seen if kind == "bool" else additive}
+        )
         assert {row.runs for row in report.rows} == {"fallback"}
         assert all("4-D mask" in row.why for row in report.rows)
     assert (got - expected).abs().max() < 1e-5
@@ -159,7 +183,9 @@ def test_4d_masks_fall_back(make, kind, fallback):
 
 @pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
 def test_output_attentions(make):
-    """Attention weights come from the eager function, and only in the forward that asks for them."""
+    """Attention weights come from the eager function, and only in the forward that asks for
+    them.
+    """
     model, inputs = make(), {"input_ids": tokens(), "attention_mask": padding("right")}
     expected = model(**inputs, output_attentions=True)
     with hf_flashattn.patched(model) as report:

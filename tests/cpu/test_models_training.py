@@ -29,7 +29,10 @@ MAKERS = pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
 def test_16_bit(make, dtype, kind):
     """No further from fp32 than twice eager in the same dtype."""
     mask = padding(kind)
-    inputs, rows = {"input_ids": tokens(), "attention_mask": mask}, slice(None) if mask is None else mask.bool()
+    inputs, rows = (
+        {"input_ids": tokens(), "attention_mask": mask},
+        slice(None) if mask is None else mask.bool(),
+    )
     with torch.no_grad():
         exact = output(make(), inputs)[rows]
         model = make().to(dtype)
@@ -54,7 +57,9 @@ def test_autocast(make):
     assert seen[0] == torch.bfloat16
     weight = padding("left").bool()
     assert (got.float() - expected)[weight].abs().mean() < 0.05 * expected.abs().mean()
-    assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() for grad in grads.values())
+    assert all(
+        grad.dtype == torch.float32 and torch.isfinite(grad).all() for grad in grads.values()
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -91,12 +96,17 @@ def test_checkpointing_replays_packing():
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             got, grads = outputs_and_grads(model, inputs, None)
             assert torch.equal(got, expected)
-            assert all(torch.allclose(grads[key], grad, rtol=1e-4, atol=1e-5) for key, grad in expected_grads.items())
+            assert all(
+                torch.allclose(grads[key], grad, rtol=1e-4, atol=1e-5)
+                for key, grad in expected_grads.items()
+            )
 
 
 @MAKERS
 def test_dropout_averages_to_no_dropout(make):
-    """In training mode only; its mean is the model without it (first layer, where it enters linearly)."""
+    """In training mode only; its mean is the model without it (first layer, where it enters
+    linearly).
+    """
     if make is gpt2:
         model = gpt2(n_layer=1, attn_pdrop=0.3)
         inner = model.transformer.h[0].attn
@@ -130,7 +140,11 @@ def test_a_few_steps_of_training_follow_eager(make):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses[name] = []
         for step in range(4):
-            loss = output(model, {"input_ids": tokens(seed=step), "attention_mask": padding("right")}).square().mean()
+            loss = (
+                output(model, {"input_ids": tokens(seed=step), "attention_mask": padding("right")})
+                .square()
+                .mean()
+            )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -155,10 +169,15 @@ def assert_traced_on_op(report):
 
 @pytest.mark.parametrize("make", [gpt2, bert, bert_decoder], ids=["gpt2", "bert", "bert-decoder"])
 def test_compile(make):
-    """No graph break, no read of the device, on the op, for every 2-D mask; one graph for all of their contents."""
+    """No graph break, no read of the device, on the op, for every 2-D mask; one graph for all of
+    their contents.
+    """
     model, options = make(), {} if make is bert else {"use_cache": False}
     with torch.no_grad():
-        expected = {k: output(model, {"input_ids": tokens(), "attention_mask": padding(k), **options}) for k in KINDS}
+        expected = {
+            k: output(model, {"input_ids": tokens(), "attention_mask": padding(k), **options})
+            for k in KINDS
+        }
         with hf_flashattn.patched(model) as report:
             fast = compiled(model)
             for kind in KINDS:
@@ -167,13 +186,17 @@ def test_compile(make):
                 rows = torch.ones(3, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
                 assert (got - expected[kind])[rows].abs().max() < 2e-5, kind
             assert_traced_on_op(report)
-            assert all(row.calls.cpu == 2 for row in report.rows if row.calls.total)  # with and without a mask
+            assert all(
+                row.calls.cpu == 2 for row in report.rows if row.calls.total
+            )  # with and without a mask
 
 
 @MAKERS
 def test_compile_backward(make):
     model, mask = make(), padding("left")
-    inputs = {"input_ids": tokens(), "attention_mask": mask} | ({} if make is bert else {"use_cache": False})
+    inputs = {"input_ids": tokens(), "attention_mask": mask} | (
+        {} if make is bert else {"use_cache": False}
+    )
     _, expected = outputs_and_grads(model, inputs, mask)
     with hf_flashattn.patched(model) as report:
         _, grads = outputs_and_grads(compiled(model, "aot_eager"), inputs, mask)
@@ -184,7 +207,9 @@ def test_compile_backward(make):
 
 
 def test_compile_with_positions_from_the_caller_is_right():
-    """Packed or not cannot be seen while tracing: Transformers' mask then, and the report says so."""
+    """Packed or not cannot be seen while tracing: Transformers' mask then, and the report says
+    so.
+    """
     model = gpt2()
     positions = torch.cat([torch.arange(6), torch.arange(7)])[None].repeat(3, 1)
     inputs = {"input_ids": tokens(), "position_ids": positions, "use_cache": False}
@@ -196,7 +221,9 @@ def test_compile_with_positions_from_the_caller_is_right():
 
 
 def test_compile_layer_by_layer():
-    """Masks made outside, layers compiled: the small tensors go through, and the module's number is no guard."""
+    """Masks made outside, layers compiled: the small tensors go through, and the module's number
+    is no guard.
+    """
     for kind in ("left", "none", "holed"):
         model, mask = bert(num_hidden_layers=3), padding(kind)
         inputs = {"input_ids": tokens(), "attention_mask": mask}

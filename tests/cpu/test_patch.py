@@ -1,4 +1,6 @@
-"""patch_model: per instance, idempotent, reversible to the exact former state, and honest about what runs."""
+"""patch_model: per instance, idempotent, reversible to the exact former state, and honest about
+what runs.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_patching_twice_changes_nothing_more():
 
 def test_models_of_one_config_object_are_independent():
     """Transformers names the implementation in the config, which these two share."""
-    config = GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_layer=2, n_head=4, n_embd=32, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0
+    )
     first, second = build(GPT2LMHeadModel, config, "sdpa"), build(GPT2LMHeadModel, config, "sdpa")
     untouched = state_of(second)
     hf_flashattn.patch_model(first)
@@ -148,7 +152,9 @@ def test_nothing_global_changes():
     assert {name: id(function) for name, function in ALL_ATTENTION_FUNCTIONS.items()} == functions
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
 def test_a_copy_of_a_patched_model_is_patched_and_can_be_undone(clone):
     model = gpt2()
     expected = output(model, INPUTS)
@@ -190,7 +196,9 @@ def test_saving_and_loading_knows_nothing_of_the_patch(tmp_path):
 @pytest.mark.parametrize("name", ["hf_flashattn", "hf_fused_attn"])
 @pytest.mark.parametrize("cls", [GPT2LMHeadModel, BertModel])
 def test_attn_implementation(cls, name):
-    """By name, and by set_attn_implementation; more than once, as the first call may differ from the second."""
+    """By name, and by set_attn_implementation; more than once, as the first call may differ from
+    the second.
+    """
     eager = gpt2() if cls is GPT2LMHeadModel else bert()
     expected, weight = output(eager, INPUTS), padding("left").bool()
     for _ in range(2):
@@ -207,13 +215,18 @@ def test_attn_implementation(cls, name):
 
 
 def test_other_models_dispatch_too():
-    """Nothing above is written for BERT or GPT-2: whatever looks up ALL_ATTENTION_FUNCTIONS works."""
+    """Nothing above is written for BERT or GPT-2: whatever looks up ALL_ATTENTION_FUNCTIONS
+    works.
+    """
     llama = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
     makers = [
         (LlamaForCausalLM, LlamaConfig(**llama)),
         (MistralForCausalLM, MistralConfig(**llama, sliding_window=4096)),
         (RobertaModel, RobertaConfig(**SMALL, max_position_embeddings=64)),
-        (DistilBertModel, DistilBertConfig(dim=32, n_heads=4, n_layers=2, hidden_dim=48, vocab_size=VOCAB)),
+        (
+            DistilBertModel,
+            DistilBertConfig(dim=32, n_heads=4, n_layers=2, hidden_dim=48, vocab_size=VOCAB),
+        ),
     ]
     weight = padding("left").bool()
     for cls, config in makers:
@@ -239,7 +252,15 @@ def test_a_sliding_window_that_bites_falls_back():
 
 
 def test_position_bias_falls_back():
-    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0)
+    config = T5Config(
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=VOCAB,
+        decoder_start_token_id=0,
+    )
     model = build(T5ForConditionalGeneration, config)
     inputs = {**INPUTS, "decoder_input_ids": tokens(seed=5)}
     expected = output(model, inputs)
@@ -250,7 +271,9 @@ def test_position_bias_falls_back():
 
 
 def test_a_model_without_dispatch_is_reported_and_left_alone():
-    model = build(BloomForCausalLM, BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=VOCAB))
+    model = build(
+        BloomForCausalLM, BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=VOCAB)
+    )
     before, expected = state_of(model), output(model, INPUTS)
     with hf_flashattn.patched(model) as report:
         assert {row.runs for row in report.rows} == {"unsupported"} and len(report.rows) == 2
@@ -320,7 +343,10 @@ def test_wrappers_are_looked_through():
     for wrap in (DataParallelLike, PeftLike, lambda m: torch.compile(m, backend="eager")):
         wrapper = wrap(DataParallelLike(model))
         report = hf_flashattn.patch_model(wrapper)
-        assert [row.module for row in report.rows] == ["transformer.h.0.attn", "transformer.h.1.attn"]
+        assert [row.module for row in report.rows] == [
+            "transformer.h.0.attn",
+            "transformer.h.1.attn",
+        ]
         assert hf_flashattn.unpatch_model(wrapper)
         assert state_of(model) == before
 

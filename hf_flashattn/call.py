@@ -1,0 +1,108 @@
+"""One call of an attention function, in the terms of the kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hf_flashattn import _compat
+from hf_flashattn.masks import TRACED, Descriptor
+from hf_flashattn.unpadding import VarlenPlan, packed_ids, plan_varlen
+
+# position_ids -> (version, batch, VarlenPlan or None)
+_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an attention function, in the terms of the kernel."""
+
+    module: nn.Module
+    query: Tensor  # (B, H, Sq, D)
+    key: Tensor  # (B, Hkv, Sk, D)
+    value: Tensor  # (B, Hkv, Sk, Dv)
+    mask: Tensor | None  # as it came
+    found: Descriptor | None  # what the mask says, if it is ours
+    module_causal: bool  # what holds without a descriptor
+    dropout: float
+    scaling: float
+    extra: dict[str, Any]
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def causal(self) -> bool:
+        """Whether later keys are hidden. One query is the last one: it sees every key."""
+        causal = self.module_causal if self.found is None else self.found.causal
+        return causal and self.seqlen_q > 1
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """flash-attn's window; (-1, -1) if it hides nothing. Transformers counts the token
+        itself.
+        """
+        window = self.extra.get("sliding_window")
+        if not isinstance(window, int) or self.seqlen_k <= window:
+            return -1, -1
+        return window - 1, 0 if self.causal else window - 1
+
+    @property
+    def deterministic(self) -> bool:
+        return bool(self.extra.get("deterministic") or torch.are_deterministic_algorithms_enabled())
+
+    @property
+    def weights_wanted(self) -> bool:
+        """Whether the caller asked for the attention weights."""
+        return bool(self.extra.get("output_attentions")) or _compat.attentions_wanted()
+
+    @property
+    def unchecked_positions(self) -> Tensor | None:
+        """position_ids (B or 1, S) that may tell of packed sequences and that nobody has looked at
+        yet.
+
+        Transformers looks where there is neither mask nor cache, in causal models, and then makes a
+        mask. An all-ones mask is no mask; with another one, positions say nothing about packing.
+        """
+        positions = self.extra.get("position_ids")
+        if positions is None or self.mask is not None or positions.dim() != 2 or self.seqlen_q == 1:
+            return None
+        if self.seqlen_q != self.seqlen_k or positions.shape[1] != self.seqlen_q or self._is_cross:
+            return None
+        if self.module_causal and self.extra.get("use_cache") is False:
+            return None
+        if _compat.is_tracing(positions):
+            config = getattr(self.module, "config", None)
+            if TRACED.config is config and not TRACED.position_ids_given:
+                return None  # made by the model: 0, 1, 2, ...
+        return positions
+
+    @property
+    def _is_cross(self) -> bool:
+        named = "cross" in type(self.module).__name__.lower()
+        return named or bool(getattr(self.module, "is_cross_attention", False))
+
+    def packed_plan(self) -> VarlenPlan | None:
+        """cu_seqlens of positions that restart. Reads the device once per forward: what came out is
+        remembered with the tensor, for the other layers.
+        """
+        positions = self.unchecked_positions
+        if positions is None:
+            return None
+        batch, version = self.query.shape[0], -1 if positions.is_inference() else positions._version
+        known = _PACKED.get(positions)
+        if known is not None and known[:2] == (version, batch):
+            return known[2]
+        ids = packed_ids(positions)
+        plan = None if ids is None else plan_varlen(*[ids.expand(batch, -1)] * 2)
+        _PACKED[positions] = (version, batch, plan)
+        return plan

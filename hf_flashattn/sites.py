@@ -1,0 +1,103 @@
+"""Finding the attention modules of any model, and what stands in the way of those that cannot be
+reached.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from hf_flashattn._compat import PreTrainedConfig, PreTrainedModel
+from hf_flashattn.report import Site
+
+
+def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[Site]:
+    """The attention modules of a model in order, those that Transformers' dispatch cannot reach
+    included. excludes(name): why the user keeps a module off the kernel, or None.
+    """
+    sites = []
+    for name, module in model.named_modules():
+        if _dispatches(type(module)):
+            sites.append(Site(name, module, excluded=excludes(name)))
+        elif _looks_like_attention(module):
+            sites.append(
+                Site(
+                    name, module, f"{type(module).__name__} has its own attention code, no dispatch"
+                )
+            )
+    _spoil_shared_masks(model, sites)
+    return sites
+
+
+def _spoil_shared_masks(model: nn.Module, sites: list[Site]) -> None:
+    """A model with both kinds stays as it is: its masks, made once for both, would be in our
+    form for both.
+    """
+    blockers: dict[int, str] = {}
+    for site in sites:
+        owner = owner_of(model, site.name)
+        if site.unsupported is not None and owner is not None:
+            config = getattr(site.module, "config", None)
+            if type(site.module).__module__ == type(owner).__module__ or isinstance(
+                config, PreTrainedConfig
+            ):
+                blockers[id(config if isinstance(config, PreTrainedConfig) else owner.config)] = (
+                    type(site.module).__name__
+                )
+                blockers[id(owner.config)] = type(site.module).__name__
+    for site in sites:
+        if site.unsupported is None:
+            config = getattr(site.module, "config", None)
+            if not isinstance(config, PreTrainedConfig):
+                site.unsupported = "has no config to name an implementation in"
+            elif id(config) in blockers:
+                site.unsupported = (
+                    f"shares its masks with {blockers[id(config)]}, which does not dispatch"
+                )
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    """An attention module of its own: named so, with weights, and not the wrapper of another
+    one.
+    """
+    if (
+        not re.search(r"Attention|Attn", type(module).__name__)
+        or next(module.parameters(), None) is None
+    ):
+        return False
+    inside = (child for child in module.modules() if child is not module)
+    return not any(re.search(r"Attention|Attn", type(child).__name__) for child in inside)
+
+
+@functools.cache
+def _dispatches(cls: type[nn.Module]) -> bool:
+    """Whether a module class itself looks its attention function up in Transformers' registry."""
+    if issubclass(cls, PreTrainedModel):
+        return False
+    for base in cls.__mro__:
+        if base in (nn.Module, object) or base.__module__.startswith("torch."):
+            continue
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):
+            continue
+        if "ALL_ATTENTION_FUNCTIONS" in source:
+            return True
+    return False
+
+
+def owner_of(model: nn.Module, name: str) -> PreTrainedModel | None:
+    """The innermost PreTrainedModel that holds the module of this name: the one that makes its
+    masks.
+    """
+    owner = model if isinstance(model, PreTrainedModel) else None
+    parts = name.split(".") if name else []
+    for part in parts:
+        model = model._modules[part]
+        if isinstance(model, PreTrainedModel):
+            owner = model
+    return owner

@@ -116,27 +116,4 @@ struct DropoutMask {
   }
 };
 
-// Drops elements of a packed 64 x N operand whose rows start at 16 * row16 for this warp
-// (accumulator index: rows down), or keys at 16 * column16 (keys down).
-template <Down D, int Steps>
-__device__ __forceinline__ void drop_operand(uint32_t (&operand)[Steps][4], DropoutMask<D> const& mask,
-                                             int row16, int column16) {
-  static_assert(Steps % 2 == 0, "dropout masks come for pairs of 16 x 16 tiles");
-#pragma unroll
-  for (int k = 0; k < Steps; k += 2) {
-    uint32_t tiles[2];
-    if constexpr (D == Down::kRows) mask.draw(tiles, row16, column16 + k);
-    else mask.draw(tiles, row16 + k, column16);
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        int const down = i % 2, across = i / 2;
-        operand[k + tile][i] &= D == Down::kRows
-                                    ? mask.pair_mask(tiles[tile], down, across)
-                                    : mask.pair_mask(tiles[tile], across, down);
-      }
-  }
-}
-
 }  // namespace hf_flashattn

@@ -165,8 +165,6 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       if (work.rows.needs_mask(block))
         first_rows.mask(scores, block * P::kBlockM, lane.quad);
       to_probabilities(scores, s.lse[stage], scale_log2, lane.quad);
-      pin_registers(scores);
-      schedule_fence(problem.batch);  // the exponentials run under dP^T, not after the wait
       wgmma_wait<0>();
       pin_registers(dp);
       to_operands<P>(p_operand, ds_operand, scores, dp, s.delta[stage], dropout, keep, lane.quad,

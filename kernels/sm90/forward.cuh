@@ -62,10 +62,8 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
   PipelineState<P::kStages> pipe;
   PipelineState<P::kQueryStages> q_pipe;
   uint32_t staging_phase = 0;
-  for (int round = 0; !scheduler.done(round); ++round) {
-    int const tile = scheduler.tile(round);
-    if (tile >= scheduler.tiles) continue;
-    Work const work = scheduler.work(tile);
+  Work work;
+  for (int step = 0; scheduler.get(step, work); ++step) {
     Sequence const sequence(problem, work.batch);
     int const first_row = work.row_block * P::kBlockM;
     if (first_row >= sequence.length_q) continue;
@@ -146,6 +144,53 @@ struct Turns {
   }
 };
 
+// A block that none of this consumer's rows sees: keeps its place in the pipeline and in the ring.
+template <class P>
+__device__ __forceinline__ void skip_block(ForwardSmem<P>& s,
+                                           PipelineState<P::kStages> const& pipe,
+                                           Turns<P> const& turns) {
+  turns.take();
+  turns.pass();
+  s.k_full[pipe.stage].wait(pipe.parity());
+  release(s.k_empty[pipe.stage]);
+  s.v_full[pipe.stage].wait(pipe.parity());
+  release(s.v_empty[pipe.stage]);
+}
+
+// A warp's dropout flags of one block; nothing at all without dropout.
+template <class P>
+struct BlockDropout {
+  static constexpr int kPairs = P::kDropout ? P::kBlockN / 32 : 1;
+  Problem const& problem;
+  Work const& work;
+  int row16;
+  uint32_t tiles[kPairs][2];
+
+  __device__ __forceinline__ BlockDropout(Problem const& problem, Work const& work, int warp_row)
+      : problem(problem), work(work), row16(warp_row / 16) {}
+
+  __device__ __forceinline__ void draw(int block) {
+    if constexpr (P::kDropout) {
+      DropoutMask<Down::kRows> const mask(problem, work.batch, work.head);
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair)
+        mask.draw(tiles[pair], row16, block * (P::kBlockN / 16) + 2 * pair);
+    }
+  }
+
+  template <int Steps>
+  __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) const {
+    if constexpr (P::kDropout) {
+#pragma unroll
+      for (int k = 0; k < Steps; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          probabilities[k][i] &=
+              DropoutMask<Down::kRows>::pair_mask(tiles[k / 2][k % 2], i % 2, i / 2);
+    }
+  }
+};
+
 // Where the output and LSE of a warp's 16 rows go; rows beyond the sequence are not written.
 template <class P>
 struct OutputRows {
@@ -201,10 +246,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
 
   PipelineState<P::kStages> pipe;
   PipelineState<P::kQueryStages> q_pipe;
-  for (int round = 0; !scheduler.done(round); ++round) {
-    int const tile = scheduler.tile(round);
-    if (tile >= scheduler.tiles) continue;
-    Work const work = scheduler.work(tile);
+  Work work;
+  for (int step = 0; scheduler.get(step, work); ++step) {
     Sequence const sequence(problem, work.batch);
     if (work.row_block * P::kBlockM >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, work.row_block * P::kBlockM);
@@ -216,24 +259,23 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
       rows.store_empty(lane);
       continue;
     }
-    OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
-    float out[P::kHeadDim / 2];
-    fill_zero(out);
+    // This consumer's own 64 rows: blocks that only later rows see are handed back unread.
+    KeyBlocks<64, P::kBlockN> const own(sequence, P::kCausal,
+                                        work.row_block * P::kBlockM + warpgroup * 64);
+    int const own_last = min(max(own.last(), blocks.first), blocks.last());
+    int block = blocks.last();
+    for (; block > own_last; --block, pipe.next()) skip_block(s, pipe, turns);
 
-    float scores[kScores], rescale[2];
+    OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
+    float out[P::kHeadDim / 2], scores[kScores], rescale[2];
     uint32_t probabilities[kSteps][4];
-    auto const finish_block = [&](int block) {
-      if (blocks.needs_mask(block))
+    BlockDropout<P> dropout(problem, work, warp_row);
+    fill_zero(out);
+    auto const finish_scores = [&] {
+      if (own.needs_mask(block))
         mask_keys(scores, sequence, P::kCausal, warp_row + lane.group, block * P::kBlockN,
                   lane.quad);
       softmax.update(scores, rescale);
-    };
-    auto const to_probabilities = [&](int block) {
-      to_operand<Element>(probabilities, scores);
-      if constexpr (P::kDropout) {
-        DropoutMask<Down::kRows> const mask(problem, work.batch, work.head);
-        drop_operand(probabilities, mask, warp_row / 16, block * (P::kBlockN / 16));
-      }
     };
 
     // First block: nothing to overlap with.
@@ -242,13 +284,15 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
     turns.take();
     issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
     turns.pass();
+    dropout.draw(block);
     wgmma_wait<0>();
     pin_registers(scores);
     release(s.k_empty[pipe.stage]);
-    finish_block(blocks.last());
-    to_probabilities(blocks.last());
+    finish_scores();
+    to_operand<Element>(probabilities, scores);
+    dropout.apply(probabilities);
 
-    for (int block = blocks.last() - 1; block >= blocks.first; --block) {
+    while (--block >= blocks.first) {
       auto const previous = pipe;
       pipe.next();
       s.k_full[pipe.stage].wait(pipe.parity());
@@ -260,15 +304,19 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
       wgmma_wait<1>();
       pin_registers(scores);
       release(s.k_empty[pipe.stage]);
-      finish_block(block);
-      pin_registers(scores);
-      schedule_fence(problem.batch);  // the softmax runs under O += P V, not after the wait
+      finish_scores();  // under O += P V
+      dropout.draw(block);
+      if constexpr (P::kFenceSoftmax) {
+        pin_registers(scores);
+        schedule_fence(problem.batch);
+      }
       wgmma_wait<0>();
       pin_registers(out);
       pin_registers(probabilities);
       release(s.v_empty[previous.stage]);
       scale_rows(out, rescale);
-      to_probabilities(block);
+      to_operand<Element>(probabilities, scores);
+      dropout.apply(probabilities);
     }
 
     s.v_full[pipe.stage].wait(pipe.parity());

@@ -21,7 +21,7 @@ Status launch_forward(ForwardParams const& p) {
   if (!status.ok()) return status;
 
   TileScheduler const scheduler(problem, P::kBlockM, P::kCausal);
-  int const grid = scheduler.tiles < problem.num_sms ? scheduler.tiles : problem.num_sms;
+  int const grid = scheduler.units() < problem.num_sms ? scheduler.units() : problem.num_sms;
   forward_kernel<P><<<grid, P::kThreads, smem_bytes, static_cast<cudaStream_t>(problem.stream)>>>(p, maps,
                                                                                      scheduler);
   return check(cudaGetLastError(), "launching the forward kernel");

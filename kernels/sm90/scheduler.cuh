@@ -9,52 +9,55 @@ struct Work {
   int row_block, head, batch;
 };
 
-// Tiles in an order that the CTAs walk with a stride of the grid, back and forth, so that the tiles of
-// one round are alike and no CTA always gets the longest of them.
+// Tiles in the order in which the CTAs take them, with a stride of the grid.
 //
-// Full: a head's row blocks follow each other and share its K and V in the L2. Causal: longest rows
-// first, within sections of as many heads as the L2 holds.
+// Full: row blocks of one head follow each other and share its K and V in the L2. Causal row blocks differ
+// in length. Where there are many, they go in units of one length, the longest with the shortest, and a CTA
+// takes both; of an odd number of row blocks the middle ones, half a unit, come last. Where there are few,
+// all the longest come first.
 struct TileScheduler {
-  int row_blocks, heads, tiles;
-  int section_heads;  // (head, sequence) pairs a section; 0: no sections
+  enum class Order { kByHead, kFolded, kLongestFirst };
 
-  __host__ __device__ TileScheduler(Problem const& p, int block_m, bool longest_first)
-      : row_blocks(ceil_div(p.seqlen_q, block_m)),
-        heads(p.heads_q),
-        tiles(row_blocks * p.heads_q * p.batch),
-        section_heads(0) {
-    if (!longest_first) return;
-    constexpr int64_t kL2Bytes = 32 << 20;  // of the 50 MB, what K and V may claim
-    int64_t const pair_bytes = 4 * int64_t(p.seqlen_k) * p.head_dim;
-    int64_t const sharing = p.heads_q / p.heads_k;
-    int64_t const fits = kL2Bytes / (pair_bytes > 0 ? pair_bytes : 1) * sharing;
-    int64_t const all = int64_t(p.heads_q) * p.batch;
-    section_heads = int(fits < 1 ? 1 : fits > all ? all : fits);
+  int row_blocks, heads, pairs;  // pairs of (head, sequence)
+  Order order;
+
+  __host__ TileScheduler(Problem const& p, int block_m, bool causal)
+      : row_blocks(ceil_div(p.seqlen_q, block_m)), heads(p.heads_q), pairs(p.heads_q * p.batch) {
+    bool const many = int64_t(pairs) * row_blocks >= 3 * int64_t(p.num_sms);
+    order = !causal ? Order::kByHead : many ? Order::kFolded : Order::kLongestFirst;
   }
 
-  __device__ __forceinline__ int tile(int round) const {
-    int const position = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    return round * gridDim.x + position;
+  __host__ __device__ int folded_units() const { return pairs * (row_blocks / 2); }
+  __host__ __device__ int units() const {
+    return order == Order::kFolded ? folded_units() + pairs * (row_blocks % 2) : pairs * row_blocks;
   }
 
-  // The last round is incomplete: a CTA may be idle in it, and none has a tile after it.
-  __device__ __forceinline__ bool done(int round) const { return round * int(gridDim.x) >= tiles; }
-
-  __device__ __forceinline__ Work work(int tile) const {
-    int row_block, pair;
-    if (section_heads == 0) {
-      row_block = tile % row_blocks;
-      pair = tile / row_blocks;
+  // The `step`-th tile of this CTA; false if it has no more.
+  __device__ __forceinline__ bool get(int step, Work& work) const {
+    int pair;
+    if (order == Order::kFolded) {
+      int const grid = gridDim.x, cta = blockIdx.x;
+      int const own = folded_units() > cta ? (folded_units() - cta - 1) / grid + 1 : 0;
+      if (step < 2 * own) {
+        int const half = row_blocks / 2, unit = step / 2 * grid + cta;
+        pair = unit / half;
+        work.row_block = step % 2 ? unit % half : row_blocks - 1 - unit % half;
+      } else {
+        int const unit = (step - own) * grid + cta;
+        if (unit >= units()) return false;
+        pair = unit - folded_units();
+        work.row_block = row_blocks / 2;
+      }
     } else {
-      int const section_tiles = section_heads * row_blocks;
-      int const section = tile / section_tiles;
-      int const first_pair = section * section_heads;
-      int const pairs = min(section_heads, tiles / row_blocks - first_pair);
-      int const rest = tile - section * section_tiles;
-      row_block = row_blocks - 1 - rest / pairs;
-      pair = first_pair + rest % pairs;
+      int const unit = step * gridDim.x + blockIdx.x;
+      if (unit >= units()) return false;
+      bool const by_head = order == Order::kByHead;
+      pair = by_head ? unit / row_blocks : unit % pairs;
+      work.row_block = by_head ? unit % row_blocks : row_blocks - 1 - unit / pairs;
     }
-    return {row_block, pair % heads, pair / heads};
+    work.head = pair % heads;
+    work.batch = pair / heads;
+    return true;
   }
 };
 

@@ -55,8 +55,10 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transformers' attention interface. Raises FallbackError under strict=True,
-    NotImplementedError if nothing fits.
+    """Transformers' attention interface.
+
+    Raises FallbackError under strict=True, NotImplementedError if neither the kernel nor a fallback
+    can do it.
     """
     query, key, value = _autocast(query, key, value)
     call = Call(
@@ -105,7 +107,11 @@ def _why_not(call: Call) -> str | None:
     if extra.get("s_aux") is not None:
         return "uses attention sinks (s_aux)"
     if extra.get("cache") is not None:
-        return "reads a paged cache (continuous batching)"
+        raise NotImplementedError(
+            "hf_flashattn: expected a cache that the model updates, got a paged one (continuous "
+            "batching), which is not there yet. Nearest supported: generate(). Next step: load the "
+            'model with attn_implementation="sdpa".'
+        )
     if mask is not None and call.found is None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
         return (
@@ -199,7 +205,10 @@ def _aligned(x: Tensor) -> Tensor:
     """
     if x.device.type != "cuda":
         return x
-    odd = x.stride(-1) != 1 or any(stride % 8 for stride in x.stride()[:-1])
+    sizes, strides = x.shape, x.stride()
+    odd = strides[-1] != 1 or any(
+        n > 1 and stride % 8 for n, stride in zip(sizes[:-1], strides[:-1], strict=True)
+    )
     if not odd and not torch.compiler.is_compiling():
         odd = x.data_ptr() % 16 != 0
     return x.clone(memory_format=torch.contiguous_format) if odd else x

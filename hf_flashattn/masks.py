@@ -301,14 +301,13 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
     """
     if mask.dtype != torch.int32 or mask.dim() != 4:
         return None
-    tracing = _compat.is_tracing(mask)
-    if not tracing and (known := _DECODED.get(mask)) is not None:
-        if isinstance(known, Segments) and (known.query_ids.shape[1], known.key_ids.shape[1]) != (
-            seqlen_q,
-            seqlen_k,
-        ):
-            raise _altered(mask, seqlen_q, seqlen_k)
+    if not torch.compiler.is_compiling() and (known := _DECODED.get(mask)) is not None:
+        if isinstance(known, Segments):
+            sizes = known.query_ids.shape[1], known.key_ids.shape[1]
+            if sizes != (seqlen_q, seqlen_k):
+                raise _altered(mask, seqlen_q, seqlen_k)
         return known
+    tracing = _compat.is_tracing(mask)
     rows, width = mask.shape[2], mask.shape[3]
     if mask.shape[1] != 1:
         raise _altered(mask, seqlen_q, seqlen_k)

@@ -17,7 +17,7 @@ from model_helpers import (
     padding,
     tokens,
 )
-from transformers import DynamicCache, EncoderDecoderModel, StaticCache
+from transformers import CompileConfig, DynamicCache, EncoderDecoderModel, StaticCache
 
 import hf_flashattn
 
@@ -143,3 +143,22 @@ def test_first_forward_with_a_cache_is_not_mistaken_for_packed():
     expected = output(model, inputs)
     with hf_flashattn.patched(model):
         assert (output(model, inputs) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["ones", "left", "holed"])
+def test_static_cache_with_compiled_decoding(kind):
+    """What generate does on a GPU: masks made outside, the decoding step compiled."""
+    config = CompileConfig(backend="eager", fullgraph=False)
+    config._compile_all_devices = True
+    model, options = gpt2(), {"attention_mask": padding(kind), "max_new_tokens": 4}
+    expected, expected_logits = generate(model, **options)
+    torch._dynamo.reset()
+    with hf_flashattn.patched(model) as report:
+        got, got_logits = generate(
+            model, cache_implementation="static", compile_config=config, **options
+        )
+        assert all(row.calls.traced for row in report.rows)
+        if kind != "holed":
+            assert calls(report, "fallback") == 0, report
+    assert torch.equal(got, expected)
+    assert (got_logits - expected_logits).abs().max() < 1e-4

@@ -62,8 +62,7 @@ def test_autocast(make):
     )
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["none", "left", "holed"])
+@pytest.mark.parametrize(("reentrant", "kind"), [(True, "holed"), (False, "holed"), (True, "left")])
 @MAKERS
 def test_checkpointing_replays_dropout(make, kind, reentrant):
     name = "attn_pdrop" if make is gpt2 else "attention_probs_dropout_prob"

@@ -33,9 +33,11 @@ test: $(READY)  ## everything that needs no GPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
 
 lint: $(READY)  ## ruff and clang-format
-	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check .
-	@$(VENV)/bin/clang-format --dry-run --Werror $(CUDA_SOURCES)
+	@failed=0; \
+	$(PY) -m ruff check . || failed=1; \
+	$(PY) -m ruff format --check . || failed=1; \
+	$(VENV)/bin/clang-format --dry-run --Werror $(CUDA_SOURCES) || failed=1; \
+	exit $$failed
 
 format: $(READY)  ## rewrite the sources as lint wants them
 	@$(PY) -m ruff check --fix .

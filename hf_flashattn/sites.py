@@ -21,14 +21,10 @@ def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[
     """
     sites = []
     for name, module in model.named_modules():
-        if _dispatches(type(module)):
-            sites.append(Site(name, module, excluded=excludes(name)))
-        elif _looks_like_attention(module):
-            sites.append(
-                Site(
-                    name, module, f"{type(module).__name__} has its own attention code, no dispatch"
-                )
-            )
+        dispatches = _dispatches(type(module))
+        if dispatches or _looks_like_attention(module):
+            own = None if dispatches else f"{type(module).__name__} has attention code of its own"
+            sites.append(Site(name, module, own, excludes(name)))
     _spoil_shared_masks(model, sites)
     return sites
 

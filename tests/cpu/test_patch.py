@@ -25,6 +25,8 @@ from model_helpers import (
 )
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     BloomConfig,
@@ -32,6 +34,8 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
     EncoderDecoderModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -42,6 +46,8 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -50,6 +56,9 @@ from hf_flashattn import FallbackError, NotOnKernel, PatchError
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB, "num_hidden_layers": 2}
 INPUTS = {"input_ids": tokens(), "attention_mask": padding("left")}
+
+
+SIDES = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
 def encoder_decoder():
@@ -238,6 +247,34 @@ def test_other_models_dispatch_too():
             report.assert_all_on_kernel(allow_cpu=True)
 
 
+def test_an_encoder_decoder_and_a_vision_model():
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIDES.items()}
+    bart = BartConfig(d_model=32, vocab_size=VOCAB, max_position_embeddings=64, **sizes)
+    model = build(BartForConditionalGeneration, bart)
+    inputs = {
+        "input_ids": tokens(),
+        "attention_mask": padding("holed"),
+        "decoder_input_ids": tokens(seed=4),
+    }
+    expected = output(model, inputs)
+    with hf_flashattn.patched(model) as report:
+        assert (output(model, inputs) - expected).abs().max() < 1e-5
+        report.assert_all_on_kernel(allow_cpu=True)
+        assert len(report.rows) == 6
+    small = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+    }
+    model = build(ViTModel, ViTConfig(image_size=32, patch_size=8, **small))
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    expected = output(model, inputs)
+    with hf_flashattn.patched(model) as report:
+        assert (output(model, inputs) - expected).abs().max() < 1e-5
+        report.assert_all_on_kernel(allow_cpu=True)
+
+
 # ---- what falls back ----------------------------------------------------------------------------
 
 
@@ -249,6 +286,24 @@ def test_a_sliding_window_that_bites_falls_back():
         with hf_flashattn.patched(model, fallback=fallback) as report:
             assert (output(model, INPUTS) - expected)[weight].abs().max() < 1e-5
             assert all(row.runs == "fallback" and "mask" in row.why for row in report.rows)
+
+
+def test_softcap_and_window_of_one_model():
+    config = Gemma2Config(
+        **SMALL,
+        intermediate_size=48,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=6,
+        attn_logit_softcapping=2.0,
+    )
+    model = build(Gemma2ForCausalLM, config)
+    expected, weight = output(model, INPUTS), padding("left").bool()
+    with hf_flashattn.patched(model) as report:
+        assert (output(model, INPUTS) - expected)[weight].abs().max() < 1e-5
+        assert ["softcap" in row.why for row in report.rows] == [False, True]
+        assert {row.runs for row in report.rows} == {"fallback"}
 
 
 def test_position_bias_falls_back():
@@ -277,13 +332,16 @@ def test_a_model_without_dispatch_is_reported_and_left_alone():
     before, expected = state_of(model), output(model, INPUTS)
     with hf_flashattn.patched(model) as report:
         assert {row.runs for row in report.rows} == {"unsupported"} and len(report.rows) == 2
-        assert all("no dispatch" in row.why for row in report.rows)
+        assert all("attention code of its own" in row.why for row in report.rows)
         assert torch.equal(output(model, INPUTS), expected)
         with pytest.raises(NotOnKernel, match="BloomAttention"):
             report.assert_all_on_kernel(allow_cpu=True)
     assert state_of(model) == before
     with pytest.raises(PatchError, match="BloomAttention"):
         hf_flashattn.patch_model(model, strict=True)
+    assert state_of(model) == before
+    hf_flashattn.patch_model(model, strict=True, exclude="*")
+    hf_flashattn.unpatch_model(model)
     assert state_of(model) == before
 
 

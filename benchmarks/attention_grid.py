@@ -102,7 +102,9 @@ def medians(timed: dict[str, Timed], repeats: int, flush: torch.Tensor) -> dict[
             if repeat >= 2:  # the first two warm up
                 events[name].append((start, end))
     torch.cuda.synchronize()
-    return {n: statistics.median(s.elapsed_time(e) for s, e in pairs) for n, pairs in events.items()}
+    return {
+        n: statistics.median(s.elapsed_time(e) for s, e in pairs) for n, pairs in events.items()
+    }
 
 
 def measure(dim: int, causal: bool, p: float, seqlen: int, args, flush) -> list[dict]:

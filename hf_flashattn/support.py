@@ -207,7 +207,7 @@ def refuse(support: Support | None) -> None:
 @functools.cache
 def compute_capability(index: int) -> tuple[int, int]:
     """(major, minor) of a CUDA device."""
-    return torch.cuda.get_devicecompute_capability(index)
+    return torch.cuda.get_device_capability(index)
 
 
 _MARK = "_hf_flashattn_offsets"  # on the tensor object: (version, total, longest sequence)

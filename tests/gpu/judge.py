@@ -146,7 +146,9 @@ def judge(problem: Problem, results: Results | None = None) -> dict[str, float]:
         floor = max(ROUNDING[problem.case.dtype] * largest, 1e-5)
         ratios[name] = error / max(allowed, floor)
         if error > factor * max(allowed, floor):
-            failures.append(f"{name}: error {error:.3g}, yardstick {allowed:.3g}, at most x{factor}")
+            failures.append(
+                f"{name}: error {error:.3g}, yardstick {allowed:.3g}, at most x{factor}"
+            )
     assert not failures, f"{problem.case}: " + "; ".join(failures)
     return ratios
 

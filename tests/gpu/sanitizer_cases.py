@@ -1,6 +1,6 @@
 """A small set of launches that touches every kernel, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python tests/gpu/sanitizer_cases.py
+compute-sanitizer --tool memcheck python tests/gpu/sanitizer_cases.py
 """
 
 from __future__ import annotations

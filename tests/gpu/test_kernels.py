@@ -71,7 +71,11 @@ def test_deterministic_is_right(case):
 
 
 def poison(tensor, rows):
-    tensor[rows] = torch.tensor([float("nan"), float("inf")], device="cuda").repeat(tensor.shape[-1] // 2).to(tensor)
+    tensor[rows] = (
+        torch.tensor([float("nan"), float("inf")], device="cuda")
+        .repeat(tensor.shape[-1] // 2)
+        .to(tensor)
+    )
 
 
 @parametrize(variants(Case(batch=3, sq=300, sk=300), dim=(64, 128), causal=(False, True)))
@@ -94,7 +98,12 @@ def test_poison_between_packed_sequences(case):
     problem = make_problem(Case(**{**case.__dict__, "lengths": lengths}))
     clean = run_kernel(problem)
     rows, keys = slice(77, 127), slice(90, 150)
-    for tensor, own in ((problem.q, rows), (problem.dout, rows), (problem.k, keys), (problem.v, keys)):
+    for tensor, own in (
+        (problem.q, rows),
+        (problem.dout, rows),
+        (problem.k, keys),
+        (problem.v, keys),
+    ):
         poison(tensor, slice(0, own.start))
         poison(tensor, slice(own.stop, None))
     results = run_kernel(problem)

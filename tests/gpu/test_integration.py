@@ -1,0 +1,194 @@
+"""The functions and ops inside PyTorch: autograd, compile, CUDA graphs, checkpointing, errors."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from hf_flashattn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, ops
+from hf_flashattn.reference import attention_reference
+
+
+def tensors(batch=2, seqlen=200, heads=4, dim=64, dtype=torch.bfloat16, count=3):
+    shape = (batch, seqlen, heads, dim)
+    return [
+        torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(count)
+    ]
+
+
+def gradients(function, inputs):
+    out = function(*inputs)
+    return out, torch.autograd.grad(out.float().square().sum(), inputs)
+
+
+def assert_same(got, want):
+    """Equal but for dQ, which is summed in the order of arrival."""
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1][0], want[1][0], rtol=2e-2, atol=2e-2)
+    for a, b in zip(got[1][1:], want[1][1:], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_compile_without_a_break(p):
+    inputs = tensors()
+
+    def attend(q, k, v):
+        return flash_attn_func(q * 1.0, k, v, dropout_p=p, causal=True) * 2.0
+
+    compiled = torch.compile(attend, fullgraph=True)
+    if p == 0.0:
+        assert_same(gradients(compiled, inputs), gradients(attend, inputs))
+        return
+    out, grads = gradients(compiled, inputs)
+    assert all(torch.isfinite(x).all() for x in (out, *grads))
+    assert not torch.equal(compiled(*inputs), compiled(*inputs)), "the mask must change"
+
+
+def test_packed_projection_compiles():
+    qkv = torch.randn(2, 100, 3, 4, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+    compiled = torch.compile(flash_attn_qkvpacked_func, fullgraph=True)
+    assert torch.equal(compiled(qkv, causal=True), flash_attn_qkvpacked_func(qkv, causal=True))
+
+
+def test_varlen_is_dense_by_sequence():
+    lengths = [5, 130, 64]
+    offsets = torch.tensor([0, 5, 135, 199], device="cuda", dtype=torch.int32)
+    q, k, v = (torch.randn(199, 4, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    out = flash_attn_varlen_func(q, k, v, offsets, offsets, 130, 130, causal=True)
+    start = 0
+    for n in lengths:
+        one = slice(start, start + n)
+        dense = flash_attn_func(q[None, one], k[None, one], v[None, one], causal=True)
+        assert torch.equal(out[one], dense[0])
+        start += n
+
+
+def test_cuda_graph_draws_a_new_mask_each_replay():
+    q, k, v = tensors()
+
+    def step():
+        out = flash_attn_func(q, k, v, dropout_p=0.5)
+        return out, torch.autograd.grad(out.float().sum(), (q, k, v))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, grads = step()
+    graph.replay()
+    first = [x.clone() for x in (out, *grads)]
+    graph.replay()
+    for a, b in zip(first, (out, *grads), strict=True):
+        assert torch.isfinite(a).all()
+        assert not torch.equal(a, b)
+
+
+def test_checkpointing_replays_dropout():
+    q, k, v = tensors()
+
+    def attend(q, k, v):
+        return flash_attn_func(q, k, v, dropout_p=0.3, deterministic=True)
+
+    torch.manual_seed(5)
+    plain = gradients(attend, (q, k, v))
+    torch.manual_seed(5)
+    again = gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), (q, k, v))
+    assert torch.equal(plain[0], again[0])
+    for a, b in zip(plain[1], again[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_seed_decides_the_mask():
+    q, k, v = tensors()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(flash_attn_func(q, k, v, dropout_p=0.2))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_opcheck(p):
+    q, k, v = tensors(seqlen=33)
+    rng_state = torch.tensor([3, 4], device="cuda") if p else None
+    arguments = (q, k, v, None, None, None, None, rng_state, 0, 0, p, 0.125, True, True)
+    torch.library.opcheck(torch.ops.hf_flashattn.forward.default, arguments)
+
+
+def test_autocast():
+    q, k, v = tensors(dtype=torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = flash_attn_func(q, k, v, causal=True)
+    assert out.dtype == torch.bfloat16
+    want, _ = attention_reference(q, k, v, causal=True)
+    torch.testing.assert_close(out.float(), want, rtol=2e-2, atol=2e-2)
+
+
+def test_other_stream_and_freed_inputs():
+    """Results do not depend on the stream, nor on inputs that die before the kernel has run."""
+    want = None
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            out = flash_attn_func(*tensors(seqlen=2000))
+            torch.randn(2, 2000, 4, 64, device="cuda", dtype=torch.bfloat16)
+        torch.cuda.synchronize()
+        want = out if want is None else want
+        assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize(
+    "change,error,words",
+    [
+        ({"dtype": torch.float32}, (TypeError, NotImplementedError, ValueError), "float16"),
+        ({"dim": 80}, (NotImplementedError, ValueError), "64"),
+    ],
+)
+def test_errors_before_any_launch(change, error, words):
+    q, k, v = tensors(**change)
+    with pytest.raises(error, match=words):
+        flash_attn_func(q, k, v)
+
+
+def test_errors_of_direct_op_calls():
+    """The ops themselves guard memory: nothing is launched on what does not fit together."""
+    q, k, v = (x.detach() for x in tensors())
+    with pytest.raises(RuntimeError, match="k and v"):
+        ops.forward(q, k, v[:, :-1], softmax_scale=0.1)
+    with pytest.raises(RuntimeError, match="multiple"):
+        ops.forward(q[:, :, :3], k[:, :, :2], v[:, :, :2], softmax_scale=0.1)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        ops.forward(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3), softmax_scale=0.1)
+    with pytest.raises(RuntimeError, match="int32"):
+        offsets = torch.tensor([0, 200], device="cuda")
+        ops.forward(q[0], k[0], v[0], softmax_scale=0.1, cu_seqlens_q=offsets, cu_seqlens_k=offsets,
+                    max_seqlen_q=200, max_seqlen_k=200)  # fmt: skip
+    with pytest.raises(RuntimeError, match="softmax_scale"):
+        ops.forward(q, k, v, softmax_scale=-1.0)
+
+
+@pytest.mark.parametrize("offsets", [[0, 300], [5, 1], [-7, 90], [0, 10]])
+def test_wrong_offsets_touch_nothing_else(offsets):
+    """cu_seqlens that lie (checked on request only) may give nonsense, never an illegal access."""
+    q, k, v, dout = (torch.randn(100, 2, 64, device="cuda", dtype=torch.float16) for _ in range(4))
+    cu = torch.tensor([0, *offsets], device="cuda", dtype=torch.int32)
+    options = {"softmax_scale": 0.125, "cu_seqlens_q": cu, "cu_seqlens_k": cu,
+               "max_seqlen_q": 100, "max_seqlen_k": 100}  # fmt: skip
+    out, lse = ops.forward(q, k, v, **options)
+    ops.backward(dout, q, k, v, out, lse, **options)
+    torch.cuda.synchronize()
+
+
+def test_empty_problems():
+    for sq, sk in ((0, 5), (5, 0), (0, 0)):
+        q = torch.randn(2, sq, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+        k = torch.randn(2, sk, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+        out = flash_attn_func(q, k, k)
+        assert out.shape == q.shape and not out.any()
+        grads = torch.autograd.grad(out.sum(), (q, k))
+        assert not grads[0].any() and not grads[1].any()

@@ -3,9 +3,9 @@
     python benchmarks/attention_grid.py --json benchmarks/results/grid.json
     python benchmarks/attention_grid.py --head-dims 64 --seqlens 1024 4096 --repeats 5
 
-Protocol: 16k tokens and hidden 2048 in every problem, random normal data, providers interleaved, the L2
-flushed before every timing, CUDA events, medians. FLOPs = 4 B H S^2 D, half when causal, backward 2.5x.
-cudnn and fa2 are torch's scaled_dot_product_attention with that backend alone.
+Protocol: 16k tokens and hidden 2048 in every problem, random normal data, providers interleaved,
+the L2 flushed before every timing, CUDA events, medians. FLOPs = 4 B H S^2 D, half when causal,
+backward 2.5x. cudnn and fa2 are torch's scaled_dot_product_attention with that backend alone.
 """
 
 from __future__ import annotations

@@ -80,19 +80,22 @@ Status check(Problem const& p) {
         p.heads_q, p.heads_k, p.heads_q / p.heads_k * p.heads_k, p.heads_k);
   if (!(p.softmax_scale > 0.f) || !std::isfinite(p.softmax_scale))
     return failure(
-        "expected a finite softmax_scale above 0, got %g; nearest 1/sqrt(head_dim) = %g. Next step: "
+        "expected a finite softmax_scale above 0, got %g; nearest 1/sqrt(head_dim) = %g. Next "
+        "step: "
         "fold the sign of the scale into q",
         p.softmax_scale, 1.0 / std::sqrt(double(p.head_dim)));
   if (!(p.dropout_p >= 0.f && p.dropout_p < 1.f))
-    return failure("expected 0 <= dropout_p < 1, got %g. Next step: pass a probability", p.dropout_p);
+    return failure("expected 0 <= dropout_p < 1, got %g. Next step: pass a probability",
+                   p.dropout_p);
   if (p.dropout_p > 0.f && p.rng_state == nullptr)
     return failure("expected rng_state (seed, offset) on the device with dropout, got none");
   if ((p.cu_seqlens_q == nullptr) != (p.cu_seqlens_k == nullptr))
     return failure("expected both of cu_seqlens_q and cu_seqlens_k or neither, got one");
   constexpr int kGridLimit = 65535;
   if (p.batch > kGridLimit || p.heads_q > kGridLimit)
-    return failure("expected at most %d sequences and heads, got %d and %d. Next step: split the batch",
-                   kGridLimit, p.batch, p.heads_q);
+    return failure(
+        "expected at most %d sequences and heads, got %d and %d. Next step: split the batch",
+        kGridLimit, p.batch, p.heads_q);
   return success();
 }
 

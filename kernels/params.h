@@ -25,30 +25,32 @@ struct Problem {
   DType dtype;
   int32_t compute_capability;  // 10 * major + minor of the current device
   int32_t num_sms;
-  int32_t batch;               // number of sequences
-  int32_t heads_q, heads_k;    // heads_q is a multiple of heads_k
+  int32_t batch;             // number of sequences
+  int32_t heads_q, heads_k;  // heads_q is a multiple of heads_k
   int32_t head_dim;
   int32_t seqlen_q, seqlen_k;  // dense: the sizes; packed: upper bounds (max_seqlen)
   int32_t total_q, total_k;    // packed: number of tokens; dense: batch * seqlen
   float softmax_scale;
-  bool causal;                 // bottom-right aligned: row r sees key c if c <= r + seqlen_k - seqlen_q
+  bool causal;  // bottom-right aligned: row r sees key c if c <= r + seqlen_k - seqlen_q
 
   int32_t const* cu_seqlens_q;  // (batch + 1,) device, or null: dense. Both or neither are set.
   int32_t const* cu_seqlens_k;
-  int32_t const* key_start;     // (batch,) device, or null: 0. Row b sees key_start[b] <= c < key_start[b] + key_len[b].
-  int32_t const* key_len;       // (batch,) device, or null: up to seqlen_k
+  int32_t const* key_start;  // (batch,) device, or null: 0. Row b sees key_start[b] <= c <
+                             // key_start[b] + key_len[b].
+  int32_t const* key_len;    // (batch,) device, or null: up to seqlen_k
 
-  float dropout_p;              // 0: no dropout; see common/dropout.cuh for the mask
-  int64_t const* rng_state;     // (2,) device: Philox seed and offset; null without dropout
+  float dropout_p;           // 0: no dropout; see common/dropout.cuh for the mask
+  int64_t const* rng_state;  // (2,) device: Philox seed and offset; null without dropout
 
-  int32_t variant;              // 0: the policy table's choice; other values name experiments
-  void* stream;                 // cudaStream_t
+  int32_t variant;  // 0: the policy table's choice; other values name experiments
+  void* stream;     // cudaStream_t
 };
 
 struct ForwardParams {
   Problem problem;
   TensorView q, k, v, out;
-  float* lse;  // natural log; dense (B, Hq, Sq), packed (Hq, total_q); -inf for rows that see no key
+  float*
+      lse;  // natural log; dense (B, Hq, Sq), packed (Hq, total_q); -inf for rows that see no key
 };
 
 struct BackwardParams {
@@ -60,13 +62,15 @@ struct BackwardParams {
   bool deterministic;
 };
 
-// `message` is empty on success; otherwise it says what was expected, what was got and what is nearest.
+// `message` is empty on success; otherwise it says what was expected, what was got and what is
+// nearest.
 struct Status {
   char message[512];
   bool ok() const { return message[0] == '\0'; }
 };
 
-// All launches are asynchronous on problem.stream; device pointers must stay valid until they finish.
+// All launches are asynchronous on problem.stream; device pointers must stay valid until they
+// finish.
 Status launch_forward(ForwardParams const& params);
 Status launch_backward(BackwardParams const& params);
 size_t backward_workspace_bytes(Problem const& problem);

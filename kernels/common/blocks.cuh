@@ -13,7 +13,7 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 // The key blocks of rows first_row .. first_row + BlockM - 1.
 template <int BlockM, int BlockN>
 struct KeyBlocks {
-  int first, count;   // blocks first .. first + count - 1
+  int first, count;                  // blocks first .. first + count - 1
   int unmasked_begin, unmasked_end;  // blocks in between are seen whole by every row
 
   __device__ __forceinline__ KeyBlocks(Sequence const& s, bool causal, int first_row) {
@@ -32,7 +32,8 @@ struct KeyBlocks {
   }
 };
 
-// The row blocks that see keys first_key .. first_key + BlockN - 1: what the backward walks, upwards.
+// The row blocks that see keys first_key .. first_key + BlockN - 1: what the backward walks,
+// upwards.
 template <int BlockM, int BlockN>
 struct RowBlocks {
   int first, count;

@@ -1,18 +1,19 @@
 // Dropout masks that depend on (seed, offset, batch, head, row, column) alone.
 //
-// Philox4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") gives one
-// byte an element: 16 calls serve a 16 x 16 tile of scores. With g = row % 8, c = column % 8 inside it:
+// Philox4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
+// gives one byte an element: 16 calls serve a 16 x 16 tile of scores. With g = row % 8, c = column
+// % 8 inside it:
 //   call (counter.x % 16)  = g / 2 * 4 + c / 2
 //   word of the call       = g % 2 * 2 + c % 2
 //   byte of the word       = row % 16 / 8 * 2 + column % 16 / 8
 // An accumulator lane (group, quad) of S needs, of the call (group / 2, quad), the two words with
-// g % 2 = group % 2; one of S^T needs, of the call (quad, group / 2), the two with c % 2 = group % 2.
-// Either way lanes l and l ^ 4 share a call, so for a pair of tiles each makes the call of one tile and
-// they swap two words: 16 elements a lane for one call.
+// g % 2 = group % 2; one of S^T needs, of the call (quad, group / 2), the two with c % 2 = group
+// % 2. Either way lanes l and l ^ 4 share a call, so for a pair of tiles each makes the call of one
+// tile and they swap two words: 16 elements a lane for one call.
 //
-// An element is kept if its byte >= threshold. The flags that say so are packed into the top two bits
-// of each byte before the swap (one shuffle instead of two), and one PRMT with sign replication spreads
-// two of them over a register of two 16-bit values.
+// An element is kept if its byte >= threshold. The flags that say so are packed into the top two
+// bits of each byte before the swap (one shuffle instead of two), and one PRMT with sign
+// replication spreads two of them over a register of two 16-bit values.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -34,8 +35,9 @@ __device__ __forceinline__ uint4 philox_7(uint4 counter, uint2 key) {
   for (int round = 0; round < 7; ++round) {
     uint64_t const a = uint64_t{0xD2511F53u} * counter.x;
     uint64_t const b = uint64_t{0xCD9E8D57u} * counter.z;
-    counter = make_uint4(uint32_t(b >> 32) ^ counter.y ^ (key.x + round * 0x9E3779B9u), uint32_t(b),
-                         uint32_t(a >> 32) ^ counter.w ^ (key.y + round * 0xBB67AE85u), uint32_t(a));
+    counter =
+        make_uint4(uint32_t(b >> 32) ^ counter.y ^ (key.x + round * 0x9E3779B9u), uint32_t(b),
+                   uint32_t(a >> 32) ^ counter.w ^ (key.y + round * 0xBB67AE85u), uint32_t(a));
   }
   return counter;
 }
@@ -46,10 +48,10 @@ template <Down D>
 struct DropoutMask {
   uint2 key;
   uint32_t batch_head, offset;
-  uint32_t call;       // this lane's call within a tile
-  bool odd;            // of lanes l and l ^ 4, this one
-  uint32_t low_bits;   // 128 - threshold % 128 in every byte
-  uint32_t below_half; // all ones if threshold < 128
+  uint32_t call;        // this lane's call within a tile
+  bool odd;             // of lanes l and l ^ 4, this one
+  uint32_t low_bits;    // 128 - threshold % 128 in every byte
+  uint32_t below_half;  // all ones if threshold < 128
 
   __device__ __forceinline__ DropoutMask(Problem const& p, int batch, int head) {
     int64_t const seed = p.rng_state[0], position = p.rng_state[1];
@@ -65,8 +67,9 @@ struct DropoutMask {
   }
 
   // The flags of this lane's elements in two neighbouring tiles along the accumulator's columns:
-  // kRows: (row16, column16) and (row16, column16 + 1); kKeys: (row16, column16), (row16 + 1, column16).
-  // Bit 7 of each byte is element e = 0, bit 6 element e = 1, where e is column % 2 (kRows) or row % 2.
+  // kRows: (row16, column16) and (row16, column16 + 1); kKeys: (row16, column16), (row16 + 1,
+  // column16). Bit 7 of each byte is element e = 0, bit 6 element e = 1, where e is column % 2
+  // (kRows) or row % 2.
   __device__ __forceinline__ void draw(uint32_t (&tiles)[2], int row16, int column16) const {
     uint32_t const row = row16 + (D == Down::kKeys && odd ? 1 : 0);
     uint32_t const column = column16 + (D == Down::kRows && odd ? 1 : 0);

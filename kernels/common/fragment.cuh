@@ -1,5 +1,5 @@
-// What a lane holds of a 64 x N accumulator, and the ways out of it: to a 16-bit A operand of the next
-// product, and to rows in global memory. wgmma.cuh describes the layout.
+// What a lane holds of a 64 x N accumulator, and the ways out of it: to a 16-bit A operand of the
+// next product, and to rows in global memory. wgmma.cuh describes the layout.
 #pragma once
 
 #include "common/tile.cuh"
@@ -10,8 +10,7 @@ struct Lane {
   int warp, group, quad;  // warp of the warpgroup; lane / 4 and lane % 4
   __device__ __forceinline__ explicit Lane(int thread)
       : warp(warp_uniform(thread % kWarpgroupThreads / kWarpThreads)),
-        group(thread % kWarpThreads / 4),
-        quad(thread % 4) {}
+        group(thread % kWarpThreads / 4), quad(thread % 4) {}
 };
 
 template <int N>
@@ -26,8 +25,7 @@ __device__ __forceinline__ void to_operand(uint32_t (&operand)[N / 8][4], float 
 #pragma unroll
   for (int k = 0; k < N / 8; ++k)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      operand[k][i] = pack<T>(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
+    for (int i = 0; i < 4; ++i) operand[k][i] = pack<T>(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
 }
 
 // Writes a warp's 16 rows of an operand, from column 64 * chunk on, to the swizzled tile.
@@ -44,8 +42,8 @@ __device__ __forceinline__ void store_operand(Tile const& tile, uint32_t const (
   }
 }
 
-// Scales a warp's 16 x 2N-column accumulator, rounds it and writes `rows` rows of it to global memory
-// in 16-byte units. `tile` is scratch whose rows first_row .. + 15 belong to this warp.
+// Scales a warp's 16 x 2N-column accumulator, rounds it and writes `rows` rows of it to global
+// memory in 16-byte units. `tile` is scratch whose rows first_row .. + 15 belong to this warp.
 template <class T, class Tile, int N>
 __device__ __forceinline__ void store_rows(Tile const& tile, int first_row, float const (&acc)[N],
                                            float scale_low, float scale_high, T* global,

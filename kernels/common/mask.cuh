@@ -1,4 +1,5 @@
-// Scores that a row may not see become -inf. Both layouts: rows down (forward) and keys down (backward).
+// Scores that a row may not see become -inf. Both layouts: rows down (forward) and keys down
+// (backward).
 #pragma once
 
 #include "common/fragment.cuh"

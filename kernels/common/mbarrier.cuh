@@ -41,14 +41,20 @@ struct Mbarrier {
   }
 };
 
+// One arrival for a whole warp that has done with a buffer.
+__device__ __forceinline__ void release(Mbarrier& empty) {
+  __syncwarp();
+  if (threadIdx.x % kWarpThreads == 0) empty.arrive();
+}
+
 // Makes initialised mbarriers visible to TMA.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
 
-// Where a user of a ring of `Stages` buffers stands: which buffer, and the parity of its next phase.
-// A consumer waits `full` with parity(); a producer waits `empty` with parity() ^ 1, so that the
-// first pass over the ring does not wait.
+// Where a user of a ring of `Stages` buffers stands: which buffer, and the parity of its next
+// phase. A consumer waits `full` with parity(); a producer waits `empty` with parity() ^ 1, so that
+// the first pass over the ring does not wait.
 template <int Stages>
 struct PipelineState {
   int stage = 0;

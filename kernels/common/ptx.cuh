@@ -113,9 +113,9 @@ __device__ __forceinline__ void store_shared_zero_16b(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
 }
 
-// Keeps what comes before it before it. ptxas moves arithmetic freely across wgmma waits, and sinks a
-// softmax below the wait that it is meant to hide; it does not move it out of a basic block, and this
-// ends one. `never` is negative in no launch, which the compiler cannot know.
+// Keeps what comes before it before it. ptxas moves arithmetic freely across wgmma waits, and sinks
+// a softmax below the wait that it is meant to hide; it does not move it out of a basic block, and
+// this ends one. `never` is negative in no launch, which the compiler cannot know.
 __device__ __forceinline__ void schedule_fence(int never) {
   if (never < 0) __nanosleep(1);
 }

@@ -7,7 +7,7 @@
 namespace hf_flashattn {
 
 struct Sequence {
-  int batch;         // index for TMA and for strides: 0 when packed
+  int batch;             // index for TMA and for strides: 0 when packed
   int first_q, first_k;  // rows before this sequence: 0 when dense
   int length_q, length_k;
   int key_begin, key_end;  // keys that exist for every row
@@ -41,7 +41,8 @@ struct Sequence {
   __device__ __forceinline__ int diagonal() const { return length_k - length_q; }
 
   // Of the keys first .. first + count - 1, the ones TMA brings in but nobody may see: all outside
-  // [begin, end) of this pair, relative to `first`. Equal to [0, count) when TMA already zeroes them.
+  // [begin, end) of this pair, relative to `first`. Equal to [0, count) when TMA already zeroes
+  // them.
   __device__ __forceinline__ void visible_keys(int first, int count, int& begin, int& end) const {
     begin = max(key_begin - first, 0);
     bool const hardware_zero = key_end == length_k && !zero_tail;

@@ -19,8 +19,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores become exp(scale * (score - maximum)) in place; `rescale` is what earlier results have to
-  // be multiplied by.
+  // Scores become exp(scale * (score - maximum)) in place; `rescale` is what earlier results have
+  // to be multiplied by.
   template <int N>
   __device__ __forceinline__ void update(float (&scores)[N], float (&rescale)[2]) {
 #pragma unroll

@@ -54,7 +54,8 @@ __device__ __forceinline__ uint64_t k_major(Tile const& tile, int first_row, int
                          kSwizzleGroupBytes);
 }
 
-// MN-major: rows are k, columns are mn. Step `k16` covers rows 16 * k16 .. + 15, from `first_chunk` on.
+// MN-major: rows are k, columns are mn. Step `k16` covers rows 16 * k16 .. + 15, from `first_chunk`
+// on.
 template <class Tile>
 __device__ __forceinline__ uint64_t mn_major(Tile const& tile, int first_chunk, int k16) {
   return make_descriptor(tile.chunk_address(first_chunk) + k16 * 2 * kSwizzleGroupBytes,

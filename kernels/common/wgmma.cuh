@@ -1,7 +1,8 @@
 // wgmma: one warpgroup multiplies a 64 x 16 by a 16 x N tile of 16-bit values into 64 x N floats.
 //
-// The accumulator of lane (g, t) = (lane / 4, lane % 4) of warp w holds, for each group j of 8 columns,
-// d[4j + 0, 1] = rows 16w + g, columns 8j + 2t, +1 and d[4j + 2, 3] = the same columns of row + 8.
+// The accumulator of lane (g, t) = (lane / 4, lane % 4) of warp w holds, for each group j of 8
+// columns, d[4j + 0, 1] = rows 16w + g, columns 8j + 2t, +1 and d[4j + 2, 3] = the same columns of
+// row + 8.
 #pragma once
 
 #include "common/ptx.cuh"

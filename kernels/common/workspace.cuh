@@ -1,5 +1,5 @@
-// The backward's workspace: per row and query head the log-sum-exp, delta = rowsum(dO * O), and dQ in
-// fp32, in row blocks of a fixed size so that every block is whole and aligned for bulk copies.
+// The backward's workspace: per row and query head the log-sum-exp, delta = rowsum(dO * O), and dQ
+// in fp32, in row blocks of a fixed size so that every block is whole and aligned for bulk copies.
 #pragma once
 
 #include "common/blocks.cuh"
@@ -9,16 +9,18 @@ namespace hf_flashattn {
 struct BackwardWorkspace {
   int block_m, head_dim;
   int heads_q;
-  int padded_rows;   // rows of a head: of one sequence when dense, of all when packed
+  int padded_rows;  // rows of a head: of one sequence when dense, of all when packed
   bool packed;
-  int64_t row_slots; // over all heads and sequences
-  float* lse_log2;   // log2(e) * LSE; +inf for rows that do not exist or see no key: exp2(s - inf) = 0
+  int64_t row_slots;  // over all heads and sequences
+  float*
+      lse_log2;  // log2(e) * LSE; +inf for rows that do not exist or see no key: exp2(s - inf) = 0
   float* delta;
-  float* dq;         // (row block, part, float4, thread) of the consumers' accumulators
-  int32_t* turn;     // per row block: how many key blocks have added to its dQ (deterministic)
+  float* dq;      // (row block, part, float4, thread) of the consumers' accumulators
+  int32_t* turn;  // per row block: how many key blocks have added to its dQ (deterministic)
 
   __host__ BackwardWorkspace(Problem const& p, int block_m, void* memory)
-      : block_m(block_m), head_dim(p.head_dim), heads_q(p.heads_q), packed(p.cu_seqlens_q != nullptr) {
+      : block_m(block_m), head_dim(p.head_dim), heads_q(p.heads_q),
+        packed(p.cu_seqlens_q != nullptr) {
     int64_t const rows = packed ? int64_t(p.total_q) + int64_t(p.batch) * block_m : p.seqlen_q;
     padded_rows = int((rows + block_m - 1) / block_m * block_m);
     row_slots = int64_t(padded_rows) * p.heads_q * (packed ? 1 : p.batch);

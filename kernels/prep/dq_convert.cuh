@@ -9,8 +9,8 @@ namespace hf_flashattn::prep {
 constexpr int kConvertThreads = 256;  // one for each consumer thread of the backward
 constexpr int kPart = 64;             // a consumer's part of a dQ block is 64 x 64
 
-// Grid (row blocks, query heads, sequences). Part w is rows 64w .. of the block when the block has 128
-// rows of 64, and columns 64w .. when it has 64 rows of 128.
+// Grid (row blocks, query heads, sequences). Part w is rows 64w .. of the block when the block has
+// 128 rows of 64, and columns 64w .. when it has 64 rows of 128.
 template <class T, int HeadDim, int BlockM>
 __global__ void __launch_bounds__(kConvertThreads)
     dq_convert_kernel(BackwardParams const __grid_constant__ p,

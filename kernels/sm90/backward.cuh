@@ -6,7 +6,8 @@
 //                     S^T = K Q^T and dP^T = V dO^T, P^T and dS^T in registers,
 //                     dV += P^T dO, dK += dS^T Q from registers, dQ = dS K through shared memory
 //
-// With grouped query heads the loop runs over all heads of the group, so that dK and dV stay in registers.
+// With grouped query heads the loop runs over all heads of the group, so that dK and dV stay in
+// registers.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -14,9 +15,17 @@
 namespace hf_flashattn::sm90 {
 
 template <class P>
+__device__ __forceinline__ void load_statistics(BackwardWorkspace const& workspace, int64_t slot,
+                                                Mbarrier& full, RowStatistics<P>& statistics) {
+  constexpr uint32_t kBytes = P::kBlockM * sizeof(float);
+  full.arrive_expect(2 * kBytes);
+  bulk_load(workspace.lse_log2 + slot, full, smem_address(statistics.lse), kBytes);
+  bulk_load(workspace.delta + slot, full, smem_address(statistics.delta), kBytes);
+}
+
+template <class P>
 __device__ void produce(BackwardParams const& p, BackwardWorkspace const& workspace,
                         BackwardMaps const& maps, BackwardSmem<P>& s, KeyWork<P> const& work) {
-  using Smem = BackwardSmem<P>;
   Sequence const& sequence = work.sequence;
   PipelineState<P::kStages> pipe;
   uint32_t staging_phase = 0;
@@ -33,24 +42,18 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
     for (int block = work.rows.first; block < work.rows.first + work.rows.count;
          ++block, pipe.next()) {
       int const row = block * P::kBlockM;
-      int const rows_end = sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM;
-      s.q_empty[pipe.stage].wait(pipe.parity() ^ 1);
-      if (elect_one()) {
-        s.lse_full[pipe.stage].arrive_expect(sizeof s.lse[0]);
-        bulk_load(workspace.lse_log2 + first_slot + row, s.lse_full[pipe.stage],
-                  smem_address(s.lse[pipe.stage]), sizeof s.lse[0]);
-      }
+      int const rows_end =
+          sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM;
+      s.statistics_empty[pipe.stage].wait(pipe.parity() ^ 1);
+      if (elect_one())
+        load_statistics(workspace, first_slot + row, s.statistics_full[pipe.stage],
+                        s.statistics[pipe.stage]);
       __syncwarp();
+      s.q_empty[pipe.stage].wait(pipe.parity() ^ 1);
       load_tile_zero_outside(maps.q, s.q_full[pipe.stage], s.staging, staging_phase,
                              s.q[pipe.stage], sequence.first_q + row, head, sequence.batch, 0,
                              rows_end);
       s.dout_empty[pipe.stage].wait(pipe.parity() ^ 1);
-      if (elect_one()) {
-        s.delta_full[pipe.stage].arrive_expect(sizeof s.delta[0]);
-        bulk_load(workspace.delta + first_slot + row, s.delta_full[pipe.stage],
-                  smem_address(s.delta[pipe.stage]), sizeof s.delta[0]);
-      }
-      __syncwarp();
       load_tile_zero_outside(maps.dout, s.dout_full[pipe.stage], s.staging, staging_phase,
                              s.dout[pipe.stage], sequence.first_q + row, head, sequence.batch, 0,
                              rows_end);
@@ -58,8 +61,8 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
   }
 }
 
-// Adds the consumers' parts of dQ to global memory. Deterministic: key blocks take turns, the last one
-// that a row block sees first, which is also the order in which they are launched.
+// Adds the consumers' parts of dQ to global memory. Deterministic: key blocks take turns, the last
+// one that a row block sees first, which is also the order in which they are launched.
 template <class P>
 __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& workspace,
                          BackwardSmem<P>& s, KeyWork<P> const& work) {

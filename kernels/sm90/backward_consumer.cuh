@@ -104,8 +104,10 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
           using Mask = DropoutMask<Down::kKeys>;
           uint32_t const tile = dropout.tiles[k / 2][k % 2];
           p_pair &= Mask::pair_mask(tile, half, down);
-          dp_low = __uint_as_float(__float_as_uint(dp_low) & Mask::single_mask(tile, half, down, 0));
-          dp_high = __uint_as_float(__float_as_uint(dp_high) & Mask::single_mask(tile, half, down, 1));
+          dp_low =
+              __uint_as_float(__float_as_uint(dp_low) & Mask::single_mask(tile, half, down, 0));
+          dp_high =
+              __uint_as_float(__float_as_uint(dp_high) & Mask::single_mask(tile, half, down, 1));
           dp_low *= keep;
           dp_high *= keep;
         }
@@ -114,11 +116,6 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
       }
     }
   }
-}
-
-__device__ __forceinline__ void release_stage(Mbarrier& empty) {
-  __syncwarp();
-  if (threadIdx.x % kWarpThreads == 0) empty.arrive();
 }
 
 template <class P>
@@ -157,18 +154,19 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
         DropoutMask<Down::kKeys> const mask(problem, work.index, head);
         dropout.draw(mask, block * P::kBlockM, warp_key);
       }
-      s.lse_full[stage].wait(pipe.parity());
-      s.delta_full[stage].wait(pipe.parity());
+      s.statistics_full[stage].wait(pipe.parity());
 
       wgmma_wait<1>();
       pin_registers(scores);
-      if (work.rows.needs_mask(block))
-        first_rows.mask(scores, block * P::kBlockM, lane.quad);
-      to_probabilities(scores, s.lse[stage], scale_log2, lane.quad);
+      if (work.rows.needs_mask(block)) first_rows.mask(scores, block * P::kBlockM, lane.quad);
+      to_probabilities(scores, s.statistics[stage].lse, scale_log2, lane.quad);
       wgmma_wait<0>();
       pin_registers(dp);
-      to_operands<P>(p_operand, ds_operand, scores, dp, s.delta[stage], dropout, keep, lane.quad,
-                     problem.batch);
+      to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, keep,
+                     lane.quad, problem.batch);
+
+      s.statistics_empty[stage]
+          .arrive();  // by the threads that read them, for racecheck's sake too
 
       // dS is double buffered: the other consumer may still read the previous one.
       store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16, 0);
@@ -181,21 +179,22 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       wgmma_wait<2>();
       pin_registers(grad.dv);
       pin_registers(p_operand);
-      release_stage(s.dout_empty[stage]);
+      release(s.dout_empty[stage]);
       wgmma_wait<1>();
       pin_registers(dq);
       barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         store_shared_16b(
-            smem_address(s.dq[warpgroup] + (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
+            smem_address(s.dq[warpgroup] +
+                         (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
             make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
       fence_proxy_async();
       barrier_arrive(kQueryGradientFull + warpgroup, kWarpgroupThreads + kWarpThreads);
       wgmma_wait<0>();
       pin_registers(grad.dk);
       pin_registers(ds_operand);
-      release_stage(s.q_empty[stage]);
+      release(s.q_empty[stage]);
     }
 }
 

@@ -18,7 +18,8 @@ Status backward(BackwardParams const& p) {
   int const rows_k = packed ? problem.total_k : problem.seqlen_k;
   BackwardMaps maps;
   Status status = make_map(maps.q, p.q, problem, rows_q, problem.heads_q, P::kBlockM);
-  if (status.ok()) status = make_map(maps.dout, p.dout, problem, rows_q, problem.heads_q, P::kBlockM);
+  if (status.ok())
+    status = make_map(maps.dout, p.dout, problem, rows_q, problem.heads_q, P::kBlockM);
   if (status.ok()) status = make_map(maps.k, p.k, problem, rows_k, problem.heads_k, P::kBlockN);
   if (status.ok()) status = make_map(maps.v, p.v, problem, rows_k, problem.heads_k, P::kBlockN);
   int const smem_bytes = sizeof(BackwardSmem<P>);

@@ -26,12 +26,9 @@ struct KeyWork {
   // Grid (key blocks, key heads, sequences). Causal: block 0 sees the most rows and comes first.
   // Deterministic: later blocks come first, since the earlier ones wait for them.
   __device__ __forceinline__ explicit KeyWork(BackwardParams const& p)
-      : index(blockIdx.z),
-        head_k(blockIdx.y),
-        group(p.problem.heads_q / p.problem.heads_k),
+      : index(blockIdx.z), head_k(blockIdx.y), group(p.problem.heads_q / p.problem.heads_k),
         key_block(p.deterministic ? gridDim.x - 1 - blockIdx.x : blockIdx.x),
-        sequence(p.problem, index),
-        rows(sequence, P::kCausal, key_block * P::kBlockN) {
+        sequence(p.problem, index), rows(sequence, P::kCausal, key_block * P::kBlockN) {
     first_head = head_k * group;
     first_key = key_block * P::kBlockN;
   }
@@ -45,6 +42,13 @@ struct KeyWork {
   }
 };
 
+// What the rows of a block bring besides Q and dO; both are bulk copies from the workspace.
+template <class P>
+struct RowStatistics {
+  alignas(128) float lse[P::kBlockM];
+  float delta[P::kBlockM];
+};
+
 template <class P>
 struct BackwardSmem {
   using Element = typename P::Element;
@@ -56,11 +60,11 @@ struct BackwardSmem {
   RowTile dout[P::kStages];
   SmemTile<Element, P::kBlockN, P::kBlockM> ds[2];  // (key, row): dS^T
   alignas(128) float dq[P::kConsumers][64 * 64];    // (float4, thread) of each consumer
-  alignas(128) float lse[P::kStages][P::kBlockM];
-  alignas(128) float delta[P::kStages][P::kBlockM];
+  RowStatistics<P> statistics[P::kStages];
   Mbarrier k_full, v_full;
-  Mbarrier q_full[P::kStages], lse_full[P::kStages], q_empty[P::kStages];  // q_empty: LSE too
-  Mbarrier dout_full[P::kStages], delta_full[P::kStages], dout_empty[P::kStages];
+  Mbarrier q_full[P::kStages], q_empty[P::kStages];                    // empty: every consumer warp
+  Mbarrier dout_full[P::kStages], dout_empty[P::kStages];              // the same
+  Mbarrier statistics_full[P::kStages], statistics_empty[P::kStages];  // empty: consumer threads
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
 };
 
@@ -71,9 +75,9 @@ __device__ void init_barriers(BackwardSmem<P>& s) {
   s.staging.init(1);
   for (int stage = 0; stage < P::kStages; ++stage) {
     s.q_full[stage].init(1);
-    s.lse_full[stage].init(1);
     s.dout_full[stage].init(1);
-    s.delta_full[stage].init(1);
+    s.statistics_full[stage].init(1);
+    s.statistics_empty[stage].init(P::kConsumers * kWarpgroupThreads);
     s.q_empty[stage].init(P::kConsumers * 4);
     s.dout_empty[stage].init(P::kConsumers * 4);
   }

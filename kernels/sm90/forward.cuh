@@ -3,8 +3,8 @@
 //   producer warp    Q, then K and V blocks from the last to the first, two stages each
 //   consumers        64 rows each: S = Q K^T, softmax, O += P V
 //
-// Inside a consumer the next block's S is computed under this block's softmax, and the consumers take
-// turns at the tensor cores, so that the softmax of one runs under the products of another.
+// Inside a consumer the next block's S is computed under this block's softmax, and the consumers
+// take turns at the tensor cores, so that the softmax of one runs under the products of another.
 #pragma once
 
 #include "common/dropout.cuh"
@@ -124,11 +124,6 @@ __device__ __forceinline__ void issue_output(float (&out)[N], uint32_t (&probabi
   wgmma_commit();
 }
 
-__device__ __forceinline__ void release(Mbarrier& empty) {
-  __syncwarp();
-  if (threadIdx.x % kWarpThreads == 0) empty.arrive();
-}
-
 template <class P>
 struct Turns {
   int warpgroup;
@@ -146,8 +141,7 @@ struct Turns {
 
 // A block that none of this consumer's rows sees: keeps its place in the pipeline and in the ring.
 template <class P>
-__device__ __forceinline__ void skip_block(ForwardSmem<P>& s,
-                                           PipelineState<P::kStages> const& pipe,
+__device__ __forceinline__ void skip_block(ForwardSmem<P>& s, PipelineState<P::kStages> const& pipe,
                                            Turns<P> const& turns) {
   turns.take();
   turns.pass();
@@ -205,10 +199,9 @@ struct OutputRows {
     Problem const& problem = p.problem;
     out = static_cast<typename P::Element*>(p.out.data) + s.batch * p.out.stride_batch +
           (s.first_q + row) * stride + work.head * p.out.stride_head;
-    int64_t const first =
-        problem.cu_seqlens_q == nullptr
-            ? (int64_t(s.batch) * problem.heads_q + work.head) * problem.seqlen_q
-            : int64_t(work.head) * problem.total_q + s.first_q;
+    int64_t const first = problem.cu_seqlens_q == nullptr
+                              ? (int64_t(s.batch) * problem.heads_q + work.head) * problem.seqlen_q
+                              : int64_t(work.head) * problem.total_q + s.first_q;
     lse = p.lse + first + row;
   }
 
@@ -335,7 +328,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
     }
     // Q's rows become scratch: all four warps have finished reading them.
     barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
-    store_rows(s.q[q_pipe.stage], tile_row, out, normalise[0], normalise[1], rows.out, rows.stride, rows.count);
+    store_rows(s.q[q_pipe.stage], tile_row, out, normalise[0], normalise[1], rows.out, rows.stride,
+               rows.count);
     rows.store_lse(lane, lse);
     fence_proxy_async();
     release(s.q_empty[q_pipe.stage]);
@@ -347,8 +341,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
 
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1)
-    forward_kernel(ForwardParams const __grid_constant__ p, ForwardMaps const __grid_constant__ maps,
-                   TileScheduler const scheduler) {
+    forward_kernel(ForwardParams const __grid_constant__ p,
+                   ForwardMaps const __grid_constant__ maps, TileScheduler const scheduler) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<ForwardSmem<P>*>(smem_bytes);
   if (threadIdx.x == 0) init_barriers(s);

@@ -22,8 +22,8 @@ Status launch_forward(ForwardParams const& p) {
 
   TileScheduler const scheduler(problem, P::kBlockM, P::kCausal);
   int const grid = scheduler.units() < problem.num_sms ? scheduler.units() : problem.num_sms;
-  forward_kernel<P><<<grid, P::kThreads, smem_bytes, static_cast<cudaStream_t>(problem.stream)>>>(p, maps,
-                                                                                     scheduler);
+  forward_kernel<P><<<grid, P::kThreads, smem_bytes, static_cast<cudaStream_t>(problem.stream)>>>(
+      p, maps, scheduler);
   return check(cudaGetLastError(), "launching the forward kernel");
 }
 

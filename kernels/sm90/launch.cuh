@@ -1,4 +1,5 @@
-// Host side of the Hopper kernels: tensor maps, grids, and the entry points that dispatch.cpp calls.
+// Host side of the Hopper kernels: tensor maps, grids, and the entry points that dispatch.cpp
+// calls.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,8 +35,8 @@ inline EncodeTiled encode_tiled() {
   static EncodeTiled const function = [] {
     void* pointer = nullptr;
     cudaDriverEntryPointQueryResult found;
-    cudaError_t const error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found);
+    cudaError_t const error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer,
+                                                               12000, cudaEnableDefault, &found);
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess
                ? reinterpret_cast<EncodeTiled>(pointer)
                : nullptr;
@@ -43,7 +44,8 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// How a (B, S, H, D) tensor is cut into boxes of `rows` x 64 elements; out of bounds reads are zeros.
+// How a (B, S, H, D) tensor is cut into boxes of `rows` x 64 elements; out of bounds reads are
+// zeros.
 inline Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int64_t rows,
                        int heads, int box_rows) {
   EncodeTiled const encode = encode_tiled();
@@ -57,7 +59,8 @@ inline Status make_map(CUtensorMap& map, TensorView const& view, Problem const& 
   auto const bytes = [&](cuuint64_t size, int64_t stride) {
     return size == 1 ? row_bytes : 2 * cuuint64_t(stride);
   };
-  cuuint64_t const strides[3] = {bytes(sizes[1], view.stride_seq), bytes(sizes[2], view.stride_head),
+  cuuint64_t const strides[3] = {bytes(sizes[1], view.stride_seq),
+                                 bytes(sizes[2], view.stride_head),
                                  bytes(sizes[3], view.stride_batch)};
   cuuint32_t const box[4] = {64, cuuint32_t(box_rows), 1, 1};
   cuuint32_t const element_strides[4] = {1, 1, 1, 1};
@@ -70,7 +73,8 @@ inline Status make_map(CUtensorMap& map, TensorView const& view, Problem const& 
   if (result == CUDA_SUCCESS) return success();
   return failure(
       "TMA expects 16-byte aligned data and strides that are multiples of 16 bytes; got address "
-      "%p and strides (batch %lld, seq %lld, head %lld) elements. Next step: .contiguous() (error %d)",
+      "%p and strides (batch %lld, seq %lld, head %lld) elements. Next step: .contiguous() (error "
+      "%d)",
       view.data, (long long)view.stride_batch, (long long)view.stride_seq,
       (long long)view.stride_head, int(result));
 }

@@ -23,7 +23,8 @@ constexpr int kSharedMemoryBytes = 227 << 10;  // what one CTA may have
 // 2 consumers: 24 + 2 * 240 registers a thread of each warpgroup; 3 consumers: 32 + 3 * 160.
 template <int Consumers>
 struct RegisterBudget {
-  static_assert(Consumers == 2 || Consumers == 3, "the register file fits 2 or 3 consumer warpgroups");
+  static_assert(Consumers == 2 || Consumers == 3,
+                "the register file fits 2 or 3 consumer warpgroups");
   static constexpr int kProducer = Consumers == 2 ? 24 : 32;
   static constexpr int kConsumer = Consumers == 2 ? 240 : 160;
 };
@@ -42,24 +43,24 @@ struct ForwardTile {
   // A second Q tile, where it fits, lets the next rows arrive while these write their output.
   static constexpr int kQueryStages =
       2 * HeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 1024 <= kSharedMemoryBytes ? 2 : 1;
-  // ptxas sinks the softmax below the wait for O += P V. Holding it above gains 4 % at d128, where the
-  // product is long; it costs 3 % where three consumers, or Philox, keep the tensor cores covered anyway.
+  // ptxas sinks the softmax below the wait for O += P V. Holding it above gains 4 % at d128, where
+  // the product is long; it costs 3 % where three consumers, or Philox, keep the tensor cores
+  // covered anyway.
   static constexpr bool kFenceSoftmax = HeadDim == 128 && !Dropout;
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
 };
 
 // d64: three consumers, because a row of O is only 32 registers; 128 keys keep S, P and O in 160.
-// d128: two consumers of 240. 176 keys would fit and amortise a block's softmax over more of them, but
-// then a second Q tile does not: 128 keys gain 6 % at S = 512 and lose 1 % from 8k on.
+// d128: two consumers of 240. 176 keys would fit and amortise a block's softmax over more of them,
+// but then a second Q tile does not: 128 keys gain 6 % at S = 512 and lose 1 % from 8k on.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy;
 template <DType Type, bool Causal, bool Dropout>
-struct ForwardPolicy<64, Type, Causal, Dropout>
-    : ForwardTile<64, Type, Causal, Dropout, 3, 128> {};
+struct ForwardPolicy<64, Type, Causal, Dropout> : ForwardTile<64, Type, Causal, Dropout, 3, 128> {};
 template <DType Type, bool Causal, bool Dropout>
-struct ForwardPolicy<128, Type, Causal, Dropout>
-    : ForwardTile<128, Type, Causal, Dropout, 2, 128> {};
+struct ForwardPolicy<128, Type, Causal, Dropout> : ForwardTile<128, Type, Causal, Dropout, 2, 128> {
+};
 
 // Backward: a block of 128 keys stays, 64 for each of two consumers; row blocks stream past.
 template <int HeadDim, DType Type, bool Causal, bool Dropout, int BlockM>

@@ -16,7 +16,8 @@ __device__ __forceinline__ void load_tile(CUtensorMap const& map, Mbarrier& full
     tma_load(&map, full, tile.chunk_address(chunk), chunk * kChunkColumns, row, head, batch);
 }
 
-// Zeroes the rows outside [begin, end): the whole warp works. The swizzle moves bytes within a row only.
+// Zeroes the rows outside [begin, end): the whole warp works. The swizzle moves bytes within a row
+// only.
 template <class Tile>
 __device__ __forceinline__ void zero_rows_outside(Tile const& tile, int begin, int end) {
   int const lane = threadIdx.x % kWarpThreads;

@@ -11,10 +11,10 @@ struct Work {
 
 // Tiles in the order in which the CTAs take them, with a stride of the grid.
 //
-// Full: row blocks of one head follow each other and share its K and V in the L2. Causal row blocks differ
-// in length. Where there are many, they go in units of one length, the longest with the shortest, and a CTA
-// takes both; of an odd number of row blocks the middle ones, half a unit, come last. Where there are few,
-// all the longest come first.
+// Full: row blocks of one head follow each other and share its K and V in the L2. Causal row blocks
+// differ in length. Where there are many, they go in units of one length, the longest with the
+// shortest, and a CTA takes both; of an odd number of row blocks the middle ones, half a unit, come
+// last. Where there are few, all the longest come first.
 struct TileScheduler {
   enum class Order { kByHead, kFolded, kLongestFirst };
 

@@ -140,8 +140,8 @@ def judge(problem: Problem, results: Results | None = None) -> dict[str, float]:
         assert torch.isfinite(got).all(), f"{problem.case}: {name} is not finite"
         error = max_error(got, want)
         allowed = max(max_error(y[name], want) for y in yardsticks if name in y)
-        # What PyTorch happens to get exactly may still be off by one rounding of the result, or of the
-        # fp32 sums behind it, whose terms are of order 1 even where they cancel (a row with one key).
+        # What PyTorch happens to get exactly may be off by one rounding of the result, or of the
+        # fp32 sums behind it, whose terms are of order 1 even where they cancel (one key).
         largest = want.abs().max().item() if want.numel() else 0.0
         floor = max(ROUNDING[problem.case.dtype] * largest, 1e-5)
         ratios[name] = error / max(allowed, floor)

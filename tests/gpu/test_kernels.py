@@ -35,8 +35,16 @@ def test_dropout_probabilities(p):
     judge(make_problem(Case(sq=200, sk=200, dropout_p=p)))
 
 
-@parametrize(variants(Case(sq=300, sk=300), dim=(64, 128), causal=(False, True), heads_q=(8,),
-                      heads_k=(1, 2, 4), dropout_p=(0.0, 0.1)))  # fmt: skip
+@parametrize(
+    variants(
+        Case(sq=300, sk=300),
+        dim=(64, 128),
+        causal=(False, True),
+        heads_q=(8,),
+        heads_k=(1, 2, 4),
+        dropout_p=(0.0, 0.1),
+    )
+)
 def test_grouped_heads(case):
     judge(make_problem(case))
 
@@ -44,8 +52,16 @@ def test_grouped_heads(case):
 PACKED = ((100, 100), (1, 1), (0, 0), (513, 513), (64, 64), (0, 7), (5, 0), (130, 129))
 
 
-@parametrize(variants(Case(lengths=PACKED, heads_q=4), dim=(64, 128), causal=(False, True),
-                      heads_k=(2, 4), dropout_p=(0.0, 0.1), deterministic=(False, True)))  # fmt: skip
+@parametrize(
+    variants(
+        Case(lengths=PACKED, heads_q=4),
+        dim=(64, 128),
+        causal=(False, True),
+        heads_k=(2, 4),
+        dropout_p=(0.0, 0.1),
+        deterministic=(False, True),
+    )
+)
 def test_packed(case):
     judge(make_problem(case))
 
@@ -53,8 +69,15 @@ def test_packed(case):
 RANGES = ((0, 300), (0, 77), (150, 150), (299, 1), (0, 0), (120, 30), (0, 128), (128, 128))
 
 
-@parametrize(variants(Case(batch=8, sq=300, sk=300, key_ranges=RANGES), dim=(64, 128),
-                      causal=(False, True), dropout_p=(0.0, 0.1), deterministic=(False, True)))  # fmt: skip
+@parametrize(
+    variants(
+        Case(batch=8, sq=300, sk=300, key_ranges=RANGES),
+        dim=(64, 128),
+        causal=(False, True),
+        dropout_p=(0.0, 0.1),
+        deterministic=(False, True),
+    )
+)
 def test_key_ranges(case):
     judge(make_problem(case))
 
@@ -64,8 +87,14 @@ def test_scale(case):
     judge(make_problem(case))
 
 
-@parametrize(variants(Case(sq=777, sk=777, deterministic=True), dim=(64, 128), causal=(False, True),
-                      dropout_p=(0.0, 0.1)))  # fmt: skip
+@parametrize(
+    variants(
+        Case(sq=777, sk=777, deterministic=True),
+        dim=(64, 128),
+        causal=(False, True),
+        dropout_p=(0.0, 0.1),
+    )
+)
 def test_deterministic_is_right(case):
     judge(make_problem(case))
 
@@ -144,8 +173,16 @@ def test_large_values(dim, causal):
     judge(problem)
 
 
-@parametrize(variants(Case(sq=1000, sk=1000, heads_q=4), dim=(64, 128), causal=(False, True), heads_k=(4,),
-                      dropout_p=(0.0, 0.1), deterministic=(True,)))  # fmt: skip
+@parametrize(
+    variants(
+        Case(sq=1000, sk=1000, heads_q=4),
+        dim=(64, 128),
+        causal=(False, True),
+        heads_k=(4,),
+        dropout_p=(0.0, 0.1),
+        deterministic=(True,),
+    )
+)
 def test_repeats_are_bitwise_equal(case):
     problem = make_problem(case)
     first = run_kernel(problem)

@@ -71,7 +71,7 @@ def test_close_to_eager(kind, padding, dtype):
     mask = None if mask is None else mask.cuda()
     labels = ids
     if mask is not None:
-        # A causal model predicts a token from the one before: at a pad, eager and we rightly differ.
+        # A causal model predicts a token from the one before: at a pad, eager and we differ.
         seen = mask.bool() & torch.nn.functional.pad(mask, (1, 0), value=1)[:, :-1].bool()
         labels = ids.masked_fill(~seen, -100)
     want, eager, got = (run(m, ids, mask, labels) for m in (exact, low, fast))

@@ -30,16 +30,24 @@ __host__ __device__ inline uint32_t drop_threshold(float p) {
 // The inverse of the kept fraction.
 __host__ __device__ inline float keep_scale(float p) { return 256.f / (256 - drop_threshold(p)); }
 
-__device__ __forceinline__ uint4 philox_7(uint4 counter, uint2 key) {
+// Several calls side by side, so that they share the 14 round keys: made once for each they cost
+// more than the shuffles, and kept they would cost 14 registers.
+template <int Calls>
+__device__ __forceinline__ void philox_7(uint4 (&counters)[Calls], uint2 key) {
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    uint64_t const a = uint64_t{0xD2511F53u} * counter.x;
-    uint64_t const b = uint64_t{0xCD9E8D57u} * counter.z;
-    counter =
-        make_uint4(uint32_t(b >> 32) ^ counter.y ^ (key.x + round * 0x9E3779B9u), uint32_t(b),
-                   uint32_t(a >> 32) ^ counter.w ^ (key.y + round * 0xBB67AE85u), uint32_t(a));
+    asm volatile("" : "+r"(key.x), "+r"(key.y));  // or ptxas makes the keys anew for every call
+#pragma unroll
+    for (int i = 0; i < Calls; ++i) {
+      uint4& counter = counters[i];
+      uint64_t const a = uint64_t{0xD2511F53u} * counter.x;
+      uint64_t const b = uint64_t{0xCD9E8D57u} * counter.z;
+      counter = make_uint4(uint32_t(b >> 32) ^ counter.y ^ key.x, uint32_t(b),
+                           uint32_t(a >> 32) ^ counter.w ^ key.y, uint32_t(a));
+    }
+    key.x += 0x9E3779B9u;
+    key.y += 0xBB67AE85u;
   }
-  return counter;
 }
 
 enum class Down { kRows, kKeys };  // which index of the accumulator runs down its 64 rows
@@ -66,22 +74,33 @@ struct DropoutMask {
     below_half = threshold < 128 ? 0xffffffffu : 0;
   }
 
-  // The flags of this lane's elements in two neighbouring tiles along the accumulator's columns:
-  // kRows: (row16, column16) and (row16, column16 + 1); kKeys: (row16, column16), (row16 + 1,
-  // column16). Bit 7 of each byte is element e = 0, bit 6 element e = 1, where e is column % 2
+  // The flags of this lane's elements in pairs of neighbouring tiles along the accumulator's
+  // columns: kRows: (row16, column16 + 2 pair) and the next; kKeys: (row16 + 2 pair, column16) and
+  // the next. Bit 7 of each byte is element e = 0, bit 6 element e = 1, where e is column % 2
   // (kRows) or row % 2.
-  __device__ __forceinline__ void draw(uint32_t (&tiles)[2], int row16, int column16) const {
-    uint32_t const row = row16 + (D == Down::kKeys && odd ? 1 : 0);
-    uint32_t const column = column16 + (D == Down::kRows && odd ? 1 : 0);
-    uint4 const random = philox_7(make_uint4(column * 16 + call, row, batch_head, offset), key);
-    // Words with (g % 2, c % 2) = (0,0), (0,1), (1,0), (1,1) are x, y, z, w.
-    bool const rows_down = D == Down::kRows;
-    uint32_t const of_even = both_flags(random.x, rows_down ? random.y : random.z);
-    uint32_t const of_odd = both_flags(rows_down ? random.z : random.y, random.w);
-    uint32_t const own = odd ? of_odd : of_even;
-    uint32_t const received = __shfl_xor_sync(0xffffffff, odd ? of_even : of_odd, 4);
-    tiles[0] = odd ? received : own;
-    tiles[1] = odd ? own : received;
+  template <int Pairs>
+  __device__ __forceinline__ void draw(uint32_t (&tiles)[Pairs][2], int row16, int column16) const {
+    constexpr bool kRowsDown = D == Down::kRows;
+    uint4 random[Pairs];
+#pragma unroll
+    for (int pair = 0; pair < Pairs; ++pair) {
+      uint32_t const across = 2 * pair + odd;
+      uint32_t const row = row16 + (kRowsDown ? 0 : across);
+      uint32_t const column = column16 + (kRowsDown ? across : 0);
+      random[pair] = make_uint4(column * 16 + call, row, batch_head, offset);
+    }
+    philox_7(random, key);
+#pragma unroll
+    for (int pair = 0; pair < Pairs; ++pair) {
+      // Words with (g % 2, c % 2) = (0,0), (0,1), (1,0), (1,1) are x, y, z, w.
+      uint4 const r = random[pair];
+      uint32_t const of_even = both_flags(r.x, kRowsDown ? r.y : r.z);
+      uint32_t const of_odd = both_flags(kRowsDown ? r.z : r.y, r.w);
+      uint32_t const own = odd ? of_odd : of_even;
+      uint32_t const received = __shfl_xor_sync(0xffffffff, odd ? of_even : of_odd, 4);
+      tiles[pair][0] = odd ? received : own;
+      tiles[pair][1] = odd ? own : received;
+    }
   }
 
   // All ones or zeros for each of the two 16-bit values at (row half, column half) of a tile.

@@ -37,12 +37,15 @@ struct SmemTile {
 };
 
 // The shared-memory descriptor of a wgmma operand (PTX ISA, "Matrix descriptor"): 128-byte swizzle,
-// byte offsets between the repeating patterns.
-__device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t leading_bytes,
-                                                    uint32_t stride_bytes) {
-  constexpr uint64_t kSwizzle128B = uint64_t{1} << 62;
-  return kSwizzle128B | (uint64_t((address & 0x3ffff) >> 4)) |
-         (uint64_t(leading_bytes >> 4) << 16) | (uint64_t(stride_bytes >> 4) << 32);
+// byte offsets between the repeating patterns. `address` is the tile's, `bytes` a constant on top
+// of it: the steps of a product then differ by one addition in the low word. Shared addresses have
+// 18 bits.
+__device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t bytes,
+                                                    uint32_t leading_bytes) {
+  constexpr uint32_t kSwizzle128B = 1u << 30;
+  uint32_t const low = (address >> 4) + ((leading_bytes >> 4 << 16) + (bytes >> 4));
+  uint32_t const high = kSwizzle128B | (kSwizzleGroupBytes >> 4);
+  return uint64_t(high) << 32 | low;
 }
 
 // Operands name the index that the product sums over "k" and the other "mn".
@@ -50,16 +53,15 @@ __device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t l
 template <class Tile>
 __device__ __forceinline__ uint64_t k_major(Tile const& tile, int first_row, int k16) {
   uint32_t const column_bytes = (k16 / 4) * Tile::kChunkBytes + (k16 % 4) * 32;
-  return make_descriptor(tile.address() + first_row * kChunkRowBytes + column_bytes, 16,
-                         kSwizzleGroupBytes);
+  return make_descriptor(tile.address() + first_row * kChunkRowBytes, column_bytes, 16);
 }
 
 // MN-major: rows are k, columns are mn. Step `k16` covers rows 16 * k16 .. + 15, from `first_chunk`
 // on.
 template <class Tile>
 __device__ __forceinline__ uint64_t mn_major(Tile const& tile, int first_chunk, int k16) {
-  return make_descriptor(tile.chunk_address(first_chunk) + k16 * 2 * kSwizzleGroupBytes,
-                         Tile::kChunkBytes, kSwizzleGroupBytes);
+  return make_descriptor(tile.chunk_address(first_chunk), k16 * 2 * kSwizzleGroupBytes,
+                         Tile::kChunkBytes);
 }
 
 }  // namespace hf_flashattn

@@ -73,9 +73,7 @@ struct RowBlockDropout {
 
   __device__ __forceinline__ void draw(DropoutMask<Down::kKeys> const& mask, int first_row,
                                        int first_key) {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair)
-      mask.draw(tiles[pair], first_row / 16 + 2 * pair, first_key / 16);
+    mask.draw(tiles, first_row / 16, first_key / 16);
   }
 };
 

@@ -166,9 +166,7 @@ struct BlockDropout {
   __device__ __forceinline__ void draw(int block) {
     if constexpr (P::kDropout) {
       DropoutMask<Down::kRows> const mask(problem, work.batch, work.head);
-#pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair)
-        mask.draw(tiles[pair], row16, block * (P::kBlockN / 16) + 2 * pair);
+      mask.draw(tiles, row16, block * (P::kBlockN / 16));
     }
   }
 
@@ -294,11 +292,12 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
       s.v_full[previous.stage].wait(previous.parity());
       issue_output(out, probabilities, s, previous.stage);
       turns.pass();
+      if constexpr (P::kDrawEarly) dropout.draw(block);  // under S = Q K^T
       wgmma_wait<1>();
       pin_registers(scores);
       release(s.k_empty[pipe.stage]);
       finish_scores();  // under O += P V
-      dropout.draw(block);
+      if constexpr (!P::kDrawEarly) dropout.draw(block);
       if constexpr (P::kFenceSoftmax) {
         pin_registers(scores);
         schedule_fence(problem.batch);

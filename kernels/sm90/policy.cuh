@@ -47,6 +47,9 @@ struct ForwardTile {
   // the product is long; it costs 3 % where three consumers, or Philox, keep the tensor cores
   // covered anyway.
   static constexpr bool kFenceSoftmax = HeadDim == 128 && !Dropout;
+  // Where Philox runs: under S = Q K^T where two consumers leave the tensor cores time to fill (13
+  // % at d128 and S = 16k), else mixed into the softmax (8 % at d64).
+  static constexpr bool kDrawEarly = HeadDim == 128;
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
 };

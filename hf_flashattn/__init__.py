@@ -1,9 +1,13 @@
 """Hugging Face models on our own IO-aware attention kernels.
 
     import hf_flashattn
-    report = hf_flashattn.patch_model(model)    # or: from_pretrained(...,
-    attn_implementation="hf_flashattn") print(report)                               # which modules
-    run on the kernel, which don't, and why
+
+    report = hf_flashattn.patch_model(model)
+    print(report)                 # which modules run on the kernel, which don't, and why
+
+or, once it is imported:
+
+    model = AutoModelForCausalLM.from_pretrained("gpt2", attn_implementation="hf_flashattn")
 
 Importing registers two names with Transformers and changes nothing else: "hf_flashattn", which
 counts as a flash implementation, and "hf_fused_attn", the same without Transformers' rules for

@@ -33,8 +33,7 @@ try:
 except ImportError:
     _ACTIVE_COLLECTOR = None
 
-# Attribute of a config that holds the implementation's name without writing it through to the
-# sub-configs.
+# A config's attribute that holds the implementation's name; setting it leaves sub-configs alone.
 CONFIG_NAME = "_attn_implementation_internal"
 
 # (module, attribute, what it is for)
@@ -105,9 +104,7 @@ __all__ = [
 
 
 def missing() -> list[str]:
-    """The names in PRIVATE_NAMES that this Transformers lacks, each as "module.attribute (what
-    it is for)".
-    """
+    """What this Transformers lacks of PRIVATE_NAMES: "module.attribute (what it is for)" each."""
     absent = []
     for module_name, attribute, purpose in PRIVATE_NAMES:
         try:
@@ -128,11 +125,11 @@ def register(
     mask: Callable,
     flash_functions: Callable[[], tuple],
 ) -> None:
-    """Adds `names` to both registries; a name with "flash" in it also passes Transformers' lazy
-    flash import.
+    """Adds `names` to the registries of attention and mask functions.
 
-    flash_functions() returns (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache or
-    None). Additive and idempotent: what other implementations get is untouched.
+    A name with "flash" in it also passes Transformers' lazy flash import, which is handed
+    flash_functions() -> (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache or None).
+    Additive and idempotent: what other implementations get is untouched.
     """
     for name in names:
         AttentionInterface.register(name, attention)
@@ -236,9 +233,7 @@ def explicit_mask(**kwargs: Any) -> Tensor | None:
 
 
 def is_tracing(tensor: Tensor | None = None) -> bool:
-    """True where a tensor's values may not be read: torch.compile, export, CUDA graph capture,
-    fake tensors.
-    """
+    """Whether tensors' values may not be read: torch.compile, export, graph capture, fakes."""
     return torch.compiler.is_compiling() or import_utils.is_tracing(tensor)
 
 
@@ -260,9 +255,7 @@ def attentions_wanted() -> bool:
     collector = _ACTIVE_COLLECTOR
     if collector is None:
         return False
-    if (
-        torch.compiler.is_compiling()
-    ):  # a ContextVar cannot be traced; while compiling it is a plain attribute
+    if torch.compiler.is_compiling():  # no trace reads a ContextVar: then it is an attribute
         collected = collector.global_var if collector.compiling else None
     else:
         collected = collector.get()

@@ -1,8 +1,6 @@
-"""The attention function registered with Transformers: our kernels where they can, an explained
-fallback where not.
+"""The attention function registered with Transformers: the kernel, or an explained fallback.
 
-    fn(module, q (B, H, Sq, D), k (B, Hkv, Sk, D), v, attention_mask, dropout=, scaling=, **kwargs)
-        -> (out (B, Sq, H, D), attention weights or None)
+    out, weights = attention_forward(module, q, k, v, attention_mask, dropout=0.1, scaling=0.125)
 
 Every call is counted on its module (see report.py). A call that the kernel cannot take goes to
 PyTorch's SDPA, or to the model's own eager function where SDPA cannot express it; its reason is
@@ -41,7 +39,7 @@ _DEFAULTS = Settings()
 
 
 class FallbackError(RuntimeError):
-    """strict=True, and a call could not run on the kernel."""
+    """A call of a module patched with strict=True could not run on the kernel."""
 
 
 def attention_forward(
@@ -57,8 +55,21 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention interface.
 
-    Raises FallbackError under strict=True, NotImplementedError if neither the kernel nor a fallback
-    can do it.
+    Args:
+        module: the attention module; its calls are counted, its Settings obeyed.
+        query: (B, H, Sq, D).  key, value: (B, Hkv, Sk, D). fp32 is cast under autocast.
+        attention_mask: what masks.attention_mask made, a mask of the caller's own (bool or
+            additive, (B, 1, Sq, Sk)), or None.
+        dropout: of the attention weights.  scaling: 1 / sqrt(D) unless told.
+        is_causal: unless told, what the module says.
+        kwargs: whatever the model passes on, such as position_ids, sliding_window, softcap,
+            cu_seq_lens_q.
+
+    Returns: out (B, Sq, H, D), and the attention weights or None.
+
+    Raises:
+        FallbackError: strict=True, and the kernel cannot take the call.
+        NotImplementedError: neither the kernel nor a fallback can.
     """
     query, key, value = _autocast(query, key, value)
     call = Call(
@@ -96,9 +107,7 @@ def attention_forward(
 
 
 def _why_not(call: Call) -> str | None:
-    """The reason why this call cannot go to the kernel, from what only Transformers knows; None
-    if there is none.
-    """
+    """Why this call cannot go to the kernel, from what only Transformers knows, or None."""
     extra, mask = call.extra, call.mask
     if call.weights_wanted:
         return "output_attentions=True: the kernel never builds attention weights"
@@ -200,9 +209,7 @@ def _run(call: Call) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, copied only if its strides or its address are not the multiples of 16 bytes that TMA
-    loads ask for.
-    """
+    """x, copied only where TMA could not load it: strides and address in multiples of 16 bytes."""
     if x.device.type != "cuda":
         return x
     sizes, strides = x.shape, x.stride()
@@ -250,8 +257,9 @@ def _run_given(
 def _run_compacted(
     q: Tensor, k: Tensor, v: Tensor, found: Compaction, options: dict[str, Any]
 ) -> Tensor:
-    """Kept keys first, so that a length is all the kernel needs; causal: queries in the same
-    order, and back.
+    """Kept keys first, so that a length is all the kernel needs.
+
+    Causal: the queries in the same order, and the result back in theirs.
     """
     causal = options["causal"]
     out = functional.flash_attn_func(

@@ -1,4 +1,8 @@
-"""One call of an attention function, in the terms of the kernel."""
+"""What Transformers hands an attention function, translated into the terms of the kernel.
+
+A model says causal, windowed or packed in several ways: by the mask, by the module, by keywords, by
+position_ids that restart. Call answers each question once, for the kernel and for the fallback.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +52,9 @@ class Call:
 
     @property
     def window(self) -> tuple[int, int]:
-        """flash-attn's window; (-1, -1) if it hides nothing. Transformers counts the token
-        itself.
+        """flash-attn's window (left, right); (-1, -1) if it hides nothing.
+
+        Transformers' sliding_window counts the token itself, flash-attn's does not.
         """
         window = self.extra.get("sliding_window")
         if not isinstance(window, int) or self.seqlen_k <= window:
@@ -67,8 +72,7 @@ class Call:
 
     @property
     def unchecked_positions(self) -> Tensor | None:
-        """position_ids (B or 1, S) that may tell of packed sequences and that nobody has looked at
-        yet.
+        """position_ids (B or 1, S) that nobody has searched for packed sequences yet.
 
         Transformers looks where there is neither mask nor cache, in causal models, and then makes a
         mask. An all-ones mask is no mask; with another one, positions say nothing about packing.
@@ -92,8 +96,10 @@ class Call:
         return named or bool(getattr(self.module, "is_cross_attention", False))
 
     def packed_plan(self) -> VarlenPlan | None:
-        """cu_seqlens of positions that restart. Reads the device once per forward: what came out is
-        remembered with the tensor, for the other layers.
+        """cu_seqlens of positions that restart, or None.
+
+        Reads the device once per forward: what came out is remembered with the tensor, for the
+        other layers.
         """
         positions = self.unchecked_positions
         if positions is None:

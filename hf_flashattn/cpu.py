@@ -23,9 +23,8 @@ _sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _sdpa_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-@torch.autocast(
-    "cpu", enabled=False
-)  # the caller's autocast would round the reference's fp32 products
+# The caller's autocast would round the reference's fp32 products.
+@torch.autocast("cpu", enabled=False)
 def forward(
     q: Tensor,
     k: Tensor,
@@ -134,12 +133,11 @@ def backward(
 
 
 class _Mask:
-    """What SDPA needs to know of a dense call's visibility, and the rows and keys it must not be
-    shown.
+    """A dense call's visibility as SDPA takes it, and the rows and keys it must not be shown.
 
-    causal: SDPA's own flag (top-left aligned, so Sq == Sk only).  bias: (B or 1, 1, Sq, Sk), 0 or
-        -inf, or None.
-    row_sees: (B or 1, 1, Sq) and key_seen: (B or 1, 1, Sk), or None if all do and all are.
+    causal: SDPA's own flag (top-left aligned, so Sq == Sk only).
+    bias: (B or 1, 1, Sq, Sk), 0 or -inf; None if nothing is hidden.
+    row_sees, key_seen: (B or 1, 1, Sq) and (B or 1, 1, Sk); None if all do, and all are.
     """
 
     def __init__(

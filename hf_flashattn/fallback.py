@@ -50,8 +50,7 @@ def fall_back(call: Call, choice: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _sdpa(call: Call, mask: Tensor | None) -> Tensor:
-    # PyTorch aligns a causal mask at the top left: right for Sq == Sk only, so that any other comes
-    # as a mask.
+    # PyTorch aligns causal at the top left, right for Sq == Sk only: any other comes as a mask.
     extra = {
         name: x
         for name, x in call.extra.items()
@@ -107,9 +106,7 @@ def _dense_mask(call: Call) -> Tensor | None:
 
 
 def _dense_of_given(call: Call) -> Tensor:
-    """The boolean mask of the caller's cu_seqlens, whose sequences lie one behind the other in a
-    batch of one.
-    """
+    """The boolean mask (1, 1, Sq, Sk) of the caller's cu_seqlens: a batch of one, end to end."""
     ids = []
     for name, length in (("cu_seq_lens_q", call.seqlen_q), ("cu_seq_lens_k", call.seqlen_k)):
         tokens = torch.arange(length, device=call.query.device)
@@ -119,8 +116,10 @@ def _dense_of_given(call: Call) -> Tensor:
 
 
 def _open_empty_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A softmax over nothing is NaN, forward and backward: such rows see every key, and are set
-    to 0 afterwards.
+    """The mask with empty rows opened, and those rows (B or 1, 1, Sq, 1), or None.
+
+    A softmax over nothing is NaN, forward and backward: such rows see every key, and are set to 0
+    afterwards.
     """
     if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return mask, None

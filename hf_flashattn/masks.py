@@ -37,8 +37,9 @@ from hf_flashattn.unpadding import VarlenPlan, plan_varlen
 
 @dataclass(frozen=True, eq=False)
 class KeyRange:
-    """Row b sees the keys start[b] <= c < start[b] + length[b]; only the first `used` keys exist
-    (None: all).
+    """Row b sees the keys start[b] <= c < start[b] + length[b].
+
+    used: only so many keys exist yet, as in a static cache; None means all.
     """
 
     start: Tensor  # int32 (B,)
@@ -49,9 +50,7 @@ class KeyRange:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """A query sees the keys of its row that bear its number; 0 sees nothing and is seen by
-    nobody.
-    """
+    """A query sees the keys of its row that bear its number; 0 neither sees nor is seen."""
 
     query_ids: Tensor  # int32 (B, Sq)
     key_ids: Tensor  # int32 (B, Sk)
@@ -61,8 +60,9 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class Compaction:
-    """The keys of row b in the order `order[b]` have the `count[b]` kept ones first; causal: the
-    queries likewise.
+    """The keys of row b in the order `order[b]` have the `count[b]` kept ones first.
+
+    Causal: so have the queries. inverse[b] leads back.
     """
 
     order: Tensor  # int32 (B, Sk)
@@ -105,11 +105,16 @@ def attention_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Transformers' mask interface: None (every key, or causal by the module), a carrier, or bool
-    (B, 1, Sq, Sk).
+    """Transformers' mask interface.
 
-    attention_mask: bool (B, at most kv_length), True is a token. q_offset: where the queries start
-    among the keys, a tensor under a static cache.
+    Args:
+        q_offset: where the queries start among the keys; a tensor under a static cache.
+        mask_function: what each query may see; causal unless told.
+        attention_mask: bool (B, at most kv_length), True is a token.
+        kwargs: the rest of the interface, for Transformers' own mask where ours cannot say it.
+
+    Returns: None where every key counts (or causal by the module), a carrier (int32, see above), or
+        Transformers' boolean mask (B, 1, Sq, Sk).
     """
     arguments = dict(
         kwargs,
@@ -172,8 +177,9 @@ def _windowed(pattern: _compat.MaskPattern, kv_length: int) -> bool:
 
 
 def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[str, Any]) -> bool:
-    """Did the model ask for a real mask, to combine it with another? (For one query it means a
-    compiled decode.)
+    """Did the model ask for a real mask, to combine it with another?
+
+    For one query the same flag only means a compiled decode.
     """
     if pattern.packed_ids is not None or pattern.unpacked:
         return False  # Transformers itself says "no skip" when it composes packing
@@ -244,9 +250,7 @@ def _fit(mask: Tensor, length: int) -> Tensor:
 
 
 def _range_of(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """bool (B, S) -> first kept key and number of kept keys, int32 (B,), and whether they are
-    neighbours, bool (B,).
-    """
+    """bool (B, S) -> int32 (B,) first kept key, int32 (B,) how many, bool (B,) all neighbours?"""
     flags = kept.to(torch.int32)
     start = flags.argmax(-1)  # the first of the largest: 0 if nothing is kept
     last = kept.shape[-1] - 1 - flags.flip(-1).argmax(-1)
@@ -272,9 +276,7 @@ def encode_range(start: Tensor, length: Tensor, *, causal: bool, used: int | Non
 
 
 def encode_segments(query_ids: Tensor, key_ids: Tensor, *, causal: bool) -> Tensor:
-    """int32 (B, 1, 2, Sq + Sk), causal one column more; the second row is a spare that tells the
-    shape apart.
-    """
+    """int32 (B, 1, 2, Sq + Sk), causal one column more. The second row is there for the shape."""
     columns = [query_ids.to(torch.int32), key_ids.to(torch.int32)]
     if causal:
         columns.append(columns[1].new_zeros(key_ids.shape[0], 1))
@@ -294,8 +296,7 @@ def encode_compaction(kept: Tensor, *, causal: bool) -> Tensor:
 
 
 def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
-    """What a carrier says to a layer with seqlen_q queries and seqlen_k keys; None if `mask` is not
-    ours.
+    """What a carrier says to a layer of seqlen_q queries and seqlen_k keys; None if it is not ours.
 
     Raises ValueError if a carrier was altered on its way, as masks of the usual form may be.
     """
@@ -343,10 +344,9 @@ def _altered(mask: Tensor, seqlen_q: int, seqlen_k: int) -> ValueError:
 def dense(
     found: Descriptor | None, seqlen_q: int, seqlen_k: int, *, causal: bool, device: torch.device
 ) -> Tensor | None:
-    """The boolean mask (B or 1, 1, Sq, Sk) that says the same, True where a query sees a key; None:
-    everything.
+    """The boolean mask (B or 1, 1, Sq, Sk) that says the same, True where a query sees a key.
 
-    causal: what to do without a descriptor; a descriptor knows its own.
+    None means that it sees all. causal: what holds without a descriptor, which knows its own.
     """
     keys = torch.arange(seqlen_k, device=device)
     mask, last_key = None, seqlen_k - 1

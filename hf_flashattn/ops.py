@@ -35,9 +35,8 @@ BACKWARD_SCHEMA = (
     "float softmax_scale, bool causal, bool deterministic) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
-_DEFINED_BY = (
-    "HF_FLASHATTN_SCHEMAS_DEFINED_BY"  # read by schemas_are_defined() in torch_binding.cpp
-)
+# Read by schemas_are_defined() in torch_binding.cpp.
+_DEFINED_BY = "HF_FLASHATTN_SCHEMAS_DEFINED_BY"
 
 
 # -------------------------------------------------------------------------------------- the library
@@ -45,9 +44,10 @@ _DEFINED_BY = (
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """path: the loaded library, or None. reason: why there is none, and the next step; empty when
-    loaded.
+    """What is known of the compiled library.
 
+    path: the loaded library, or None.
+    reason: why there is none, and the next step; empty when loaded.
     failed: it was wanted and is not to be had here, as opposed to not built yet.
     """
 
@@ -74,12 +74,10 @@ def library_status() -> LibraryStatus:
 def load_library(
     *, build_if_missing: bool = True, retry: bool = False, verbose: bool = True
 ) -> LibraryStatus:
-    """Load the compiled library once a process, building it first if it is missing and that is
-    allowed.
+    """Load the compiled library once a process, building it first where that is allowed.
 
-    Never raises: the status says what is missing. What failed once is not tried again (a build
-        takes minutes, and
-    callers that fall back ask for every call), unless retry.
+    Never raises: the status says what is missing. What failed once is not tried again unless
+    retry, for a build takes minutes and callers that fall back ask for every call.
     """
     global _status, _tried
     wanted = 2 if build_if_missing else 1
@@ -101,11 +99,7 @@ def load_library(
 
 
 def library_available(device: torch.device | str) -> bool:
-    """Whether calls on this device would run now: the CPU always, CUDA if the library is (or can
-    be) loaded.
-
-    Builds nothing.
-    """
+    """Whether calls on this device would run now: the CPU always, CUDA with a library. No build."""
     return torch.device(device).type == "cpu" or load_library(build_if_missing=False).loaded
 
 
@@ -302,8 +296,7 @@ def backward(
 
 
 def new_rng_state(device: torch.device) -> Tensor:
-    """(2,) int64 seed and offset for one call's dropout, from the device's torch generator: no
-    sync.
+    """Seed and offset of one call's dropout, int64 (2,), from the device's generator: no sync.
 
     torch.manual_seed, gradient checkpointing and CUDA graphs thereby replay the mask.
     """

@@ -29,8 +29,7 @@ _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _PHILOX_ROUNDS = 7
 
-# Score elements computed at once; larger problems are cut into chunks of heads (1 GiB of fp32 a
-# chunk).
+# Score elements computed at once, 1 GiB of fp32; larger problems are cut into chunks of heads.
 _MAX_SCORES = 1 << 28
 
 
@@ -81,8 +80,7 @@ def dropout_mask(
 ) -> Tensor:
     """The exact mask of the kernels: bool (batch, heads, sq, sk), True where an element is kept.
 
-    seed, offset: 64-bit integers, or int64 tensors of one element (which stay on their device, no
-        sync).
+    seed, offset: 64-bit integers, or int64 tensors of one element, which stay on their device.
     """
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
@@ -160,15 +158,15 @@ def attention_reference(
         q: dense (B, Sq, Hq, D), packed (Tq, Hq, D).
         k, v: dense (B, Sk, Hkv, D), packed (Tk, Hkv, D).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) offsets of the packed sequences; both or neither.
-        key_start, key_len: (B,) dense only: row b sees keys key_start[b] <= c < key_start[b] +
-            key_len[b].
+        key_start, key_len: (B,), dense only: row b sees the keys
+            key_start[b] <= c < key_start[b] + key_len[b].
         rng_state: (2,) int64 seed and offset of the dropout mask; needed if dropout_p > 0.
         math_dtype: what the matrix products and the softmax are computed in; fp32 (fp64 for fp64
             inputs) unless told. With q.dtype this is "the same PyTorch math in the low precision",
             whose error against fp32 is the yardstick of the tests.
 
-    Returns: out shaped as q and rounded to its dtype, lse fp32 (fp64 for fp64 inputs), dense (B,
-        Hq, Sq), packed (Hq, Tq).
+    Returns: out, shaped as q and rounded to its dtype; lse, fp32 (fp64 for fp64 inputs), dense
+        (B, Hq, Sq), packed (Hq, Tq).
     """
     scale = softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5
     math_dtype = math_dtype or torch.promote_types(q.dtype, torch.float32)
@@ -321,11 +319,16 @@ def attention_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient as the kernels compute it, from out and LSE instead of a stored P.
 
-    With Z = keep / (1 - p):  dV = (P * Z)^T dO,  dP = (dO V^T) * Z,  dS = P * (dP - rowsum(dO *
-    O)), dQ = scale * dS K,  dK = scale * dS^T Q.
+        Z  = keep / (1 - p)
+        dV = (P * Z)^T dO
+        dP = (dO V^T) * Z
+        dS = P * (dP - rowsum(dO * O))
+        dQ = scale * dS K
+        dK = scale * dS^T Q
 
-    Returns dq, dk, dv shaped and typed as q, k, v. Shapes of the arguments as in
-    attention_reference.
+    Args: dout, out shaped as q; the others as in attention_reference, whose lse this takes.
+
+    Returns: dq, dk, dv shaped and typed as q, k, v.
     """
     scale = softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5
     dropout = (dropout_p, rng_state) if dropout_p > 0 else None

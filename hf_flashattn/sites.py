@@ -1,5 +1,7 @@
-"""Finding the attention modules of any model, and what stands in the way of those that cannot be
-reached.
+"""Finds the attention modules of any model, and says why some are out of reach.
+
+Within reach is what looks its attention function up in Transformers' registry. The search reads
+source text, not names of models, so it holds for models written later.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from hf_flashattn.report import Site
 
 
 def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[Site]:
-    """The attention modules of a model in order, those that Transformers' dispatch cannot reach
-    included. excludes(name): why the user keeps a module off the kernel, or None.
+    """The attention modules of a model in order, those out of the dispatch's reach included.
+
+    excludes(name): why the user keeps a module off the kernel, or None.
     """
     sites = []
     for name, module in model.named_modules():
@@ -30,9 +33,7 @@ def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[
 
 
 def _spoil_shared_masks(model: nn.Module, sites: list[Site]) -> None:
-    """A model with both kinds stays as it is: its masks, made once for both, would be in our
-    form for both.
-    """
+    """A model with both kinds stays as it is: masks are made once for both, in one form."""
     blockers: dict[int, str] = {}
     for site in sites:
         owner = owner_of(model, site.name)
@@ -57,9 +58,7 @@ def _spoil_shared_masks(model: nn.Module, sites: list[Site]) -> None:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    """An attention module of its own: named so, with weights, and not the wrapper of another
-    one.
-    """
+    """An attention module of its own: named so, with weights, and no wrapper of another one."""
     if (
         not re.search(r"Attention|Attn", type(module).__name__)
         or next(module.parameters(), None) is None
@@ -87,9 +86,7 @@ def _dispatches(cls: type[nn.Module]) -> bool:
 
 
 def owner_of(model: nn.Module, name: str) -> PreTrainedModel | None:
-    """The innermost PreTrainedModel that holds the module of this name: the one that makes its
-    masks.
-    """
+    """The innermost PreTrainedModel around the module of this name, which makes its masks."""
     owner = model if isinstance(model, PreTrainedModel) else None
     parts = name.split(".") if name else []
     for part in parts:

@@ -17,20 +17,14 @@ from hf_flashattn import support
 
 @dataclass(frozen=True, eq=False)
 class VarlenPlan:
-    """Where each token of a (B, S) batch goes in the packed layout (total, ...) that the varlen
-    kernel takes.
-    """
+    """Where each token of a (B, S) batch goes in the packed layout (total, ...) of varlen."""
 
     cu_seqlens_q: Tensor  # int32 (sequences + 1,)
     cu_seqlens_k: Tensor  # int32 (sequences + 1,)
     max_seqlen_q: int
     max_seqlen_k: int
-    index_q: (
-        Tensor | None
-    )  # int64 (total_q,) into the flattened (B * Sq); None: all tokens, in order
-    index_k: (
-        Tensor | None
-    )  # int64 (total_k,) into the flattened (B * Sk); None: all tokens, in order
+    index_q: Tensor | None  # int64 (total_q,) into (B * Sq); None: all tokens, in order
+    index_k: Tensor | None  # int64 (total_k,) into (B * Sk); None: all tokens, in order
 
     def pack_q(self, x: Tensor) -> Tensor:
         """(B, Sq, H, D) -> (total_q, H, D)."""
@@ -98,9 +92,7 @@ def _judge(position_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
-    flat = x.reshape(
-        -1, *x.shape[2:]
-    )  # a view for what a projection gives: batch and sequence are neighbours
+    flat = x.reshape(-1, *x.shape[2:])  # a view of a projection: batch and sequence adjoin
     return flat if index is None else flat.index_select(0, index)
 
 
@@ -118,6 +110,5 @@ def _cumulate(counts: Tensor) -> Tensor:
 def _index(ids: Tensor, total: int) -> Tensor | None:
     if total == ids.numel():
         return None
-    # A stable sort brings the tokens forward in order; unlike nonzero it does not sync, as `total`
-    # is known.
+    # A stable sort brings the tokens forward in order and, as `total` is known, needs no sync.
     return torch.argsort((ids == 0).reshape(-1).to(torch.uint8), stable=True)[:total]

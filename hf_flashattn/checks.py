@@ -162,8 +162,8 @@ def _check_packed(
         )
     if key_start is not None or key_len is not None:
         _bad(
-            "key_start and key_len: expected None with cu_seqlens",
-            "either",
+            "expected cu_seqlens alone, got key_start or key_len with them",
+            "one of the two ways to say what is real",
             "say the lengths in cu_seqlens",
         )
     shape = cu_seqlens_q.shape

@@ -43,21 +43,26 @@ def flash_attn_func(
     """softmax(softmax_scale * q k^T + mask) v, per head.
 
     Args:
-        q: (B, Sq, Hq, D).  k, v: (B, Sk, Hkv, D), Hq a multiple of Hkv. On CUDA: fp16 or bf16, D 64
-            or 128.
-        dropout_p: probability of dropping an attention weight (pass 0.0 when evaluating). Kept in
-            1/256ths.
+        q: (B, Sq, Hq, D).  k, v: (B, Sk, Hkv, D), Hq a multiple of Hkv.
+            On CUDA: fp16 or bf16, D 64 or 128. On a CPU: any D, fp32 and fp64 too.
+        dropout_p: probability of dropping an attention weight, rounded to 1/256ths; 0.0 when
+            evaluating.
         softmax_scale: 1 / sqrt(D) unless told.
-        causal: row r sees keys c <= r + Sk - Sq.
-        window_size, softcap, alibi_slopes: not there yet, defaults only ((-1, 0) is taken as
-            causal).
+        causal: row r sees the keys c <= r + Sk - Sq.
+        window_size, softcap, alibi_slopes: defaults only, the rest is not there yet; window_size
+            (-1, 0) means causal.
         deterministic: gradients bitwise equal from run to run, somewhat slower.
-        key_start, key_len: int32 (B,) on q's device. Row b sees keys key_start[b] <= c <
-            key_start[b] + key_len[b]; None means from 0, and to the end.
+        key_start, key_len: int32 (B,) on q's device, row b sees the keys
+            key_start[b] <= c < key_start[b] + key_len[b]; None: from 0, and to the end.
 
-    Returns: out (B, Sq, Hq, D); with return_attn_probs the tuple (out, softmax_lse fp32 (B, Hq,
-        Sq), None). flash-attn's third entry, the dropped probabilities, is for its tests only and
-        is never built here.
+    Returns: out (B, Sq, Hq, D) in q's dtype. With return_attn_probs (out, softmax_lse, None),
+        softmax_lse fp32 (B, Hq, Sq); flash-attn's third entry, the dropped probabilities, serves
+        its tests and is never built here.
+
+    Raises:
+        TypeError, ValueError: tensors that cannot go together; see checks.py.
+        NotImplementedError: what is not there yet: a dtype, head dim, GPU or option.
+        RuntimeError: CUDA tensors, and the library is missing and cannot be built.
     """
     causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
     q, k, v = _under_autocast(q, k, v)
@@ -168,19 +173,22 @@ def flash_attn_varlen_func(
         q: (total_q, Hq, D).  k, v: (total_k, Hkv, D).
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) on q's device: 0 and the running sum of the
             lengths; empty sequences are allowed. Their values are read once for each tensor (see
-            support.py).
+            checks.py).
         max_seqlen_q, max_seqlen_k: the longest lengths, or more.
         block_table: not there yet.
         The others as in flash_attn_func.
 
-    Returns: out (total_q, Hq, D); with return_attn_probs (out, softmax_lse fp32 (Hq, total_q),
-        None).
+    Returns: out (total_q, Hq, D). With return_attn_probs (out, softmax_lse, None), softmax_lse fp32
+        (Hq, total_q).
+
+    Raises: as flash_attn_func.
     """
     causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes, block_table)
     q, k, v = _under_autocast(q, k, v)
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+    if not isinstance(cu_seqlens_q, Tensor) or not isinstance(cu_seqlens_k, Tensor):
+        got = f"{type(cu_seqlens_q).__name__} and {type(cu_seqlens_k).__name__}"
         raise TypeError(
-            "hf_flashattn: expected tensors cu_seqlens_q and cu_seqlens_k, got None. Nearest "
+            f"hf_flashattn: expected tensors cu_seqlens_q and cu_seqlens_k, got {got}. Nearest "
             "supported: flash_attn_func for dense batches. Next step: pass int32 offsets"
         )
     max_seqlen_q, max_seqlen_k = (
@@ -229,7 +237,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """flash_attn_varlen_func with kv (total_k, 2, Hkv, D)."""
+    """flash_attn_varlen_func with kv (total_k, 2, Hkv, D): no copy, one gradient tensor."""
     k, v = _unpack("kv", kv, 2, "(total, 2, heads, head_dim)")
     return flash_attn_varlen_func(
         q,
@@ -263,7 +271,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """flash_attn_varlen_func with qkv (total, 3, H, D)."""
+    """flash_attn_varlen_func with qkv (total, 3, H, D): no copy, one gradient tensor."""
     q, k, v = _unpack("qkv", qkv, 3, "(total, 3, heads, head_dim)")
     return flash_attn_varlen_func(
         q,

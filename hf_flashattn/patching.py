@@ -1,8 +1,8 @@
 """patch_model: one line makes a Hugging Face model run on our kernels, per instance and reversibly.
 
-    report = patch_model(model)     # this instance only; other models, even of the same config
-    object, stay as they are print(report)                   # which modules run on the kernel,
-    which don't, and why unpatch_model(model)            # exactly as before
+    report = patch_model(model)   # this instance only, whoever else holds its config object
+    print(report)                 # which modules run on the kernel, which don't, and why
+    unpatch_model(model)          # exactly as before
 
 One mechanism for every model. Transformers looks up the attention function and the mask function by
 the name in the config, so the model gets private copies of its configs (the original may be shared)
@@ -21,24 +21,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_flashattn import _compat
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.masks import TRACED
-from hf_flashattn.report import Report, Site, format_rows
+from hf_flashattn.report import Report, Site, forget_calls, format_rows
 from hf_flashattn.sites import find_sites, owner_of
 
 FLASH_NAME = "hf_flashattn"
 ALIAS_NAME = "hf_fused_attn"
 
 _STATE = "_hf_flashattn_patch"  # the attribute of a patched model that holds its Patch
-_ABSENT = object()
 
 
 class PatchError(RuntimeError):
-    """The model cannot be patched as asked: strict=True and a module that the kernel cannot take,
-    or a part that is patched already. Nothing was changed.
+    """The model cannot be patched as asked. Nothing was changed.
+
+    strict=True met a module that the kernel cannot take, a part is patched already, or `include`
+    fits no attention module.
     """
 
 
@@ -53,21 +55,35 @@ def patch_model(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Report:
-    """Makes this instance of a model run its attention on our kernels. Returns the report, which
-    keeps counting.
+    """Makes this instance of a model run its attention on our kernels.
 
-    model: any module that holds Transformers models; PEFT, DDP and torch.compile wrappers are
-    looked through. strict: raise PatchError now for a module that cannot run on the kernel, and
-    FallbackError later for a call that cannot,
-        instead of falling back.
-    fallback: "sdpa" or "eager", for calls that the kernel cannot take.
-    include, exclude: glob patterns of module names (as in the report); the others use the fallback.
+    Patching twice changes nothing; with other options it patches anew, and the counts of calls
+    begin at 0. Until unpatch_model, `model.config` is a copy: what is set on it meanwhile is
+    carried over to the original then.
 
-    Patching twice changes nothing; with other options it patches anew. Until unpatch_model,
-    `model.config` is a copy: what is set on it meanwhile is carried over to the original then.
+    Args:
+        model: any module that holds Transformers models; PEFT, DDP and torch.compile wrappers are
+            looked through.
+        strict: no fallback: PatchError now for a module that cannot run on the kernel,
+            FallbackError later for a call that cannot.
+        fallback: "sdpa" or "eager", for calls that the kernel cannot take.
+        include, exclude: glob patterns of module names, as the report shows them: one or a
+            sequence. What is not included, or is excluded, uses the fallback.
+
+    Returns: the report, which keeps counting.
+
+    Raises:
+        PatchError: strict=True and a module that cannot, a part that is patched already, or an
+            `include` that no attention module matches.
+        TypeError, ValueError: no torch module; another `fallback`.
     """
     if fallback not in ("sdpa", "eager"):
         raise ValueError(f'hf_flashattn: fallback: expected "sdpa" or "eager", got {fallback!r}')
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"hf_flashattn: model: expected a torch module, got {type(model).__name__}. Next step: "
+            "load it first, for example with AutoModel.from_pretrained"
+        )
     inner = unwrap(model)
     options = _Options(strict, fallback, _patterns(include), _patterns(exclude))
     patch = inner.__dict__.get(_STATE)
@@ -81,9 +97,7 @@ def patch_model(
 
 
 def unpatch_model(model: nn.Module) -> bool:
-    """Puts the model back as it was before patch_model, and says whether there was anything to
-    undo.
-    """
+    """Puts the model back as it was before patch_model. Returns whether there was a patch."""
     inner = unwrap(model)
     patch = inner.__dict__.get(_STATE)
     if patch is None:
@@ -94,8 +108,12 @@ def unpatch_model(model: nn.Module) -> bool:
 
 @contextmanager
 def patched(model: nn.Module, **options: Any) -> Iterator[Report]:
-    """patch_model for the length of a with-block; afterwards the model is as it was before,
-    patched or not.
+    """patch_model for the length of a with-block; then the model is as before, patched or not.
+
+        with patched(model, strict=True) as report:
+            model(**batch)
+
+    options: those of patch_model.
     """
     inner = unwrap(model)
     before = inner.__dict__.get(_STATE)
@@ -125,9 +143,7 @@ def attention_report(model: nn.Module) -> Report:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP and FSDP (.module), torch.compile (._orig_mod) and PEFT
-    (get_base_model()).
-    """
+    """The model inside its wrappers: DDP and FSDP (.module), torch.compile (._orig_mod), PEFT."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -154,11 +170,12 @@ class _Options:
     def arguments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("strict", "fallback", "include", "exclude")}
 
+    def includes(self, name: str) -> bool:
+        return self.include is None or any(fnmatch.fnmatchcase(name, x) for x in self.include)
+
     def excludes(self, name: str) -> str | None:
         """The reason why a module of this name stays off the kernel, or None."""
-        if self.include is not None and not any(
-            fnmatch.fnmatchcase(name, glob) for glob in self.include
-        ):
+        if not self.includes(name):
             return f"not in include={list(self.include)}"
         for glob in self.exclude or ():
             if fnmatch.fnmatchcase(name, glob):
@@ -166,8 +183,14 @@ class _Options:
         return None
 
 
+class _Absent:
+    """What an attribute was that was not there. A type: a deep-copied model has a copied mark."""
+
+
 @dataclass(eq=False)
 class _ConfigCopy:
+    """One config object of the model and the copy it got; at_patch: the copy's first contents."""
+
     original: PreTrainedConfig
     copy: PreTrainedConfig
     at_patch: dict[str, Any] = field(default_factory=dict)
@@ -179,29 +202,24 @@ class Patch:
 
     owner: nn.Module
     options: _Options
-    attributes: list[tuple[nn.Module, str, Any]] = field(
-        default_factory=list
-    )  # (module, name, former value)
+    # (module, name, former value)
+    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     configs: list[_ConfigCopy] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)  # handles
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
-        """Sets an instance attribute, past nn.Module.__setattr__, and remembers the former
-        value.
-        """
-        former = module.__dict__.get(name, _ABSENT)
+        """Sets an instance attribute, past nn.Module.__setattr__; the former value is logged."""
+        former = module.__dict__.get(name, _Absent())
         self.attributes.append((module, name, former))
         module.__dict__[name] = value
 
     def undo(self) -> None:
-        """The reverse of everything, last first; what the user set on a config copy goes to its
-        original.
-        """
+        """Everything in reverse; what the user set on a config copy goes to its original."""
         for handle in reversed(self.hooks):
             handle.remove()
         originals = {id(pair.copy): pair.original for pair in self.configs}
         for module, name, former in reversed(self.attributes):
-            if isinstance(former, _Absent) or former is _ABSENT:
+            if isinstance(former, _Absent):
                 module.__dict__.pop(name, None)
             elif id(module.__dict__.get(name)) in originals or not isinstance(
                 former, PreTrainedConfig
@@ -209,13 +227,6 @@ class Patch:
                 module.__dict__[name] = former
         for pair in self.configs:
             _carry_over(pair, originals)
-
-
-class _Absent:
-    """Type of the marker of an attribute that was not there; a copied model has a copied marker."""
-
-
-_ABSENT = _Absent()
 
 
 def _carry_over(pair: _ConfigCopy, originals: dict[int, PreTrainedConfig]) -> None:
@@ -232,8 +243,9 @@ def _carry_over(pair: _ConfigCopy, originals: dict[int, PreTrainedConfig]) -> No
 
 def _patch(model: nn.Module, options: _Options) -> None:
     sites = find_sites(model, options.excludes)
+    _refuse_empty_include(model, sites, options)
     if options.strict:
-        _refuse(model, sites)
+        _refuse_fallbacks(model, sites)
     patch = Patch(model, options)
     try:
         copies = _privatize_configs(model, patch)
@@ -241,6 +253,7 @@ def _patch(model: nn.Module, options: _Options) -> None:
         for site in sites:
             if site.unsupported is not None:
                 continue
+            forget_calls(site.module)
             owner = owner_of(model, site.name)
             name = _choose_name(owner)
             for config in (site.module.config, getattr(owner, "config", None)):
@@ -275,10 +288,30 @@ def _refuse_nesting(model: nn.Module) -> None:
             )
 
 
-def _refuse(model: nn.Module, sites: list[Site]) -> None:
+def _refuse_empty_include(model: nn.Module, sites: list[Site], options: _Options) -> None:
+    """A pattern with a slip in it would quietly leave every module on the fallback."""
+    if (
+        options.include is not None
+        and sites
+        and not any(options.includes(site.name) for site in sites)
+    ):
+        raise PatchError(
+            f"hf_flashattn: include={list(options.include)}: expected a pattern of the attention "
+            f"modules of {type(model).__name__}, got none that fits. Nearest supported: "
+            f"{sites[0].name!r} and {len(sites) - 1} more, as the report lists them. Next step: "
+            "correct the pattern; * stands for anything, dots included"
+        )
+
+
+def _refuse_fallbacks(model: nn.Module, sites: list[Site]) -> None:
+    if not sites:
+        raise PatchError(
+            f"hf_flashattn: strict=True: expected attention modules in {type(model).__name__}, got "
+            "none. Next step: patch the Transformers model itself, or leave out strict"
+        )
     wanted = [site for site in sites if site.excluded is None]
     bad = [site for site in wanted if site.forecast()[0] not in ("kernel", "cpu implementation")]
-    if bad or not sites:
+    if bad:
         table = format_rows([site._row(*site.forecast(), calls=site.row().calls) for site in bad])
         raise PatchError(
             f"hf_flashattn: strict=True: expected every attention module of "
@@ -289,9 +322,7 @@ def _refuse(model: nn.Module, sites: list[Site]) -> None:
 
 
 def _privatize_configs(model: nn.Module, patch: Patch) -> set[int]:
-    """Gives the model's modules copies of their configs, one copy for each object. Returns the
-    ids of the copies.
-    """
+    """Gives the modules copies of their configs, one for each object. Returns the copies' ids."""
     memo: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         for name, value in list(module.__dict__.items()):
@@ -315,8 +346,9 @@ def _copy_config(
 
 
 def _choose_name(owner: nn.Module | None) -> str:
-    """The flash name where the model takes any flash implementation, else the alias that no
-    flash rule applies to.
+    """The flash name where the model takes any flash implementation, else the alias.
+
+    No flash rule of Transformers applies to the alias.
     """
     takes_flash = getattr(owner, "_supports_flash_attn", False)
     return (
@@ -327,8 +359,8 @@ def _choose_name(owner: nn.Module | None) -> str:
 
 
 class _PositionIdsHook:
-    """Forward pre-hook: tells the mask function whether the caller passed position_ids, which a
-    trace cannot.
+    """Forward pre-hook: tells the mask function what a trace cannot, whether the caller passed
+    position_ids.
     """
 
     def __init__(self, index: int) -> None:

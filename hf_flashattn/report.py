@@ -27,9 +27,7 @@ class Calls:
     kernel: int = 0  # ran on our CUDA kernel
     cpu: int = 0  # ran on our op's CPU implementation: same call, no kernel
     fallback: int = 0  # ran on PyTorch's SDPA or the model's eager function
-    traced: bool = (
-        False  # some of these were traces of torch.compile, which stand for any number of runs
-    )
+    traced: bool = False  # some were traces of torch.compile: each stands for any number of runs
     implementations: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
 
@@ -44,6 +42,11 @@ _CALLS: WeakKeyDictionary[nn.Module, Calls] = WeakKeyDictionary()
 def calls_of(module: nn.Module) -> Calls:
     """The counters of `module`, all zero if it was never called."""
     return _CALLS.get(module) or Calls()
+
+
+def forget_calls(module: nn.Module) -> None:
+    """Let the counters of `module` start anew."""
+    _CALLS.pop(module, None)
 
 
 def count_kernel(module: nn.Module, implementation: str) -> None:
@@ -123,13 +126,11 @@ def _capability(index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Row:
-    """One attention module. runs: "kernel", "cpu implementation", "fallback", "mixed" or
-    "unsupported".
-    """
+    """One attention module, as a line of the table."""
 
     module: str
     cls: str
-    runs: str
+    runs: str  # "kernel", "cpu implementation", "fallback", "mixed" or "unsupported"
     why: str
     calls: Calls
 
@@ -173,8 +174,9 @@ class Site:
         return Row(self.name, type(self.module).__name__, runs, why, calls)
 
     def forecast(self) -> tuple[str, str]:
-        """(runs, why) from the module's weights and attributes; masks and dtypes under autocast
-        only show in a call.
+        """(runs, why) from the module's weights and attributes.
+
+        Masks, and dtypes under autocast, only show in a call.
         """
         if self.unsupported is not None:
             return "unsupported", self.unsupported
@@ -243,12 +245,15 @@ class Report:
     def assert_all_on_kernel(
         self, *, allow_cpu: bool = False, allow_uncalled: bool = False
     ) -> None:
-        """Raises NotOnKernel, with the failing rows, unless every attention module ran on the
-        kernel in all its calls.
+        """Passes if every attention module ran on the kernel in all its calls.
 
-        allow_cpu: the op's CPU implementation passes too. allow_uncalled: modules that no forward
-        has reached pass if the kernel is expected to take them (cross-attention in a forward
-        without encoder states).
+        Args:
+            allow_cpu: the op's CPU implementation passes too.
+            allow_uncalled: modules that no forward has reached pass if the kernel is expected to
+                take them, such as cross-attention in a forward without encoder states.
+
+        Raises:
+            NotOnKernel: with the rows that fail.
         """
         good = {"kernel", "cpu implementation"} if allow_cpu else {"kernel"}
         rows = self.rows

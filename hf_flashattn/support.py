@@ -97,7 +97,7 @@ def explain(request: Request) -> Support:
         return _no(
             f"device type {r.device_type}",
             "cuda (Hopper), cpu",
-            "move the tensors, or use SDPA there",
+            "move the tensors, or use attn_implementation='sdpa' there",
         )
     return _cuda(r)
 
@@ -163,18 +163,20 @@ def _cuda(r: Request) -> Support:
             "load the model with dtype=torch.bfloat16, or run it under torch.autocast",
         )
     if r.head_dim not in CUDA_HEAD_DIMS:
-        nearest = min(CUDA_HEAD_DIMS, key=lambda d: (abs(d - r.head_dim), d))
+        sdpa = "use attn_implementation='sdpa' for this model"
+        larger = min((d for d in CUDA_HEAD_DIMS if d > r.head_dim), default=None)
+        pad = f"pad q, k and v with zeros to {larger}, with softmax_scale={r.head_dim}**-0.5, or "
         return _no(
             f"head_dim {r.head_dim} on CUDA is not there yet",
-            f"{nearest}",
-            "use SDPA for this model",
+            f"{larger or max(CUDA_HEAD_DIMS)}",
+            pad + sdpa if larger else sdpa,
         )
     if r.compute_capability is not None and r.compute_capability not in CUDA_CAPABILITIES:
         major, minor = r.compute_capability
         return _no(
             f"compute capability {major}.{minor} is not there yet",
             "9.0 (Hopper: H100, H200)",
-            "use SDPA on this GPU",
+            "use attn_implementation='sdpa' on this GPU",
         )
     status = ops.library_status()
     if status.failed:

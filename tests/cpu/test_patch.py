@@ -371,6 +371,12 @@ def test_strict():
 def test_bad_options():
     with pytest.raises(ValueError, match='expected "sdpa" or "eager", got \'flex\''):
         hf_flashattn.patch_model(gpt2(), fallback="flex")
+    with pytest.raises(TypeError, match="expected a torch module, got str"):
+        hf_flashattn.patch_model("gpt2")
+    with pytest.raises(PatchError, match=r"include=\['h\.9'\].*'transformer.*attn' and 1 more"):
+        hf_flashattn.patch_model(gpt2(), include="h.9")
+    with pytest.raises(PatchError, match="expected attention modules in Linear, got none"):
+        hf_flashattn.patch_model(nn.Linear(2, 2), strict=True)
 
 
 # ---- wrappers -----------------------------------------------------------------------------------

@@ -17,9 +17,7 @@ def test_table():
         model = result.sites[0].module
         before = str(result)
         assert "2 attention" not in before and "cpu implementation (expected)" in before
-        assert hf_flashattn.attention_report(
-            model
-        ).rows  # a part of a patched model has a report, too
+        assert hf_flashattn.attention_report(model).rows  # of a part of a patched model, too
     lines = before.splitlines()
     assert lines[0] == "hf_flashattn: GPT2LMHeadModel, 1 cpu implementation, 1 fallback"
     assert lines[1].split() == ["module", "class", "runs", "on", "why", "kernel", "cpu", "fallback"]
@@ -35,6 +33,16 @@ def test_counts_grow_and_the_report_is_live():
             assert [row.calls.cpu for row in result.rows] == [n, n]
         assert [row.runs for row in result.rows] == ["cpu implementation"] * 2
         assert all(row.calls.kernel == 0 and row.calls.fallback == 0 for row in result.rows)
+
+
+def test_counts_start_anew_with_a_new_patch():
+    model = gpt2()
+    with hf_flashattn.patched(model, exclude="*") as result:
+        output(model, INPUTS)
+    assert [row.calls.fallback for row in result.rows] == [1, 1]  # still to be read
+    hf_flashattn.patch_model(model)
+    output(model, INPUTS)
+    hf_flashattn.patch_model(model).assert_all_on_kernel(allow_cpu=True)
 
 
 def test_assert_all_on_kernel_never_passes_for_a_cpu_unless_told():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from hf_flashattn import checks, flash_attn_func, flash_attn_varlen_func, ops, support
 from hf_flashattn.support import Request, explain
@@ -41,7 +42,7 @@ def test_runs_on_the_kernel(change, library_is_there):
     "change, reason, nearest",
     [
         ({"dtype": torch.float32}, "dtype float32 on CUDA", "bfloat16, float16"),
-        ({"head_dim": 80}, "head_dim 80", "64"),
+        ({"head_dim": 80}, "head_dim 80", "128"),
         ({"head_dim": 256}, "head_dim 256", "128"),
         ({"compute_capability": (8, 0)}, "compute capability 8.0", "9.0"),
         ({"compute_capability": (10, 0)}, "compute capability 10.0", "9.0"),
@@ -63,6 +64,15 @@ def test_says_why_not(change, reason, nearest, library_is_there):
     assert str(verdict) == (
         f"{verdict.reason}. Nearest supported: {verdict.nearest}. Next step: {verdict.next_step}"
     )
+
+
+def test_smaller_head_dims_can_be_padded(library_is_there):
+    assert "zeros to 128" in explain(Request(**{**HOPPER, "head_dim": 96})).next_step
+    assert "zeros" not in explain(Request(**{**HOPPER, "head_dim": 256})).next_step
+    q, k, v = torch.randn(3, 2, 5, 4, 24).unbind()
+    padded = (F.pad(x, (0, 40)) for x in (q, k, v))
+    out = flash_attn_func(*padded, softmax_scale=24**-0.5)[..., :24]
+    torch.testing.assert_close(out, flash_attn_func(q, k, v))
 
 
 def test_a_missing_library_is_a_reason(monkeypatch):
@@ -187,8 +197,10 @@ def test_bad_offset_tensors():
         flash_attn_varlen_func(x, x, x, good, good.to("meta"), 4, 4)
     with pytest.raises(ValueError, match=r"cu_seqlens_q: expected shape \(batch \+ 1,\)" + PARTS):
         flash_attn_varlen_func(x, x, x, good[None], good, 4, 4)
-    with pytest.raises(TypeError, match="got None" + PARTS):
+    with pytest.raises(TypeError, match="got Tensor and NoneType" + PARTS):
         flash_attn_varlen_func(x, x, x, good, None, 4, 4)
+    with pytest.raises(TypeError, match="got list and Tensor" + PARTS):
+        flash_attn_varlen_func(x, x, x, [0, 3, 7], good, 4, 4)
     with pytest.raises(ValueError, match=r"of shape \(total, heads, head_dim\)" + PARTS):
         flash_attn_varlen_func(x[None], x[None], x[None], good, good, 4, 4)
 

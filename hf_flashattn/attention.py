@@ -139,20 +139,15 @@ def _why_not(call: Call) -> str | None:
 
 def _supported(call: Call) -> tuple[str, str | None]:
     """(the implementation that runs, None) or ("", the reason): support.explain decides."""
-    query = call.query
-    request = support.Request(
-        query.device.type,
-        report.capability(query.device),
-        query.dtype,
-        query.shape[-1],
-        query.shape[1],
-        call.key.shape[1],
+    request = support.Request.of(
+        call.query,
+        call.key,
         causal=call.causal,
         dropout_p=call.dropout,
         window=call.window,
         softcap=call.extra.get("softcap") or 0.0,
         deterministic=call.deterministic,
-        needs_grad=torch.is_grad_enabled() and query.requires_grad,
+        needs_grad=torch.is_grad_enabled() and call.query.requires_grad,
     )
     explain = support.explain if torch.compiler.is_compiling() else _explain_once
     verdict = explain(request)

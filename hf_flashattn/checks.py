@@ -104,23 +104,20 @@ def check_tensors(
 def _check_kernel(q: Tensor, heads_k: int, dropout_p: float) -> None:
     """explain() for q, after a quick look at what is usual."""
     device_type, dtype, (heads, head_dim) = q.device.type, q.dtype, q.shape[-2:]
-    tracing = torch.compiler.is_compiling()
+    capability = compute_capability(q.device)
     if 0.0 <= dropout_p < 1.0 and heads_k > 0 and heads % heads_k == 0:
         if device_type == "cpu" and dtype in CPU_DTYPES:
             return
-        # A trace asks no device; the library does, at every launch.
+        # A trace has no capability; the library asks for it at every launch.
         if (
             device_type == "cuda"
             and dtype in CUDA_DTYPES
             and head_dim in CUDA_HEAD_DIMS
-            and (tracing or compute_capability(q.device.index) in CUDA_CAPABILITIES)
+            and (capability is None or capability in CUDA_CAPABILITIES)
         ):
             return
         if device_type == "meta":
             return
-    capability = (
-        compute_capability(q.device.index) if device_type == "cuda" and not tracing else None
-    )
     support = explain(
         Request(device_type, capability, dtype, head_dim, heads, heads_k, dropout_p=dropout_p)
     )

@@ -65,20 +65,8 @@ def flash_attn_func(
         RuntimeError: CUDA tensors, and the library is missing and cannot be built.
     """
     causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
-    q, k, v = _under_autocast(q, k, v)
-    checks.check_tensors(q, k, v, key_start=key_start, key_len=key_len, dropout_p=dropout_p)
-    out, lse = ops.forward(
-        q,
-        k,
-        v,
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        causal=causal,
-        dropout_p=dropout_p,
-        rng_state=ops.new_rng_state(q.device) if dropout_p > 0 else None,
-        key_start=key_start,
-        key_len=key_len,
-        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
-    )
+    rows = {"key_start": key_start, "key_len": key_len}
+    out, lse = _attention(q, k, v, dropout_p, softmax_scale, causal, deterministic, rows)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -184,40 +172,19 @@ def flash_attn_varlen_func(
     Raises: as flash_attn_func.
     """
     causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes, block_table)
-    q, k, v = _under_autocast(q, k, v)
     if not isinstance(cu_seqlens_q, Tensor) or not isinstance(cu_seqlens_k, Tensor):
         got = f"{type(cu_seqlens_q).__name__} and {type(cu_seqlens_k).__name__}"
         raise TypeError(
             f"hf_flashattn: expected tensors cu_seqlens_q and cu_seqlens_k, got {got}. Nearest "
             "supported: flash_attn_func for dense batches. Next step: pass int32 offsets"
         )
-    max_seqlen_q, max_seqlen_k = (
-        int(x) if isinstance(x, Tensor) else x for x in (max_seqlen_q, max_seqlen_k)
-    )
-    checks.check_tensors(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        dropout_p=dropout_p,
-    )
-    out, lse = ops.forward(
-        q,
-        k,
-        v,
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        causal=causal,
-        dropout_p=dropout_p,
-        rng_state=ops.new_rng_state(q.device) if dropout_p > 0 else None,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
-    )
+    sequences = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": int(max_seqlen_q) if isinstance(max_seqlen_q, Tensor) else max_seqlen_q,
+        "max_seqlen_k": int(max_seqlen_k) if isinstance(max_seqlen_k, Tensor) else max_seqlen_k,
+    }
+    out, lse = _attention(q, k, v, dropout_p, softmax_scale, causal, deterministic, sequences)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -289,6 +256,32 @@ def flash_attn_varlen_qkvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+    )
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    visible: dict[str, Tensor | int | None],
+) -> tuple[Tensor, Tensor]:
+    """Checks and runs one call: (out, lse). visible: key ranges or sequences, by the op's names."""
+    q, k, v = _under_autocast(q, k, v)
+    checks.check_tensors(q, k, v, dropout_p=dropout_p, **visible)
+    return ops.forward(
+        q,
+        k,
+        v,
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal=causal,
+        dropout_p=dropout_p,
+        rng_state=ops.new_rng_state(q.device) if dropout_p > 0 else None,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+        **visible,
     )
 
 

@@ -98,11 +98,6 @@ def load_library(
     return _status
 
 
-def library_available(device: torch.device | str) -> bool:
-    """Whether calls on this device would run now: the CPU always, CUDA with a library. No build."""
-    return torch.device(device).type == "cpu" or load_library(build_if_missing=False).loaded
-
-
 def _find(build_if_missing: bool, verbose: bool) -> Path | None:
     if chosen := os.environ.get("HF_FLASHATTN_LIBRARY"):
         if not Path(chosen).is_file():

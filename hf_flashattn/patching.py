@@ -309,14 +309,13 @@ def _refuse_fallbacks(model: nn.Module, sites: list[Site]) -> None:
             f"hf_flashattn: strict=True: expected attention modules in {type(model).__name__}, got "
             "none. Next step: patch the Transformers model itself, or leave out strict"
         )
-    wanted = [site for site in sites if site.excluded is None]
-    bad = [site for site in wanted if site.forecast()[0] not in ("kernel", "cpu implementation")]
+    wanted = [site.expected_row() for site in sites if site.excluded is None]
+    bad = [row for row in wanted if row.runs not in ("kernel", "cpu implementation")]
     if bad:
-        table = format_rows([site._row(*site.forecast(), calls=site.row().calls) for site in bad])
         raise PatchError(
             f"hf_flashattn: strict=True: expected every attention module of "
             f"{type(model).__name__} on the kernel, got "
-            f"{len(bad)} of {len(wanted)} that cannot:\n{table}\nLeave them out with "
+            f"{len(bad)} of {len(wanted)} that cannot:\n{format_rows(bad)}\nLeave them out with "
             "exclude=[...], or patch with strict=False."
         )
 

@@ -7,7 +7,6 @@ which the table marks with "traced".
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,15 +89,12 @@ def _count_trace(module: nn.Module, implementation: str, reason: str | None) -> 
 
 def _count_in_compiler(ctx: Any) -> None:
     try:
-        held = [
+        module, implementation, reason = (
             ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
             for name in ("module", "implementation", "reason")
-        ]
-        module, implementation, reason = (
-            held[0].value,
-            held[1].as_python_constant(),
-            held[2].as_python_constant(),
         )
+        module = module.value
+        implementation, reason = implementation.as_python_constant(), reason.as_python_constant()
     except (AttributeError, KeyError, NotImplementedError):
         return  # a count is never worth a failed compilation
     _count(module, implementation, reason, traced=True)
@@ -107,18 +103,6 @@ def _count_in_compiler(ctx: Any) -> None:
 def is_cpu_implementation(name: str) -> bool:
     """Whether support.explain's name of what runs is the CPU's stand-in for the kernel."""
     return "(CPU)" in name
-
-
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a CUDA device; None elsewhere, and under torch.compile."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return None
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -152,26 +136,20 @@ class Site:
     def row(self) -> Row:
         """What ran so far; without a call, what will."""
         calls = calls_of(self.module)
-        if self.unsupported is not None:
-            return self._row("unsupported", self.unsupported, calls)
-        on_op, reasons = (
-            calls.kernel + calls.cpu,
-            "; ".join(reason for reason, _ in calls.reasons.most_common()),
-        )
-        if on_op and calls.fallback:
-            return self._row("mixed", reasons, calls)
-        if calls.fallback:
-            return self._row("fallback", reasons, calls)
-        if on_op:
-            runs = (
-                "kernel" if not calls.cpu else ("mixed" if calls.kernel else "cpu implementation")
-            )
-            return self._row(runs, ", ".join(calls.implementations), calls)
-        runs, why = self.forecast()
-        return self._row(runs, why, calls)
-
-    def _row(self, runs: str, why: str, calls: Calls) -> Row:
+        if self.unsupported is not None or calls.total == 0:
+            runs, why = self.forecast()
+        elif calls.fallback:
+            runs = "fallback" if calls.fallback == calls.total else "mixed"
+            why = "; ".join(reason for reason, _ in calls.reasons.most_common())
+        else:
+            runs = "mixed" if calls.kernel and calls.cpu else "kernel"
+            runs = "cpu implementation" if calls.cpu == calls.total else runs
+            why = ", ".join(calls.implementations)
         return Row(self.name, type(self.module).__name__, runs, why, calls)
+
+    def expected_row(self) -> Row:
+        """The row as it is before any call."""
+        return Row(self.name, type(self.module).__name__, *self.forecast(), Calls())
 
     def forecast(self) -> tuple[str, str]:
         """(runs, why) from the module's weights and attributes.
@@ -194,7 +172,7 @@ class Site:
         softcap = getattr(self.module, "attn_logit_softcapping", None) or 0.0
         request = support.Request(
             weight.device.type,
-            capability(weight.device),
+            support.compute_capability(weight.device),
             dtype,
             head_dim,
             1,
@@ -204,9 +182,8 @@ class Site:
         verdict = support.explain(request)
         if not verdict.ok:
             return "fallback", verdict.reason
-        return (
-            "cpu implementation" if is_cpu_implementation(verdict.kernel) else "kernel"
-        ), note or verdict.kernel
+        runs = "cpu implementation" if is_cpu_implementation(verdict.kernel) else "kernel"
+        return runs, note or verdict.kernel
 
 
 def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
@@ -235,10 +212,8 @@ class Report:
         if not rows:
             return f"hf_flashattn: no attention module found in {self.model_name}"
         counts = Counter(row.runs for row in rows)
-        head = f"hf_flashattn: {self.model_name}, " + ", ".join(
-            f"{n} {runs}" for runs, n in counts.items()
-        )
-        return head + "\n" + format_rows(rows)
+        summary = ", ".join(f"{n} {runs}" for runs, n in counts.items())
+        return f"hf_flashattn: {self.model_name}, {summary}\n{format_rows(rows)}"
 
     __repr__ = __str__
 
@@ -255,14 +230,18 @@ class Report:
         Raises:
             NotOnKernel: with the rows that fail.
         """
-        good = {"kernel", "cpu implementation"} if allow_cpu else {"kernel"}
         rows = self.rows
         bad = [
             row
             for row in rows
-            if not _on_kernel(row, good, allow_cpu) or (row.expected and not allow_uncalled)
+            if not _on_kernel(row, allow_cpu) or (row.expected and not allow_uncalled)
         ]
-        if bad or not rows:
+        if not rows:
+            raise NotOnKernel(
+                f"hf_flashattn: expected attention modules in {self.model_name}, got none. "
+                "Next step: patch the Transformers model itself."
+            )
+        if bad:
             hint = ""
             if any(row.expected for row in bad):
                 hint += "\nRun a forward first, or pass allow_uncalled=True: so far a forecast."
@@ -272,14 +251,14 @@ class Report:
                 )
             raise NotOnKernel(
                 f"hf_flashattn: expected all {len(rows)} attention modules of {self.model_name} "
-                "on the kernel, "
-                f"got {len(bad)} that are not:\n{format_rows(bad)}{hint}"
+                f"on the kernel, got {len(bad)} that are not:\n{format_rows(bad)}{hint}"
             )
 
 
-def _on_kernel(row: Row, good: set[str], allow_cpu: bool) -> bool:
-    moved = row.runs == "mixed" and allow_cpu and row.calls.fallback == 0
-    return row.runs in good or moved
+def _on_kernel(row: Row, allow_cpu: bool) -> bool:
+    if row.runs == "mixed":  # a model that was moved has calls of both kinds
+        return allow_cpu and row.calls.fallback == 0
+    return row.runs == "kernel" or (allow_cpu and row.runs == "cpu implementation")
 
 
 def format_rows(rows: list[Row]) -> str:

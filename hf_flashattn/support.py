@@ -48,9 +48,9 @@ class Request:
 
         options: the fields from `causal` on.
         """
-        device = q.device
-        capability = compute_capability(device.index) if device.type == "cuda" else None
-        return cls(device.type, capability, q.dtype, q.shape[-1], q.shape[1], k.shape[1], **options)
+        capability = compute_capability(q.device)
+        heads = q.shape[1], k.shape[1]
+        return cls(q.device.type, capability, q.dtype, q.shape[-1], *heads, **options)
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,15 @@ def refuse(support: Support | None) -> None:
         raise NotImplementedError(f"hf_flashattn: {support}")
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of a CUDA device; None elsewhere, and in a trace, which asks no device."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @functools.cache
-def compute_capability(index: int) -> tuple[int, int]:
-    """(major, minor) of a CUDA device."""
+def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 

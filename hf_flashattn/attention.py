@@ -175,9 +175,8 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 def _run(call: Call) -> Tensor:
     """out (B, Sq, H, D). The transposes are views: the kernel takes strides."""
-    q, k, v = (
-        _aligned(x).transpose(1, 2) for x in (call.query, call.key, call.value)
-    )  # (B, S, H, D)
+    # (B, S, H, D)
+    q, k, v = (_aligned(x).transpose(1, 2) for x in (call.query, call.key, call.value))
     found, causal = call.found, call.causal
     options = {
         "dropout_p": call.dropout,

@@ -352,10 +352,8 @@ def dense(
     mask, last_key = None, seqlen_k - 1
     if isinstance(found, KeyRange):
         causal = found.causal
-        inside = (keys >= found.start[:, None]) & (
-            keys < (found.start + found.length)[:, None]
-        )  # (B, Sk)
-        mask = inside[:, None, None, :]
+        start, end = found.start[:, None], (found.start + found.length)[:, None]
+        mask = ((keys >= start) & (keys < end))[:, None, None, :]  # (B, 1, 1, Sk)
         if found.used is not None:
             last_key = found.used - 1
     elif isinstance(found, Segments):

@@ -1,6 +1,4 @@
-"""Tiny random models and batches for the tests of patch_model: fp32 on the CPU, compared with
-eager.
-"""
+"""Tiny random models and batches: fp32 on the CPU, patched compared with eager."""
 
 from __future__ import annotations
 
@@ -82,9 +80,7 @@ def tokens(batch: int = BATCH, length: int = LENGTH, seed: int = 1) -> Tensor:
 
 
 def padding(kind: str, length: int = LENGTH) -> Tensor | None:
-    """int64 (BATCH, length) of 0 and 1: none, ones, right, left, holed, both (sides), empty (a
-    row without tokens).
-    """
+    """A 2-D mask, int64 (BATCH, length): none, ones, right, left, holed, both, empty (one row)."""
     if kind == "none":
         return None
     mask = torch.ones(BATCH, length, dtype=torch.long)
@@ -130,9 +126,7 @@ def outputs_and_grads(
 def assert_same(
     model: nn.Module, inputs: dict, weight: Tensor | None = None, tolerance: float = 1e-5, **options
 ):
-    """Patched equals eager at the tokens, forward and backward, and eager comes back after the
-    patch.
-    """
+    """Patched equals eager at the tokens, forward and backward; afterwards eager is back."""
     expected, expected_grads = outputs_and_grads(model, inputs, weight)
     with hf_flashattn.patched(model, **options) as report:
         got, got_grads = outputs_and_grads(model, inputs, weight)

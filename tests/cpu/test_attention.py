@@ -1,6 +1,4 @@
-"""The attention function by itself: what goes to the op, what falls back and why, and that both
-are right.
-"""
+"""The attention function alone: what goes to the op, what falls back and why; both are right."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ from hf_flashattn.attention import attention_forward
 
 
 class Layer(nn.Module):
-    """An attention module as Transformers calls it: attributes, and an eager function next to
-    its class.
-    """
+    """An attention module as Transformers has them: attributes, an eager function by its class."""
 
     def __init__(self, is_causal: bool = True, groups: int = 1) -> None:
         super().__init__()
@@ -204,9 +200,7 @@ def test_empty_rows_have_zero_gradients():
 
 
 def test_positions_under_capture_are_not_read(monkeypatch):
-    """While tracing, given positions go to a mask made on the device: right whether packed or
-    not.
-    """
+    """A trace makes a mask of given positions on the device: right whether packed or not."""
     q, k, v = qkv()
     packed = torch.cat([torch.arange(3), torch.arange(4)])[None].repeat(2, 1)
     layer = Layer(is_causal=False)

@@ -70,9 +70,8 @@ def test_says_what_transformers_says(q_length, function, options, kind):
     assert torch.equal(got, exact)
     if carrier is not None:
         assert carrier.dtype == torch.int32 and carrier.numel() <= BATCH * 3 * (2 * LENGTH + 1)
-        lost = (
-            carrier.clone()
-        )  # another device, a reentrant checkpoint: what was remembered is gone
+        # Another device, a reentrant checkpoint: what was remembered is gone.
+        lost = carrier.clone()
         assert torch.equal(written_out(lost, q_length, LENGTH, None), exact)
 
 
@@ -130,9 +129,7 @@ def test_an_altered_carrier_is_refused():
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Counts tolist() and item() by this package, each a sync on CUDA; the op's CPU
-    implementation may read.
-    """
+    """Counts tolist() and item(), each a sync on CUDA; the op's CPU implementation may read."""
     counted = []
 
     def counting(original):
@@ -157,9 +154,7 @@ def reads(monkeypatch):
 )
 @pytest.mark.parametrize("make_model", [gpt2, bert], ids=["gpt2", "bert"])
 def test_reads_per_forward(make_model, kind, expected, reads):
-    """Once per mask, whatever the number of layers; a holed mask costs a second read for the
-    packed sizes.
-    """
+    """Once per mask for all layers; a holed mask costs a second read, for the packed sizes."""
     model = make_model(**({"n_layer": 5} if make_model is gpt2 else {"num_hidden_layers": 5}))
     options = {"use_cache": False} if make_model is gpt2 else {}
     with hf_flashattn.patched(model), torch.no_grad():
@@ -173,9 +168,8 @@ def test_reads_of_packed_positions(use_cache, reads):
     model = gpt2(n_layer=5)
     with hf_flashattn.patched(model), torch.no_grad():
         output(model, {"input_ids": tokens(), "position_ids": positions, "use_cache": use_cache})
-    assert len(reads) == (2 if use_cache else 1), (
-        reads
-    )  # without a cache, Transformers has looked itself
+    # Without a cache, Transformers has looked itself.
+    assert len(reads) == (2 if use_cache else 1), reads
 
 
 def test_cross_attention_of_equal_length_is_not_packed():

@@ -102,9 +102,7 @@ def test_generate_bert2bert(kind):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @MAKERS
 def test_chunks(make, cache, kind):
-    """A prompt in three pieces of several tokens each: causal is aligned with the last key that
-    exists.
-    """
+    """A prompt in three pieces of several tokens: causal is aligned with the last key there is."""
     model, ids, mask = make(), tokens(), padding(kind)
 
     def logits():
@@ -134,9 +132,7 @@ def test_chunks(make, cache, kind):
 
 
 def test_first_forward_with_a_cache_is_not_mistaken_for_packed():
-    """Left padding gives positions that restart; with the mask all ones they must not cut the
-    sequence.
-    """
+    """Left padding makes positions restart; under a mask of ones they cut no sequence."""
     model = gpt2()
     positions = torch.arange(LENGTH)[None].repeat(BATCH, 1)
     inputs = {"input_ids": tokens(), "position_ids": positions, "use_cache": True}

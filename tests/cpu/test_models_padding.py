@@ -1,6 +1,4 @@
-"""BERT and GPT-2, patched, equal eager: encoders, decoders, cross-attention, every kind of
-padding and packing.
-"""
+"""BERT and GPT-2, patched, equal eager: encoders, decoders, cross-attention; padded, packed."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ def test_padding(make, kind):
 
 @pytest.mark.parametrize("kind", ["right", "left", "holed"])
 def test_bert_padded_queries_too(kind):
-    """In an encoder a padded query still sees the tokens: same as eager at every position, holes
-    included.
-    """
+    """An encoder's padded query still sees the tokens: eager's result everywhere, in holes too."""
     assert_same(bert(), {"input_ids": tokens(), "attention_mask": padding(kind)})
 
 
@@ -147,9 +143,7 @@ def test_flash_kwargs_of_a_flattening_collator():
 
 @pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
 def test_positions_that_do_not_restart_are_not_packed(make):
-    """Shifted, constant or arbitrary positions of an encoder, and plain ones, must not cut the
-    sequence.
-    """
+    """Shifted, constant, arbitrary or plain positions must not cut an encoder's sequence."""
     plain = torch.arange(LENGTH).expand(BATCH, -1)
     for positions in (
         plain,
@@ -183,9 +177,7 @@ def test_4d_masks_fall_back(make, kind, fallback):
 
 @pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
 def test_output_attentions(make):
-    """Attention weights come from the eager function, and only in the forward that asks for
-    them.
-    """
+    """Attention weights come from eager, and only in the forward that asks for them."""
     model, inputs = make(), {"input_ids": tokens(), "attention_mask": padding("right")}
     expected = model(**inputs, output_attentions=True)
     with hf_flashattn.patched(model) as report:

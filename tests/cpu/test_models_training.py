@@ -103,9 +103,7 @@ def test_checkpointing_replays_packing():
 
 @MAKERS
 def test_dropout_averages_to_no_dropout(make):
-    """In training mode only; its mean is the model without it (first layer, where it enters
-    linearly).
-    """
+    """In training only; its mean is the model without it, in layer 1, where it enters linearly."""
     if make is gpt2:
         model = gpt2(n_layer=1, attn_pdrop=0.3)
         inner = model.transformer.h[0].attn
@@ -168,9 +166,7 @@ def assert_traced_on_op(report):
 
 @pytest.mark.parametrize("make", [gpt2, bert, bert_decoder], ids=["gpt2", "bert", "bert-decoder"])
 def test_compile(make):
-    """No graph break, no read of the device, on the op, for every 2-D mask; one graph for all of
-    their contents.
-    """
+    """On the op without a graph break or a read of the device; one graph for all 2-D masks."""
     model, options = make(), {} if make is bert else {"use_cache": False}
     with torch.no_grad():
         expected = {
@@ -185,9 +181,8 @@ def test_compile(make):
                 rows = torch.ones(3, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
                 assert (got - expected[kind])[rows].abs().max() < 2e-5, kind
             assert_traced_on_op(report)
-            assert all(
-                row.calls.cpu == 2 for row in report.rows if row.calls.total
-            )  # with and without a mask
+            traces = {row.calls.cpu for row in report.rows if row.calls.total}
+            assert traces == {2}  # with and without a mask
 
 
 @MAKERS
@@ -206,9 +201,7 @@ def test_compile_backward(make):
 
 
 def test_compile_with_positions_from_the_caller_is_right():
-    """Packed or not cannot be seen while tracing: Transformers' mask then, and the report says
-    so.
-    """
+    """A trace cannot see whether they are packed: Transformers' mask, and the report says so."""
     model = gpt2()
     positions = torch.cat([torch.arange(6), torch.arange(7)])[None].repeat(3, 1)
     inputs = {"input_ids": tokens(), "position_ids": positions, "use_cache": False}
@@ -220,9 +213,7 @@ def test_compile_with_positions_from_the_caller_is_right():
 
 
 def test_compile_layer_by_layer():
-    """Masks made outside, layers compiled: the small tensors go through, and the module's number
-    is no guard.
-    """
+    """Masks made outside the graph go through; the layers' numbers are no guards."""
     for kind in ("left", "none", "holed"):
         model, mask = bert(num_hidden_layers=3), padding(kind)
         inputs = {"input_ids": tokens(), "attention_mask": mask}

@@ -1,6 +1,4 @@
-"""patch_model: per instance, idempotent, reversible to the exact former state, and honest about
-what runs.
-"""
+"""patch_model: per instance, idempotent, exactly reversible, and honest about what runs."""
 
 from __future__ import annotations
 
@@ -205,9 +203,7 @@ def test_saving_and_loading_knows_nothing_of_the_patch(tmp_path):
 @pytest.mark.parametrize("name", ["hf_flashattn", "hf_fused_attn"])
 @pytest.mark.parametrize("cls", [GPT2LMHeadModel, BertModel])
 def test_attn_implementation(cls, name):
-    """By name, and by set_attn_implementation; more than once, as the first call may differ from
-    the second.
-    """
+    """By name and by set_attn_implementation; twice, as the first call may differ."""
     eager = gpt2() if cls is GPT2LMHeadModel else bert()
     expected, weight = output(eager, INPUTS), padding("left").bool()
     for _ in range(2):
@@ -224,9 +220,7 @@ def test_attn_implementation(cls, name):
 
 
 def test_other_models_dispatch_too():
-    """Nothing above is written for BERT or GPT-2: whatever looks up ALL_ATTENTION_FUNCTIONS
-    works.
-    """
+    """Nothing is written for BERT or GPT-2: what looks up ALL_ATTENTION_FUNCTIONS works."""
     llama = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
     makers = [
         (LlamaForCausalLM, LlamaConfig(**llama)),

@@ -12,7 +12,12 @@ GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 SANITIZER ?= $(or $(shell command -v compute-sanitizer),/usr/local/cuda/bin/compute-sanitizer)
 CUDA_SOURCES = $(shell find kernels -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-export PYTHON
+define NEEDS_HOPPER
+import sys, torch
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    sys.exit("gpu-check: expected a Hopper GPU (H100, H200), found none. Without one: make test")
+endef
+export PYTHON NEEDS_HOPPER
 
 .PHONY: help setup demo test lint format kernels gpu-check clean
 
@@ -50,7 +55,10 @@ kernels: $(READY)  ## compile the library; what every unit costs and every kerne
 
 # The environment is optional here, for machines without a package index.
 gpu-check:  ## on a Hopper GPU: correctness, sanitizers, benchmark grid (JSON=file)
+	@$(GPU_PY) -c "$$NEEDS_HOPPER"
 	$(GPU_PY) -m pytest tests/gpu
+	@command -v $(SANITIZER) >/dev/null || { echo "gpu-check: expected compute-sanitizer of the CUDA" \
+	  "toolkit, found no $(SANITIZER). Next step: make gpu-check SANITIZER=/path/to/it"; exit 1; }
 	PYTHONPATH=. $(SANITIZER) --tool memcheck --error-exitcode 1 $(GPU_PY) tests/gpu/sanitizer_cases.py
 	PYTHONPATH=. $(SANITIZER) --tool racecheck --error-exitcode 1 $(GPU_PY) tests/gpu/sanitizer_cases.py
 	@mkdir -p $(dir $(JSON))

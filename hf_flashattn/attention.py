@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_flashattn import _compat, functional, masks, report, support
+from hf_flashattn import _compat, functional, masks, ops, report, support
 from hf_flashattn.call import Call
 from hf_flashattn.fallback import fall_back
 from hf_flashattn.masks import Compaction, KeyRange, Segments
@@ -151,7 +151,12 @@ def _supported(call: Call) -> tuple[str, str | None]:
     )
     explain = support.explain if torch.compiler.is_compiling() else _explain_once
     verdict = explain(request)
-    return (verdict.kernel, None) if verdict.ok else ("", verdict.reason)
+    if not verdict.ok:
+        return "", verdict.reason
+    # Explaining builds nothing: whether the library can be had shows here, at the first call.
+    if not report.is_cpu_implementation(verdict.kernel) and (missing := ops.missing_library()):
+        return "", f"the CUDA library is missing: {missing}"
+    return verdict.kernel, None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def load_library(
                 )
             except (build.BuildError, OSError) as error:
                 _status = LibraryStatus(None, str(error), failed=True)
+                if build_if_missing:  # somebody wants it now, who may fall back
+                    warnings.warn(f"hf_flashattn: no CUDA kernels. {error}", stacklevel=2)
             _tried = wanted
     return _status
 
@@ -126,19 +129,23 @@ def _load(path: Path) -> LibraryStatus:
     return LibraryStatus(path, "")
 
 
-def _library_for_cuda() -> None:
-    """Load or build the library before the first CUDA call; raises if there is none."""
+def missing_library() -> str:
+    """Why no CUDA call can run here, or "". Loads the library, or builds it, the first time."""
     # A trace must not read the status, which it would guard on while it changes.
     if torch.compiler.is_compiling() or not _status.loaded:
-        _require_library()
+        return _load_or_say_why()
+    return ""
 
 
 @torch.compiler.assume_constant_result
-def _require_library() -> bool:
-    status = load_library()
-    if not status.loaded:
-        raise RuntimeError(f"hf_flashattn: the CUDA kernels are not available. {status.reason}")
-    return True
+def _load_or_say_why() -> str:
+    return load_library().reason
+
+
+def _library_for_cuda() -> None:
+    """Load or build the library before the first CUDA call; raises if there is none."""
+    if missing := missing_library():
+        raise RuntimeError(f"hf_flashattn: the CUDA kernels are not available. {missing}")
 
 
 # --------------------------------------------------------------------------------------- definition

@@ -7,6 +7,7 @@ which the table marks with "traced".
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -261,8 +262,11 @@ def _on_kernel(row: Row, allow_cpu: bool) -> bool:
     return row.runs == "kernel" or (allow_cpu and row.runs == "cpu implementation")
 
 
+WIDEST_REASON = 160  # characters of the table's column
+
+
 def format_rows(rows: list[Row]) -> str:
-    """The rows as a text table."""
+    """The rows as a text table; a long reason is cut here, Row.why has all of it."""
     cells = [("module", "class", "runs on", "why", "kernel", "cpu", "fallback")]
     for row in rows:
         runs = f"{row.runs} (expected)" if row.expected and row.runs != "unsupported" else row.runs
@@ -272,7 +276,8 @@ def format_rows(rows: list[Row]) -> str:
             f"{row.calls.cpu}{mark}",
             f"{row.calls.fallback}{mark}",
         )
-        cells.append((row.module, row.cls, runs, row.why, *counts))
+        why = textwrap.shorten(row.why, WIDEST_REASON, placeholder=" ...")
+        cells.append((row.module, row.cls, runs, why, *counts))
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

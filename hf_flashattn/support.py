@@ -181,7 +181,9 @@ def _cuda(r: Request) -> Support:
     status = ops.library_status()
     if status.failed:
         return _no(
-            f"the CUDA library is missing: {status.reason}", "the CPU", "hf-flashattn doctor"
+            f"the CUDA library is missing: {status.reason}",
+            "the CPU",
+            "run `hf-flashattn build`, then start anew",
         )
     return Support(f"sm90 d{r.head_dim}")
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hf_flashattn
-from hf_flashattn import attention, report, support
+from hf_flashattn import FallbackError, attention, ops, report, support
 from hf_flashattn.attention import attention_forward
 
 
@@ -67,6 +67,18 @@ def test_fallback_is_right_for_every_mask(make, kind, fallback, refused):
     )
     assert {row.runs for row in result.rows} == {"fallback"}
     assert {row.why for row in result.rows} == {"dtype float32 on CUDA"}
+
+
+def test_a_library_that_cannot_be_had_is_a_fallback(monkeypatch):
+    """A Hopper GPU on a machine without nvcc: explain says yes, the first call finds out."""
+    kernel = support.Support("sm90 d64")
+    monkeypatch.setattr(attention, "_explain_once", lambda request: kernel)
+    monkeypatch.setattr(ops, "missing_library", lambda: "no nvcc")
+    result = assert_same(gpt2(), {"input_ids": tokens()}, padding("none"))
+    assert {row.why for row in result.rows} == {"the CUDA library is missing: no nvcc"}
+    model = gpt2()
+    with hf_flashattn.patched(model, strict=True), pytest.raises(FallbackError, match="no nvcc"):
+        model(tokens())
 
 
 @pytest.mark.parametrize("fallback", ["sdpa", "eager"])

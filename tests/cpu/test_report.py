@@ -45,6 +45,14 @@ def test_counts_start_anew_with_a_new_patch():
     hf_flashattn.patch_model(model).assert_all_on_kernel(allow_cpu=True)
 
 
+def test_a_long_reason_stays_on_its_line():
+    why = "Missing:\n  - nvcc" + " x" * 200
+    row = report.Row("m", "Attention", "fallback", why, report.Calls())
+    table = report.format_rows([row]).splitlines()
+    assert len(table) == 3 and "Missing: - nvcc x" in table[2] and " ..." in table[2]
+    assert len(table[2]) < 250
+
+
 def test_assert_all_on_kernel_never_passes_for_a_cpu_unless_told():
     model = gpt2()
     with hf_flashattn.patched(model) as result:

@@ -91,6 +91,7 @@ def compile_units(root: Path) -> list[Path]:
 
 
 def source_hash(root: Path) -> str:
+    """16 hex digits of all that the library is made of: flags, paths and contents."""
     digest = hashlib.sha256("\0".join((COMPILE_FLAGS, BINDING_FLAGS, LINK_FLAGS)).encode())
     for path in source_files(root):
         content = path.read_bytes()
@@ -119,6 +120,7 @@ def library_key(root: Path, archs: tuple[str, ...]) -> str:
 
 
 def cache_root() -> Path:
+    """The folder of built libraries and ninja's objects; see above for who chooses it."""
     if chosen := os.environ.get("HF_FLASHATTN_CACHE"):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -130,6 +132,8 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class Toolchain:
+    """What a build runs: found by find_toolchain, complete and new enough."""
+
     nvcc: Path
     nvcc_version: str
     ninja: tuple[str, ...]
@@ -335,9 +339,15 @@ def build_directory(root: Path, archs: tuple[str, ...], tools: Toolchain) -> Pat
 def find_or_build(*, rebuild: bool = False, refresh: bool = False, verbose: bool = True) -> Path:
     """The path of the library, built first when there is none for these sources.
 
-    rebuild: compile every unit anew. refresh: ask ninja even when there is a library. verbose:
-    progress on stderr. Any number of processes may call this at once: one builds, the others wait.
-    Raises BuildError.
+    Any number of processes may call this at once: one builds, the others wait.
+
+    Args:
+        rebuild: compile every unit anew.
+        refresh: ask ninja even when there is a library.
+        verbose: progress on stderr.
+
+    Raises:
+        BuildError: something is missing, or does not compile.
     """
     anyway = rebuild or refresh
     if not anyway and (found := library_path()):

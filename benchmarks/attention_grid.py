@@ -11,7 +11,6 @@ backward 2.5x. cudnn and fa2 are torch's scaled_dot_product_attention with that 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import math
@@ -38,24 +37,6 @@ def flops(seqlen: int, causal: bool, backward: bool) -> float:
     """heads * head_dim is the hidden size, so neither appears."""
     total = 4.0 * TOKENS * seqlen * HIDDEN
     return total * (0.5 if causal else 1.0) * (2.5 if backward else 1.0)
-
-
-def set_variant(variant: int) -> None:
-    """Which experiment of Problem::variant the next launches ask for; 0 is the product."""
-    library = ctypes.CDLL(str(ops.load_library().path))
-    library.hf_flashattn_set_variant(ctypes.c_int32(variant))
-
-
-def with_variant(timed: dict[str, Timed], variant: int) -> dict[str, Timed]:
-    def wrap(function: Timed) -> Timed:
-        def call():
-            set_variant(variant)
-            function()
-            set_variant(0)
-
-        return call
-
-    return {direction: wrap(function) for direction, function in timed.items()}
 
 
 def ours(q, k, v, dout, causal: bool, p: float, deterministic: bool = False) -> dict[str, Timed]:
@@ -116,8 +97,6 @@ def measure(dim: int, causal: bool, p: float, seqlen: int, args, flush) -> list[
     providers = {"ours": ours(q, k, v, dout, causal, p)}
     if args.deterministic:
         providers["ours_deterministic"] = ours(q, k, v, dout, causal, p, deterministic=True)
-    for variant in args.variants:
-        providers[f"v{variant}"] = with_variant(providers["ours"], variant)
     for name, backend in PEERS.items():
         try:
             providers[name] = peer(backend, q, k, v, dout, causal, p)
@@ -165,7 +144,6 @@ def main() -> None:
     parser.add_argument("--causal", type=int, nargs="+", choices=(0, 1), default=[0, 1])
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
     parser.add_argument("--deterministic", action="store_true", help="time that backward too")
-    parser.add_argument("--variants", type=int, nargs="*", default=[], help="experiments to time")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)

@@ -2,21 +2,12 @@
 //
 // Every failure is reported before anything is launched, as expected / got / nearest / next step.
 #include <cmath>
-#include <cstdio>
+#include <cstdlib>
 
-#include "params.h"
+#include "common/status.h"
+#include "sm90/entries.h"
 
 namespace hf_flashattn {
-
-namespace sm90 {
-
-template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status forward(ForwardParams const& params);
-
-template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status backward(BackwardParams const& params);
-
-}  // namespace sm90
 
 namespace {
 
@@ -28,6 +19,7 @@ struct Entry {
   bool dropout;
   Status (*forward)(ForwardParams const&);
   Status (*backward)(BackwardParams const&);
+  size_t (*workspace_bytes)(Problem const&);
 };
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
@@ -38,7 +30,8 @@ constexpr Entry sm90_entry() {
           Causal,
           Dropout,
           sm90::forward<HeadDim, Type, Causal, Dropout>,
-          sm90::backward<HeadDim, Type, Causal, Dropout>};
+          sm90::backward<HeadDim, Type, Causal, Dropout>,
+          sm90::backward_workspace_bytes};
 }
 
 constexpr DType kHalf = DType::kFloat16, kBFloat = DType::kBFloat16;
@@ -53,19 +46,6 @@ constexpr Entry kEntries[] = {
     sm90_entry<128, kBFloat, false, false>(), sm90_entry<128, kBFloat, false, true>(),
     sm90_entry<128, kBFloat, true, false>(),  sm90_entry<128, kBFloat, true, true>(),
 };
-
-Status success() {
-  Status status;
-  status.message[0] = '\0';
-  return status;
-}
-
-template <class... Values>
-Status failure(char const* format, Values... values) {
-  Status status;
-  std::snprintf(status.message, sizeof status.message, format, values...);
-  return status;
-}
 
 Status check(Problem const& p) {
   if (p.batch < 1 || p.heads_q < 1 || p.heads_k < 1 || p.seqlen_q < 1 || p.seqlen_k < 1)
@@ -96,6 +76,14 @@ Status check(Problem const& p) {
     return failure(
         "expected at most %d sequences and heads, got %d and %d. Next step: split the batch",
         kGridLimit, p.batch, p.heads_q);
+  int64_t const tiles = (int64_t(p.seqlen_q) + 63) / 64 * p.heads_q * p.batch;
+  constexpr int64_t kTileLimit = int64_t{1} << 30;
+  if (tiles > kTileLimit)
+    return failure(
+        "expected at most 2^30 tiles of 64 rows, got %lld from max_seqlen_q %d, %d heads and %d "
+        "sequences. Next step: pass the length of the longest sequence as max_seqlen_q, or split "
+        "the batch",
+        (long long)tiles, p.seqlen_q, p.heads_q, p.batch);
   return success();
 }
 
@@ -140,6 +128,11 @@ Status launch_backward(BackwardParams const& params) {
   if (!status.ok()) return status;
   Entry const* const entry = find(params.problem);
   return entry == nullptr ? explain_miss(params.problem) : entry->backward(params);
+}
+
+size_t backward_workspace_bytes(Problem const& problem) {
+  Entry const* const entry = find(problem);
+  return entry == nullptr ? 0 : entry->workspace_bytes(problem);
 }
 
 }  // namespace hf_flashattn

@@ -35,22 +35,20 @@ struct Problem {
 
   int32_t const* cu_seqlens_q;  // (batch + 1,) device, or null: dense. Both or neither are set.
   int32_t const* cu_seqlens_k;
-  int32_t const* key_start;  // (batch,) device, or null: 0. Row b sees key_start[b] <= c <
-                             // key_start[b] + key_len[b].
+  // Sequence b has the keys key_start[b] <= c < key_start[b] + key_len[b]; dense only.
+  int32_t const* key_start;  // (batch,) device, or null: 0
   int32_t const* key_len;    // (batch,) device, or null: up to seqlen_k
 
   float dropout_p;           // 0: no dropout; see common/dropout.cuh for the mask
   int64_t const* rng_state;  // (2,) device: Philox seed and offset; null without dropout
 
-  int32_t variant;  // 0: the policy table's choice; other values name experiments
-  void* stream;     // cudaStream_t
+  void* stream;  // cudaStream_t
 };
 
 struct ForwardParams {
   Problem problem;
   TensorView q, k, v, out;
-  float*
-      lse;  // natural log; dense (B, Hq, Sq), packed (Hq, total_q); -inf for rows that see no key
+  float* lse;  // natural log, (B, Hq, Sq), packed (Hq, total_q); -inf for rows that see no key
 };
 
 struct BackwardParams {

@@ -204,8 +204,6 @@ struct Call {
   TensorView view(Tensor const& t, Shape const& s) const { return layout(t, s, packed).view; }
 };
 
-std::atomic<int32_t> experiment{0};
-
 // Checks the arguments that forward and backward share. Values of device tensors are not read: the
 // kernels stay inside the tensors for any content of cu_seqlens, key_start and key_len.
 Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
@@ -277,7 +275,9 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
   p.total_k = to_int32(sk.batch * sk.seq, "tokens of k");
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.causal = causal;
-  p.dropout_p = static_cast<float>(dropout_p);
+  // A probability too small for a float is still dropout: the reference drops 1 / 256 then too.
+  float const least = std::numeric_limits<float>::min();
+  p.dropout_p = dropout_p > 0.0 ? std::fmax(static_cast<float>(dropout_p), least) : 0.f;
   if (dropout_p > 0.0) {
     HFA_CHECK(rng_state->is_cuda() && rng_state->get_device_index() == call.device &&
                   rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 &&
@@ -285,7 +285,6 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
               "rng_state: expected int64 (2,) on the device of q, got ", shape_of(*rng_state));
     p.rng_state = static_cast<int64_t const*>(rng_state->data_ptr());
   }
-  p.variant = experiment.load(std::memory_order_relaxed);
   call.empty = batch == 0 || sq.seq == 0 || sk.seq == 0 || p.seqlen_k == 0;
   if (!call.empty) {
     DeviceInfo const info = device_info(call.device);
@@ -420,11 +419,6 @@ bool schemas_are_defined() {
 
 }  // namespace
 }  // namespace hf_flashattn
-
-// For benchmarks: the variant of Problem::variant that the next launches of this process ask for.
-extern "C" __attribute__((visibility("default"))) void hf_flashattn_set_variant(int32_t variant) {
-  hf_flashattn::experiment.store(variant, std::memory_order_relaxed);
-}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hf_flashattn, library) {
   if (hf_flashattn::schemas_are_defined()) return;

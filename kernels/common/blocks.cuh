@@ -41,7 +41,8 @@ struct RowBlocks {
   bool keys_whole;     // the key block lies inside the key range
 
   __device__ __forceinline__ RowBlocks(Sequence const& s, bool causal, int first_key) {
-    int const begin = causal ? max(first_key - s.diagonal(), 0) : 0;
+    // Rows that see no key at all are left out too: their Q and dO are never multiplied.
+    int const begin = causal ? max(max(first_key, s.key_begin) - s.diagonal(), 0) : 0;
     bool const empty = first_key >= s.key_end || first_key + BlockN <= s.key_begin;
     first = begin / BlockM;
     count = empty ? 0 : max(ceil_div(s.length_q, BlockM) - first, 0);

@@ -28,16 +28,16 @@ __device__ __forceinline__ void to_operand(uint32_t (&operand)[N / 8][4], float 
     for (int i = 0; i < 4; ++i) operand[k][i] = pack<T>(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
 }
 
-// Writes a warp's 16 rows of an operand, from column 64 * chunk on, to the swizzled tile.
+// Writes a warp's 16 rows of an operand to the swizzled tile.
 template <class Tile, int Steps>
 __device__ __forceinline__ void store_operand(Tile const& tile, uint32_t const (&operand)[Steps][4],
-                                              int first_row, int first_chunk) {
+                                              int first_row) {
   int const lane = threadIdx.x % kWarpThreads;
   int const row = first_row + lane % 16;
 #pragma unroll
   for (int k = 0; k < Steps; ++k) {
     // Matrices 0, 1 are rows 0-7, 8-15 of the left 8 columns; 2, 3 the same of the right 8.
-    int const unit = first_chunk * 8 + 2 * k + lane / 16;
+    int const unit = 2 * k + lane / 16;
     store_matrix_x4(tile.address() + Tile::unit_offset(row, unit), operand[k]);
   }
 }
@@ -55,9 +55,12 @@ __device__ __forceinline__ void store_rows(Tile const& tile, int first_row, floa
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float const scale = i % 2 ? scale_high : scale_low;
-      operand[k][i] = pack<T>(acc[8 * k + 2 * i] * scale, acc[8 * k + 2 * i + 1] * scale);
+      // A row that sees no key has scale 0, and maybe NaN in its accumulator: 0 * NaN from V.
+      float const low = scale == 0.f ? 0.f : acc[8 * k + 2 * i] * scale;
+      float const high = scale == 0.f ? 0.f : acc[8 * k + 2 * i + 1] * scale;
+      operand[k][i] = pack<T>(low, high);
     }
-  store_operand(tile, operand, first_row, 0);
+  store_operand(tile, operand, first_row);
   __syncwarp();
   int const lane = threadIdx.x % kWarpThreads;
 #pragma unroll

@@ -7,22 +7,23 @@
 namespace hf_flashattn {
 
 struct Sequence {
+  int index;             // in the batch
   int batch;             // index for TMA and for strides: 0 when packed
   int first_q, first_k;  // rows before this sequence: 0 when dense
   int length_q, length_k;
   int key_begin, key_end;  // keys that exist for every row
   bool zero_tail;          // rows beyond the length are other data: TMA does not zero them
 
-  __device__ __forceinline__ Sequence(Problem const& p, int index) {
+  __device__ __forceinline__ Sequence(Problem const& p, int index) : index(index) {
     if (p.cu_seqlens_q != nullptr) {
       // Clamped, so that wrong lengths give wrong results and not wrong accesses.
       batch = 0;
       first_q = min(max(p.cu_seqlens_q[index], 0), p.total_q);
       first_k = min(max(p.cu_seqlens_k[index], 0), p.total_k);
-      length_q = min(min(p.cu_seqlens_q[index + 1], p.total_q) - first_q, p.seqlen_q);
-      length_k = min(min(p.cu_seqlens_k[index + 1], p.total_k) - first_k, p.seqlen_k);
-      length_q = max(length_q, 0);
-      length_k = max(length_k, 0);
+      int const end_q = min(max(p.cu_seqlens_q[index + 1], first_q), p.total_q);
+      int const end_k = min(max(p.cu_seqlens_k[index + 1], first_k), p.total_k);
+      length_q = min(end_q - first_q, p.seqlen_q);
+      length_k = min(end_k - first_k, p.seqlen_k);
       key_begin = 0;
       key_end = length_k;
       zero_tail = true;
@@ -31,14 +32,23 @@ struct Sequence {
       first_q = first_k = 0;
       length_q = p.seqlen_q;
       length_k = p.seqlen_k;
-      key_begin = p.key_start == nullptr ? 0 : max(p.key_start[index], 0);
-      key_end = p.key_len == nullptr ? length_k : min(key_begin + p.key_len[index], length_k);
+      int64_t const length = length_k;  // 64 bits: any start and length may be asked for
+      int64_t const start = p.key_start == nullptr ? 0 : p.key_start[index];
+      int64_t const end = p.key_len == nullptr ? length : start + p.key_len[index];
+      key_begin = int(min(max(start, int64_t{0}), length));
+      key_end = int(min(max(end, int64_t{key_begin}), length));
       zero_tail = false;
     }
   }
 
   // Row r sees keys c <= r + diagonal() when causal.
   __device__ __forceinline__ int diagonal() const { return length_k - length_q; }
+
+  // The first row that sees a key, 0 or less if all do: keys start at key_begin, rows end at the
+  // diagonal.
+  __device__ __forceinline__ int first_seeing_row(bool causal) const {
+    return causal ? key_begin - diagonal() : 0;
+  }
 
   // Of the keys first .. first + count - 1, the ones TMA brings in but nobody may see: all outside
   // [begin, end) of this pair, relative to `first`. Equal to [0, count) when TMA already zeroes
@@ -49,5 +59,19 @@ struct Sequence {
     end = hardware_zero ? count : min(key_end - first, count);
   }
 };
+
+// A row of this sequence in a (B, S, H, D) or packed tensor; `first` is first_q or first_k.
+template <class T>
+__device__ __forceinline__ T* row_pointer(TensorView const& view, Sequence const& s, int first,
+                                          int row, int head) {
+  return static_cast<T*>(view.data) + s.batch * view.stride_batch +
+         (first + row) * view.stride_seq + head * view.stride_head;
+}
+
+// Where a sequence's LSE starts: (B, Hq, Sq), packed (Hq, total).
+__device__ __forceinline__ int64_t lse_offset(Problem const& p, Sequence const& s, int head) {
+  if (p.cu_seqlens_q == nullptr) return (int64_t(s.index) * p.heads_q + head) * p.seqlen_q;
+  return int64_t(head) * p.total_q + s.first_q;
+}
 
 }  // namespace hf_flashattn

@@ -55,7 +55,7 @@ struct OnlineSoftmax {
       float total = sum[i];
       total += __shfl_xor_sync(0xffffffff, total, 1);
       total += __shfl_xor_sync(0xffffffff, total, 2);
-      bool const empty = total == 0.f || maximum[i] == -infinity();
+      bool const empty = total == 0.f;
       normalise[i] = empty ? 0.f : 1.f / total;
       lse[i] = empty ? -infinity() : maximum[i] * scale_log2 * kLn2 + __logf(total);
     }

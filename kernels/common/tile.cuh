@@ -18,7 +18,6 @@ struct SmemTile {
   static_assert(Rows % 8 == 0, "the swizzle repeats every 8 rows");
   static_assert(Columns % kChunkColumns == 0, "columns come in chunks of 64");
   static constexpr int kRows = Rows;
-  static constexpr int kColumns = Columns;
   static constexpr int kChunks = Columns / kChunkColumns;
   static constexpr int kChunkBytes = Rows * kChunkRowBytes;
   static constexpr int kBytes = kChunks * kChunkBytes;

@@ -47,15 +47,9 @@ struct Wgmma;
 #define HFA_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define HFA_F32(d, i) HFA_F8(d, i), HFA_F8(d, i + 8), HFA_F8(d, i + 16), HFA_F8(d, i + 24)
 #define HFA_REGISTERS_64(d) HFA_F32(d, 0)
-#define HFA_REGISTERS_96(d) HFA_F32(d, 0), HFA_F8(d, 32), HFA_F8(d, 40)
 #define HFA_REGISTERS_128(d) HFA_F32(d, 0), HFA_F32(d, 32)
-#define HFA_REGISTERS_176(d) HFA_REGISTERS_128(d), HFA_F8(d, 64), HFA_F8(d, 72), HFA_F8(d, 80)
-#define HFA_REGISTERS_192(d) HFA_REGISTERS_128(d), HFA_F32(d, 64)
 #define HFA_PLACES_64 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define HFA_PLACES_96 HFA_PLACES_64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define HFA_PLACES_128 HFA_PLACES_96 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define HFA_PLACES_176 HFA_PLACES_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
-#define HFA_PLACES_192 HFA_PLACES_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define HFA_PLACES_128 HFA_PLACES_64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // NAME is the type in PTX; A .. G number the operands that follow the N / 2 accumulators.
 #define HFA_WGMMA_TYPE(T, NAME, N, A, B, C, D, E, F, G)                                          \
@@ -88,10 +82,7 @@ struct Wgmma;
   HFA_WGMMA_TYPE(__nv_bfloat16, "bf16", N, __VA_ARGS__)
 
 HFA_WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
-HFA_WGMMA(96, 48, 49, 50, 51, 52, 53, 54)
 HFA_WGMMA(128, 64, 65, 66, 67, 68, 69, 70)
-HFA_WGMMA(176, 88, 89, 90, 91, 92, 93, 94)
-HFA_WGMMA(192, 96, 97, 98, 99, 100, 101, 102)
 // clang-format on
 
 }  // namespace hf_flashattn

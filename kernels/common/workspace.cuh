@@ -35,11 +35,11 @@ struct BackwardWorkspace {
     return row_slots * (2 + head_dim) * sizeof(float) + row_slots / block_m * sizeof(int32_t);
   }
 
-  // The slot of row 0 of a sequence, a multiple of block_m. Packed sequences start at least a block
-  // after the previous one's last.
-  __device__ __forceinline__ int64_t first_slot(Sequence const& s, int index, int head) const {
-    if (!packed) return (int64_t(index) * heads_q + head) * padded_rows;
-    return int64_t(head) * padded_rows + (s.first_q + index * block_m) / block_m * block_m;
+  // The slot of row 0 of a sequence, a multiple of block_m. One spare block for each packed
+  // sequence keeps whole blocks of neighbours apart.
+  __device__ __forceinline__ int64_t first_slot(Sequence const& s, int head) const {
+    if (!packed) return (int64_t(s.index) * heads_q + head) * padded_rows;
+    return int64_t(head) * padded_rows + (s.first_q + s.index * block_m) / block_m * block_m;
   }
 };
 

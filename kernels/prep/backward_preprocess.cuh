@@ -8,34 +8,33 @@ namespace hf_flashattn::prep {
 
 constexpr int kPreprocessThreads = 256;
 
+__device__ __forceinline__ float2 to_float2(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 to_float2(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+// The dot product of eight 16-bit values each; Pair is T's vector of two.
+template <class Pair>
+__device__ __forceinline__ float dot_8(uint4 a, uint4 b) {
+  auto const* x = reinterpret_cast<Pair const*>(&a);
+  auto const* y = reinterpret_cast<Pair const*>(&b);
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 const u = to_float2(x[i]), v = to_float2(y[i]);
+    sum += u.x * v.x + u.y * v.y;
+  }
+  return sum;
+}
+
 template <class T>
-__device__ __forceinline__ float dot_8(uint4 a, uint4 b);
-
+struct PairOf;
 template <>
-__device__ __forceinline__ float dot_8<__half>(uint4 a, uint4 b) {
-  auto const* x = reinterpret_cast<__half2 const*>(&a);
-  auto const* y = reinterpret_cast<__half2 const*>(&b);
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float2 const u = __half22float2(x[i]), v = __half22float2(y[i]);
-    sum += u.x * v.x + u.y * v.y;
-  }
-  return sum;
-}
-
+struct PairOf<__half> {
+  using type = __half2;
+};
 template <>
-__device__ __forceinline__ float dot_8<__nv_bfloat16>(uint4 a, uint4 b) {
-  auto const* x = reinterpret_cast<__nv_bfloat162 const*>(&a);
-  auto const* y = reinterpret_cast<__nv_bfloat162 const*>(&b);
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float2 const u = __bfloat1622float2(x[i]), v = __bfloat1622float2(y[i]);
-    sum += u.x * v.x + u.y * v.y;
-  }
-  return sum;
-}
+struct PairOf<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
 
 // Grid (row blocks, query heads, sequences).
 template <class T, int HeadDim, int BlockM>
@@ -47,10 +46,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   Sequence const s(p.problem, blockIdx.z);
   int const first_row = blockIdx.x * BlockM;
   if (first_row >= s.length_q) return;
-  int64_t const slot = workspace.first_slot(s, blockIdx.z, blockIdx.y) + first_row;
-  int64_t const lse_row =
-      workspace.packed ? int64_t(blockIdx.y) * p.problem.total_q + s.first_q
-                       : (int64_t(s.batch) * p.problem.heads_q + blockIdx.y) * p.problem.seqlen_q;
+  int64_t const slot = workspace.first_slot(s, blockIdx.y) + first_row;
+  int64_t const lse_row = lse_offset(p.problem, s, blockIdx.y);
 
   auto* accumulator = reinterpret_cast<float4*>(workspace.dq + slot * HeadDim);
 #pragma unroll
@@ -66,11 +63,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     float delta = 0.f, lse = -infinity();
     if (exists) {
       auto const at = [&](TensorView const& view) {
-        return *reinterpret_cast<uint4 const*>(
-            static_cast<T const*>(view.data) + s.batch * view.stride_batch +
-            (s.first_q + row) * view.stride_seq + blockIdx.y * view.stride_head + lane * 8);
+        T const* const data = row_pointer<T>(view, s, s.first_q, row, blockIdx.y);
+        return *reinterpret_cast<uint4 const*>(data + lane * 8);
       };
-      delta = dot_8<T>(at(p.out), at(p.dout));
+      delta = dot_8<typename PairOf<T>::type>(at(p.out), at(p.dout));
       lse = p.lse[lse_row + row];
     }
 #pragma unroll

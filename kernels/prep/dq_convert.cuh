@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kConvertThreads)
   Sequence const s(p.problem, blockIdx.z);
   int const first_row = blockIdx.x * BlockM;
   if (first_row >= s.length_q) return;
-  int64_t const slot = workspace.first_slot(s, blockIdx.z, blockIdx.y) + first_row;
+  int64_t const slot = workspace.first_slot(s, blockIdx.y) + first_row;
   int const part = threadIdx.x / kWarpgroupThreads, thread = threadIdx.x % kWarpgroupThreads;
   int const warp_row = threadIdx.x % kWarpgroupThreads / kWarpThreads * 16;
 
@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kConvertThreads)
   }
   int const row = first_row + warp_row + (kSplitRows ? part * kPart : 0);
   int const column = kSplitRows ? 0 : part * kPart;
-  T* global = static_cast<T*>(p.dq.data) + s.batch * p.dq.stride_batch +
-              (s.first_q + row) * p.dq.stride_seq + blockIdx.y * p.dq.stride_head + column;
+  T* const global = row_pointer<T>(p.dq, s, s.first_q, row, blockIdx.y) + column;
   float const scale = p.problem.softmax_scale;
   store_rows(tile, part * kPart + warp_row, acc, scale, scale, global, p.dq.stride_seq,
              s.length_q - row);

@@ -38,10 +38,12 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
                          sequence.batch, begin, end);
 
   for (int head = work.first_head; head < work.first_head + work.group; ++head) {
-    int64_t const first_slot = workspace.first_slot(sequence, work.index, head);
+    int64_t const first_slot = workspace.first_slot(sequence, head);
     for (int block = work.rows.first; block < work.rows.first + work.rows.count;
          ++block, pipe.next()) {
       int const row = block * P::kBlockM;
+      // Rows of a tile that see no key, or that are another sequence's, come as zeros.
+      int const rows_begin = max(sequence.first_seeing_row(P::kCausal) - row, 0);
       int const rows_end =
           sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM;
       s.statistics_empty[pipe.stage].wait(pipe.parity() ^ 1);
@@ -51,12 +53,12 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
       __syncwarp();
       s.q_empty[pipe.stage].wait(pipe.parity() ^ 1);
       load_tile_zero_outside(maps.q, s.q_full[pipe.stage], s.staging, staging_phase,
-                             s.q[pipe.stage], sequence.first_q + row, head, sequence.batch, 0,
-                             rows_end);
+                             s.q[pipe.stage], sequence.first_q + row, head, sequence.batch,
+                             rows_begin, rows_end);
       s.dout_empty[pipe.stage].wait(pipe.parity() ^ 1);
       load_tile_zero_outside(maps.dout, s.dout_full[pipe.stage], s.staging, staging_phase,
-                             s.dout[pipe.stage], sequence.first_q + row, head, sequence.batch, 0,
-                             rows_end);
+                             s.dout[pipe.stage], sequence.first_q + row, head, sequence.batch,
+                             rows_begin, rows_end);
     }
   }
 }
@@ -69,7 +71,7 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
   constexpr int kPartFloats = 64 * 64;
   bool const leader = threadIdx.x % kWarpThreads == 0;
   for (int head = work.first_head; head < work.first_head + work.group; ++head) {
-    int64_t const first_slot = workspace.first_slot(work.sequence, work.index, head);
+    int64_t const first_slot = workspace.first_slot(work.sequence, head);
     for (int block = work.rows.first; block < work.rows.first + work.rows.count; ++block) {
       int64_t const slot = first_slot + block * P::kBlockM;
       int32_t* const turn = workspace.turn + slot / P::kBlockM;

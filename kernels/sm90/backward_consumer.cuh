@@ -149,7 +149,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       s.dout_full[stage].wait(pipe.parity());
       issue_product<P>(dp, s.v, warpgroup * 64, s.dout[stage]);
       if constexpr (P::kDropout) {
-        DropoutMask<Down::kKeys> const mask(problem, work.index, head);
+        DropoutMask<Down::kKeys> const mask(problem, work.sequence.index, head);
         dropout.draw(mask, block * P::kBlockM, warp_key);
       }
       s.statistics_full[stage].wait(pipe.parity());
@@ -167,7 +167,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
           .arrive();  // by the threads that read them, for racecheck's sake too
 
       // dS is double buffered: the other consumer may still read the previous one.
-      store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16, 0);
+      store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16);
       issue_update<P>(grad.dv, p_operand, s.dout[stage]);
       fence_proxy_async();
       barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
@@ -213,8 +213,8 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
   int const key = work.first_key + tile_row;
   Sequence const& sequence = work.sequence;
   auto const store = [&](TensorView const& view, auto const& acc, float scale) {
-    auto* global = static_cast<Element*>(view.data) + sequence.batch * view.stride_batch +
-                   (sequence.first_k + key) * view.stride_seq + work.head_k * view.stride_head;
+    Element* const global =
+        row_pointer<Element>(view, sequence, sequence.first_k, key, work.head_k);
     store_rows(s.v, tile_row, acc, scale, scale, global, view.stride_seq, sequence.length_k - key);
   };
   store(p.dv, grad.dv, P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f);

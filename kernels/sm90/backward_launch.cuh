@@ -2,6 +2,7 @@
 #pragma once
 
 #include "prep/backward_preprocess.cuh"
+#include "prep/clear_uncovered.cuh"
 #include "prep/dq_convert.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/launch.cuh"
@@ -30,6 +31,14 @@ Status backward(BackwardParams const& p) {
   BackwardWorkspace const workspace(problem, P::kBlockM, p.workspace);
   dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
   dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
+  if (packed) {
+    int32_t const *const cu_q = problem.cu_seqlens_q, *const cu_k = problem.cu_seqlens_k;
+    prep::PackedResults const results = {{{p.dq, nullptr, cu_q, problem.total_q, problem.heads_q},
+                                          {p.dk, nullptr, cu_k, problem.total_k, problem.heads_k},
+                                          {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
+    prep::clear_uncovered_kernel<P::kHeadDim>
+        <<<dim3(prep::kClearBlocks, 3), prep::kClearThreads, 0, stream>>>(results, problem.batch);
+  }
   prep::backward_preprocess_kernel<Element, P::kHeadDim, P::kBlockM>
       <<<rows, prep::kPreprocessThreads, 0, stream>>>(p, workspace);
   backward_kernel<P><<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps);

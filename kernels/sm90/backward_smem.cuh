@@ -17,18 +17,18 @@ struct BackwardMaps {
 // One block of keys of one key head, and the row blocks of the query heads that share it.
 template <class P>
 struct KeyWork {
-  int index;  // of the sequence
   int head_k, first_head, group;
   int key_block, first_key;
   Sequence sequence;
   RowBlocks<P::kBlockM, P::kBlockN> rows;
 
   // Grid (key blocks, key heads, sequences). Causal: block 0 sees the most rows and comes first.
-  // Deterministic: later blocks come first, since the earlier ones wait for them.
+  // Deterministic: later blocks come first, since the earlier ones wait for them; this relies on
+  // CTAs starting in the order of blockIdx, as they do.
   __device__ __forceinline__ explicit KeyWork(BackwardParams const& p)
-      : index(blockIdx.z), head_k(blockIdx.y), group(p.problem.heads_q / p.problem.heads_k),
+      : head_k(blockIdx.y), group(p.problem.heads_q / p.problem.heads_k),
         key_block(p.deterministic ? gridDim.x - 1 - blockIdx.x : blockIdx.x),
-        sequence(p.problem, index), rows(sequence, P::kCausal, key_block * P::kBlockN) {
+        sequence(p.problem, blockIdx.z), rows(sequence, P::kCausal, key_block * P::kBlockN) {
     first_head = head_k * group;
     first_key = key_block * P::kBlockN;
   }
@@ -90,6 +90,7 @@ __device__ __forceinline__ void wait_turn(int32_t const* turn, int earlier) {
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(done) : "l"(turn) : "memory");
   } while (done < earlier);
+  asm volatile("fence.proxy.async;\n" ::: "memory");
 }
 
 // After bulk_wait<0>: the reduction is in global memory, the next key block may add to it.

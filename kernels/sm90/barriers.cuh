@@ -6,15 +6,15 @@ namespace hf_flashattn::sm90 {
 enum ForwardBarrier : int {
   // + warpgroup: the warpgroup before it in the ring arrives when it has issued its products; this
   // warpgroup waits before it issues its own (ping-pong).
-  kTurn = 1,  // 1, 2, 3
+  kTensorCores = 1,  // 1, 2, 3
   // + warpgroup: its four warps, around the reuse of its rows of Q for the output.
   kOutput = 4,  // 4, 5, 6
 };
 
 enum BackwardBarrier : int {
-  // Both consumer warpgroups: dS is complete in shared memory.
+  // Both consumer warpgroups arrive and wait: dS is complete in shared memory.
   kScoreGradients = 1,
-  // Both consumer warpgroups: V is no longer needed, its memory becomes scratch.
+  // Both consumer warpgroups arrive and wait: nobody reads V any more, its memory becomes scratch.
   kEpilogue = 2,
   // + warpgroup: the consumers arrive when they have written their part of dQ; the writer waits.
   kQueryGradientFull = 3,  // 3, 4

@@ -53,18 +53,21 @@ __device__ void init_barriers(ForwardSmem<P>& s) {
 }
 
 template <class P>
+using ForwardScheduler = TileScheduler<P::kFoldTiles>;
+
+template <class P>
 using ForwardKeyBlocks = KeyBlocks<P::kBlockM, P::kBlockN>;
 
 template <class P>
 __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
-                        TileScheduler const& scheduler) {
+                        ForwardScheduler<P> const& scheduler) {
   Problem const& problem = p.problem;
   PipelineState<P::kStages> pipe;
   PipelineState<P::kQueryStages> q_pipe;
   uint32_t staging_phase = 0;
   Work work;
-  for (int step = 0; scheduler.get(step, work); ++step) {
-    Sequence const sequence(problem, work.batch);
+  for (int step = 0; scheduler.next(step, work);) {
+    Sequence const sequence(problem, work.index);
     int const first_row = work.row_block * P::kBlockM;
     if (first_row >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
@@ -125,24 +128,24 @@ __device__ __forceinline__ void issue_output(float (&out)[N], uint32_t (&probabi
 }
 
 template <class P>
-struct Turns {
+struct TensorCoreTurns {
   int warpgroup;
   __device__ __forceinline__ void start() const {
     if (warpgroup == P::kConsumers - 1) pass();
   }
   __device__ __forceinline__ void take() const {
-    barrier_sync(kTurn + warpgroup, 2 * kWarpgroupThreads);
+    barrier_sync(kTensorCores + warpgroup, 2 * kWarpgroupThreads);
   }
   __device__ __forceinline__ void pass() const {
     int const next = warpgroup == P::kConsumers - 1 ? 0 : warpgroup + 1;
-    barrier_arrive(kTurn + next, 2 * kWarpgroupThreads);
+    barrier_arrive(kTensorCores + next, 2 * kWarpgroupThreads);
   }
 };
 
 // A block that none of this consumer's rows sees: keeps its place in the pipeline and in the ring.
 template <class P>
 __device__ __forceinline__ void skip_block(ForwardSmem<P>& s, PipelineState<P::kStages> const& pipe,
-                                           Turns<P> const& turns) {
+                                           TensorCoreTurns<P> const& turns) {
   turns.take();
   turns.pass();
   s.k_full[pipe.stage].wait(pipe.parity());
@@ -165,7 +168,7 @@ struct BlockDropout {
 
   __device__ __forceinline__ void draw(int block) {
     if constexpr (P::kDropout) {
-      DropoutMask<Down::kRows> const mask(problem, work.batch, work.head);
+      DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
       mask.draw(tiles, row16, block * (P::kBlockN / 16));
     }
   }
@@ -194,13 +197,8 @@ struct OutputRows {
   __device__ __forceinline__ OutputRows(ForwardParams const& p, Sequence const& s, Work const& work,
                                         int row)
       : stride(p.out.stride_seq), count(s.length_q - row) {
-    Problem const& problem = p.problem;
-    out = static_cast<typename P::Element*>(p.out.data) + s.batch * p.out.stride_batch +
-          (s.first_q + row) * stride + work.head * p.out.stride_head;
-    int64_t const first = problem.cu_seqlens_q == nullptr
-                              ? (int64_t(s.batch) * problem.heads_q + work.head) * problem.seqlen_q
-                              : int64_t(work.head) * problem.total_q + s.first_q;
-    lse = p.lse + first + row;
+    out = row_pointer<typename P::Element>(p.out, s, s.first_q, row, work.head);
+    lse = p.lse + lse_offset(p.problem, s, work.head) + row;
   }
 
   __device__ __forceinline__ void store_lse(Lane const& lane, float const (&value)[2]) const {
@@ -226,36 +224,45 @@ struct OutputRows {
 };
 
 template <class P>
-__device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler const& scheduler) {
+__device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
+                        ForwardScheduler<P> const& scheduler) {
   using Element = typename P::Element;
   constexpr int kScores = P::kBlockN / 2, kSteps = P::kBlockN / 16;
   Problem const& problem = p.problem;
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
-  Turns<P> const turns{warpgroup};
+  TensorCoreTurns<P> const turns{warpgroup};
   turns.start();
 
   PipelineState<P::kStages> pipe;
   PipelineState<P::kQueryStages> q_pipe;
   Work work;
-  for (int step = 0; scheduler.get(step, work); ++step) {
-    Sequence const sequence(problem, work.batch);
+  for (int step = 0; scheduler.next(step, work);) {
+    Sequence const sequence(problem, work.index);
     if (work.row_block * P::kBlockM >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, work.row_block * P::kBlockM);
 
     int const tile_row = warpgroup * 64 + lane.warp * 16;
     int const warp_row = work.row_block * P::kBlockM + tile_row;
-    OutputRows<P> const rows(p, sequence, work, warp_row);
     if (blocks.count <= 0) {
-      rows.store_empty(lane);
+      OutputRows<P>(p, sequence, work, warp_row).store_empty(lane);
       continue;
     }
-    // This consumer's own 64 rows: blocks that only later rows see are handed back unread.
-    KeyBlocks<64, P::kBlockN> const own(sequence, P::kCausal,
-                                        work.row_block * P::kBlockM + warpgroup * 64);
-    int const own_last = min(max(own.last(), blocks.first), blocks.last());
+    // This consumer's own 64 rows: blocks that only later rows see are handed back unread, and all
+    // of them if the sequence ends before these rows.
+    int const own_row = work.row_block * P::kBlockM + warpgroup * 64;
+    bool const idle = own_row >= sequence.length_q;
+    KeyBlocks<64, P::kBlockN> const own(sequence, P::kCausal, own_row);
+    int const own_last =
+        idle ? blocks.first - 1 : min(max(own.last(), blocks.first), blocks.last());
     int block = blocks.last();
     for (; block > own_last; --block, pipe.next()) skip_block(s, pipe, turns);
+    if (idle) {
+      s.q_full[q_pipe.stage].wait(q_pipe.parity());
+      release(s.q_empty[q_pipe.stage]);
+      q_pipe.next();
+      continue;
+    }
 
     OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
     float out[P::kHeadDim / 2], scores[kScores], rescale[2];
@@ -327,6 +334,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
     }
     // Q's rows become scratch: all four warps have finished reading them.
     barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
+    OutputRows<P> const rows(p, sequence, work, warp_row);
     store_rows(s.q[q_pipe.stage], tile_row, out, normalise[0], normalise[1], rows.out, rows.stride,
                rows.count);
     rows.store_lse(lane, lse);
@@ -341,7 +349,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s, TileScheduler
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1)
     forward_kernel(ForwardParams const __grid_constant__ p,
-                   ForwardMaps const __grid_constant__ maps, TileScheduler const scheduler) {
+                   ForwardMaps const __grid_constant__ maps,
+                   ForwardScheduler<P> const __grid_constant__ scheduler) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<ForwardSmem<P>*>(smem_bytes);
   if (threadIdx.x == 0) init_barriers(s);
@@ -349,7 +358,15 @@ __global__ void __launch_bounds__(P::kThreads, 1)
 
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
-    if (warp_uniform(threadIdx.x / kWarpThreads) == 0) produce(p, maps, s, scheduler);
+    if (warp_uniform(threadIdx.x / kWarpThreads) == 0) {
+      if (elect_one()) {
+        prefetch_tensor_map(&maps.q);
+        prefetch_tensor_map(&maps.k);
+        prefetch_tensor_map(&maps.v);
+      }
+      __syncwarp();
+      produce(p, maps, s, scheduler);
+    }
   } else {
     grow_registers<P::Registers::kConsumer>();
     consume(p, s, scheduler);

@@ -1,6 +1,7 @@
 // Launches the forward kernel of one policy; included by the instantiation files alone.
 #pragma once
 
+#include "prep/clear_uncovered.cuh"
 #include "sm90/forward.cuh"
 #include "sm90/launch.cuh"
 
@@ -20,10 +21,16 @@ Status launch_forward(ForwardParams const& p) {
   if (status.ok()) status = allow_shared_memory<forward_kernel<P>>(smem_bytes);
   if (!status.ok()) return status;
 
-  TileScheduler const scheduler(problem, P::kBlockM, P::kCausal);
-  int const grid = scheduler.units() < problem.num_sms ? scheduler.units() : problem.num_sms;
-  forward_kernel<P><<<grid, P::kThreads, smem_bytes, static_cast<cudaStream_t>(problem.stream)>>>(
-      p, maps, scheduler);
+  ForwardScheduler<P> const scheduler(problem, P::kBlockM, P::kCausal);
+  int const grid = scheduler.tiles() < problem.num_sms ? scheduler.tiles() : problem.num_sms;
+  auto const stream = static_cast<cudaStream_t>(problem.stream);
+  if (packed) {
+    prep::PackedResults const results = {
+        {{p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q}}};
+    prep::clear_uncovered_kernel<P::kHeadDim>
+        <<<dim3(prep::kClearBlocks, 1), prep::kClearThreads, 0, stream>>>(results, problem.batch);
+  }
+  forward_kernel<P><<<grid, P::kThreads, smem_bytes, stream>>>(p, maps, scheduler);
   return check(cudaGetLastError(), "launching the forward kernel");
 }
 

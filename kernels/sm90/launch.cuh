@@ -4,25 +4,13 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdio>
+#include <atomic>
 
+#include "common/status.h"
 #include "common/tma.cuh"
-#include "params.h"
+#include "sm90/entries.h"
 
 namespace hf_flashattn::sm90 {
-
-inline Status success() {
-  Status status;
-  status.message[0] = '\0';
-  return status;
-}
-
-template <class... Values>
-Status failure(char const* format, Values... values) {
-  Status status;
-  std::snprintf(status.message, sizeof status.message, format, values...);
-  return status;
-}
 
 inline Status check(cudaError_t error, char const* what) {
   if (error == cudaSuccess) return success();
@@ -82,22 +70,17 @@ inline Status make_map(CUtensorMap& map, TensorView const& view, Problem const& 
 // Raises a kernel's shared-memory limit once per device.
 template <auto Kernel>
 Status allow_shared_memory(int bytes) {
-  static uint64_t done = 0;  // a bit per device; setting it twice is harmless
+  constexpr int kDevices = 128;
+  static std::atomic<bool> done[kDevices];
   int device = 0;
-  cudaGetDevice(&device);
-  uint64_t const bit = uint64_t{1} << (device % 64);
-  if (done & bit) return success();
-  Status const status =
-      check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-            "setting the shared-memory size of a kernel");
-  if (status.ok()) done |= bit;
+  Status status = check(cudaGetDevice(&device), "asking for the current device");
+  if (!status.ok() || (device < kDevices && done[device].load(std::memory_order_relaxed)))
+    return status;
+  status = check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                 "setting the shared-memory size of a kernel");
+  if (!status.ok()) cudaGetLastError();  // or the next launch would report it again
+  if (status.ok() && device < kDevices) done[device].store(true, std::memory_order_relaxed);
   return status;
 }
-
-template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status forward(ForwardParams const& params);
-
-template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status backward(BackwardParams const& params);
 
 }  // namespace hf_flashattn::sm90

@@ -34,7 +34,7 @@ __device__ __forceinline__ void zero_rows_outside(Tile const& tile, int begin, i
 // Fills a tile and completes `full`, with the rows outside [begin, end) as zeros, whatever is in
 // memory there: 0 * NaN must not reach a product. Such tiles are rare (the ends of a sequence), so
 // the warp waits for TMA on `staging` and patches the tile before it lets the consumers in.
-// The whole warp calls this; `staging_phase` is the caller's count of uses.
+// The whole warp calls this; `staging_phase` is the parity of its next use.
 template <class Tile>
 __device__ __forceinline__ void load_tile_zero_outside(CUtensorMap const& map, Mbarrier& full,
                                                        Mbarrier& staging, uint32_t& staging_phase,

@@ -6,58 +6,69 @@
 namespace hf_flashattn::sm90 {
 
 struct Work {
-  int row_block, head, batch;
+  int row_block, head, index;  // index: of the sequence in the batch
 };
 
-// Tiles in the order in which the CTAs take them, with a stride of the grid.
+// Tiles in the order in which the CTAs take them, one each in a step.
 //
-// Full: row blocks of one head follow each other and share its K and V in the L2. Causal row blocks
-// differ in length. Where there are many, they go in units of one length, the longest with the
-// shortest, and a CTA takes both; of an odd number of row blocks the middle ones, half a unit, come
-// last. Where there are few, all the longest come first.
+// Head by head: row blocks of one head follow each other and share its K and V in the L2. For full
+// attention, whose row blocks are alike.
+// Folded: the same, but row blocks go in pairs of one length, the longest with the shortest; of an
+// odd number the middle ones, half a pair, come last. For causal attention where K and V are large
+// (d128). Longest first: within chunks of streams, and every other step runs backwards, so that no
+// CTA always gets the longest of a step. For other causal attention and for packed sequences (one
+// chunk).
+template <bool CanFold>
 struct TileScheduler {
-  enum class Order { kByHead, kFolded, kLongestFirst };
-
-  int row_blocks, heads, pairs;  // pairs of (head, sequence)
-  Order order;
+  int row_blocks, heads, streams;  // streams: (head, sequence), each has row_blocks tiles
+  int chunk;                       // streams a chunk; 0: head by head, or folded
 
   __host__ TileScheduler(Problem const& p, int block_m, bool causal)
-      : row_blocks(ceil_div(p.seqlen_q, block_m)), heads(p.heads_q), pairs(p.heads_q * p.batch) {
-    bool const many = int64_t(pairs) * row_blocks >= 3 * int64_t(p.num_sms);
-    order = !causal ? Order::kByHead : many ? Order::kFolded : Order::kLongestFirst;
+      : row_blocks(ceil_div(p.seqlen_q, block_m)), heads(p.heads_q), streams(p.heads_q * p.batch),
+        chunk(0) {
+    bool const packed = p.cu_seqlens_q != nullptr;
+    bool const many = int64_t(streams) * row_blocks >= 3 * int64_t(p.num_sms);
+    if (packed || (causal && !(CanFold && many))) chunk = streams;
+    if (!packed && many && chunk > p.num_sms / 2) chunk = p.num_sms / 2;
   }
 
-  __host__ __device__ int folded_units() const { return pairs * (row_blocks / 2); }
-  __host__ __device__ int units() const {
-    return order == Order::kFolded ? folded_units() + pairs * (row_blocks % 2) : pairs * row_blocks;
-  }
+  __host__ __device__ int tiles() const { return streams * row_blocks; }
 
-  // The `step`-th tile of this CTA; false if it has no more.
-  __device__ __forceinline__ bool get(int step, Work& work) const {
-    int pair;
-    if (order == Order::kFolded) {
-      int const grid = gridDim.x, cta = blockIdx.x;
-      int const own = folded_units() > cta ? (folded_units() - cta - 1) / grid + 1 : 0;
-      if (step < 2 * own) {
-        int const half = row_blocks / 2, unit = step / 2 * grid + cta;
-        pair = unit / half;
-        work.row_block = step % 2 ? unit % half : row_blocks - 1 - unit % half;
+  // The next tile of this CTA, and on to the step after it; false if it has no more.
+  __device__ __forceinline__ bool next(int& step, Work& work) const {
+    int const grid = gridDim.x, cta = blockIdx.x;
+    // The two tiles of a folded pair count as two steps, so a CTA may end two steps later. A loop,
+    // though only the last steps can be empty: without it ptxas spills in the kernel's main loop.
+    for (; step * grid < tiles() + (CanFold ? 2 * grid : 0); ++step) {
+      int stream;
+      if (chunk > 0) {
+        int const tile = step * grid + (step % 2 == 0 ? cta : grid - 1 - cta);
+        if (tile >= tiles()) continue;
+        int const first = tile / (chunk * row_blocks) * chunk;
+        int const size = min(chunk, streams - first), rest = tile - first * row_blocks;
+        stream = first + rest % size;
+        work.row_block = row_blocks - 1 - rest / size;
+      } else if constexpr (CanFold) {
+        int const half = row_blocks / 2, folded = streams * half;
+        int const own = folded > cta ? (folded - cta - 1) / grid + 1 : 0;
+        bool const pair = step < 2 * own;
+        int const unit = (pair ? step / 2 : step - own) * grid + cta;
+        if (unit >= folded + streams * (row_blocks % 2)) continue;
+        stream = pair ? unit / half : unit - folded;
+        int const shorter = pair ? unit % half : half;
+        work.row_block = pair && step % 2 == 0 ? row_blocks - 1 - shorter : shorter;
       } else {
-        int const unit = (step - own) * grid + cta;
-        if (unit >= units()) return false;
-        pair = unit - folded_units();
-        work.row_block = row_blocks / 2;
+        int const tile = step * grid + cta;
+        if (tile >= tiles()) continue;
+        stream = tile / row_blocks;
+        work.row_block = tile % row_blocks;
       }
-    } else {
-      int const unit = step * gridDim.x + blockIdx.x;
-      if (unit >= units()) return false;
-      bool const by_head = order == Order::kByHead;
-      pair = by_head ? unit / row_blocks : unit % pairs;
-      work.row_block = by_head ? unit % row_blocks : row_blocks - 1 - unit / pairs;
+      work.head = stream % heads;
+      work.index = stream / heads;
+      ++step;
+      return true;
     }
-    work.head = pair % heads;
-    work.batch = pair / heads;
-    return true;
+    return false;
   }
 };
 

@@ -146,7 +146,7 @@ def test_other_stream_and_freed_inputs():
     "change,error,words",
     [
         ({"dtype": torch.float32}, (TypeError, NotImplementedError, ValueError), "float16"),
-        ({"dim": 80}, (NotImplementedError, ValueError), "64"),
+        ({"dim": 80}, (NotImplementedError, ValueError), "head_dim 80"),
     ],
 )
 def test_errors_before_any_launch(change, error, words):
@@ -172,7 +172,13 @@ def test_errors_of_direct_op_calls():
         ops.forward(q, k, v, softmax_scale=-1.0)
 
 
-@pytest.mark.parametrize("offsets", [[0, 300], [5, 1], [-7, 90], [0, 10]])
+INT_MAX = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 300], [5, 1], [-7, 90], [0, 10], [5, -INT_MAX], [100, -INT_MAX], [INT_MAX, INT_MAX]],
+)
 def test_wrong_offsets_touch_nothing_else(offsets):
     """cu_seqlens that lie (checked on request only) may give nonsense, never an illegal access."""
     q, k, v, dout = (torch.randn(100, 2, 64, device="cuda", dtype=torch.float16) for _ in range(4))
@@ -182,6 +188,23 @@ def test_wrong_offsets_touch_nothing_else(offsets):
     out, lse = ops.forward(q, k, v, **options)
     ops.backward(dout, q, k, v, out, lse, **options)
     torch.cuda.synchronize()
+
+
+def test_tokens_of_no_sequence_give_zeros():
+    """A packed buffer of fixed size: what lies outside the offsets is 0, and LSE -inf."""
+    q, k, v, dout = (torch.randn(100, 2, 64, device="cuda", dtype=torch.float16) for _ in range(4))
+    cu = torch.tensor([7, 30, 60], device="cuda", dtype=torch.int32)
+    options = {"softmax_scale": 0.125, "cu_seqlens_q": cu, "cu_seqlens_k": cu,
+               "max_seqlen_q": 30, "max_seqlen_k": 30}  # fmt: skip
+    for tensor in (q, k, v, dout):
+        tensor[60:] = float("nan")
+    out, lse = ops.forward(q, k, v, **options)
+    grads = ops.backward(dout, q, k, v, out, lse, **options)
+    for result in (out, *grads):
+        assert torch.isfinite(result).all()
+        assert not result[:7].any() and not result[60:].any()
+        assert result[7:60].any(dim=-1).all()
+    assert (lse[:, :7] == -float("inf")).all() and (lse[:, 60:] == -float("inf")).all()
 
 
 def test_empty_problems():

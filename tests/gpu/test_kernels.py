@@ -1,5 +1,7 @@
 """Forward and backward against the reference: shapes, masks, dropout, padding, packing, repeats."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from judge import Case, judge, make_problem, run_kernel, variants
@@ -138,6 +140,30 @@ def test_poison_between_packed_sequences(case):
     results = run_kernel(problem)
     for name, own in (("out", rows), ("dq", rows), ("dk", keys), ("dv", keys)):
         assert torch.equal(results[name][own], clean[name][own]), name
+
+
+@parametrize(variants(Case(sq=300, sk=200, causal=True), dim=(64, 128)))
+def test_poison_in_rows_that_see_nothing(case):
+    """Rows before the diagonal: 0 whatever Q, dO and the keys they do not see hold."""
+    problem = make_problem(case)
+    poison(problem.q, (slice(None), slice(0, 100)))
+    poison(problem.dout, (slice(None), slice(0, 100)))
+    results = run_kernel(problem)
+    for name in ("out", "dq", "dk", "dv"):
+        assert torch.isfinite(results[name]).all(), name
+    assert not results["out"][:, :100].any() and not results["dq"][:, :100].any()
+    poison(problem.v, (slice(None), slice(0, 1)))
+    assert not run_kernel(problem)["out"][:, :100].any()
+
+
+@parametrize(variants(Case(batch=3, sq=150, sk=150), dim=(64, 128), causal=(False, True)))
+def test_extreme_key_ranges(case):
+    """Starts and lengths beyond the keys mean the keys that exist."""
+    extreme = make_problem(replace(case, key_ranges=((-3, 10), (1, 2**31 - 1), (100, -50))))
+    plain = make_problem(replace(case, key_ranges=((0, 7), (1, 149), (0, 0))))
+    got, want = run_kernel(extreme), run_kernel(plain)
+    for name in ("out", "lse", "dk", "dv"):
+        assert torch.equal(got[name], want[name]), name
 
 
 def test_strides_of_fused_projections():

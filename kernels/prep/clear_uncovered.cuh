@@ -1,0 +1,48 @@
+// Packed tensors may hold tokens of no sequence: before the first offset and after the last, as in
+// a buffer of fixed size. Nobody computes them, so their results become 0 (LSE -inf) here instead
+// of what the memory held before.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "params.h"
+
+namespace hf_flashattn::prep {
+
+constexpr int kClearThreads = 256, kClearBlocks = 32;
+
+// One packed (total, heads, head_dim) result, and the LSE (heads, total) that belongs to it or
+// null.
+struct PackedResult {
+  TensorView view;
+  float* lse;
+  int32_t const* cu_seqlens;
+  int total, heads;
+};
+
+struct PackedResults {
+  PackedResult result[3];
+};
+
+// Grid (kClearBlocks, results).
+template <int HeadDim>
+__global__ void __launch_bounds__(kClearThreads)
+    clear_uncovered_kernel(PackedResults const __grid_constant__ results, int batch) {
+  PackedResult const& r = results.result[blockIdx.y];
+  int const begin = min(max(r.cu_seqlens[0], 0), r.total);
+  int const end = min(max(r.cu_seqlens[batch], begin), r.total);
+  int64_t const uncovered = r.total - (end - begin);
+  constexpr int kUnits = HeadDim / 8;  // of 16 bytes
+  int64_t const stride = int64_t{gridDim.x} * kClearThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kClearThreads + threadIdx.x;
+       i < uncovered * r.heads * kUnits; i += stride) {
+    int const unit = i % kUnits, head = i / kUnits % r.heads;
+    int64_t const skipped = i / kUnits / r.heads;
+    int64_t const row = skipped < begin ? skipped : skipped + (end - begin);
+    auto* const data = static_cast<uint16_t*>(r.view.data) + row * r.view.stride_seq +
+                       head * r.view.stride_head + unit * 8;
+    *reinterpret_cast<uint4*>(data) = make_uint4(0, 0, 0, 0);
+    if (unit == 0 && r.lse != nullptr) r.lse[int64_t{head} * r.total + row] = -infinity();
+  }
+}
+
+}  // namespace hf_flashattn::prep

@@ -1,0 +1,16 @@
+// What dispatch.cpp calls of the Hopper kernels; plain C++, defined by the units of sm90/.
+#pragma once
+
+#include "params.h"
+
+namespace hf_flashattn::sm90 {
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status forward(ForwardParams const& params);
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status backward(BackwardParams const& params);
+
+size_t backward_workspace_bytes(Problem const& problem);
+
+}  // namespace hf_flashattn::sm90

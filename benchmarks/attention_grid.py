@@ -161,6 +161,7 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         facts = {
             "command": " ".join(["python", *sys.argv]),
+            "library": ops.library_status().path.parent.name,
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

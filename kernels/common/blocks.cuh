@@ -16,7 +16,7 @@ struct KeyBlocks {
   int first, count;                  // blocks first .. first + count - 1
   int unmasked_begin, unmasked_end;  // blocks in between are seen whole by every row
 
-  __device__ __forceinline__ KeyBlocks(Sequence const& s, bool causal, int first_row) {
+  __host__ __device__ __forceinline__ KeyBlocks(Sequence const& s, bool causal, int first_row) {
     int const last_row = min(first_row + BlockM, s.length_q) - 1;
     int const end = causal ? min(s.key_end, last_row + s.diagonal() + 1) : s.key_end;
     int const whole = causal ? min(s.key_end, first_row + s.diagonal() + 1) : s.key_end;
@@ -26,8 +26,8 @@ struct KeyBlocks {
     unmasked_end = max(whole, 0) / BlockN;
   }
 
-  __device__ __forceinline__ int last() const { return first + count - 1; }
-  __device__ __forceinline__ bool needs_mask(int block) const {
+  __host__ __device__ __forceinline__ int last() const { return first + count - 1; }
+  __host__ __device__ __forceinline__ bool needs_mask(int block) const {
     return block < unmasked_begin || block >= unmasked_end;
   }
 };
@@ -40,7 +40,7 @@ struct RowBlocks {
   int unmasked_begin;  // from here on every row sees all the keys of the block, if the range does
   bool keys_whole;     // the key block lies inside the key range
 
-  __device__ __forceinline__ RowBlocks(Sequence const& s, bool causal, int first_key) {
+  __host__ __device__ __forceinline__ RowBlocks(Sequence const& s, bool causal, int first_key) {
     // Rows that see no key at all are left out too: their Q and dO are never multiplied.
     int const begin = causal ? max(max(first_key, s.key_begin) - s.diagonal(), 0) : 0;
     bool const empty = first_key >= s.key_end || first_key + BlockN <= s.key_begin;
@@ -51,9 +51,18 @@ struct RowBlocks {
     keys_whole = first_key >= s.key_begin && first_key + BlockN <= s.key_end;
   }
 
-  __device__ __forceinline__ bool needs_mask(int block) const {
+  __host__ __device__ __forceinline__ bool needs_mask(int block) const {
     return !keys_whole || block < unmasked_begin;
   }
 };
+
+// How many key blocks after this one see rows up to last_row too: the deterministic backward lets
+// them add to dQ first.
+template <int BlockN>
+__host__ __device__ __forceinline__ int later_key_blocks(Sequence const& s, bool causal,
+                                                         int last_row, int key_block) {
+  int const last_key = causal ? min(s.key_end - 1, last_row + s.diagonal()) : s.key_end - 1;
+  return last_key / BlockN - key_block;
+}
 
 }  // namespace hf_flashattn

@@ -14,7 +14,7 @@ struct Sequence {
   int key_begin, key_end;  // keys that exist for every row
   bool zero_tail;          // rows beyond the length are other data: TMA does not zero them
 
-  __device__ __forceinline__ Sequence(Problem const& p, int index) : index(index) {
+  __host__ __device__ __forceinline__ Sequence(Problem const& p, int index) : index(index) {
     if (p.cu_seqlens_q != nullptr) {
       // Clamped, so that wrong lengths give wrong results and not wrong accesses.
       batch = 0;
@@ -42,18 +42,19 @@ struct Sequence {
   }
 
   // Row r sees keys c <= r + diagonal() when causal.
-  __device__ __forceinline__ int diagonal() const { return length_k - length_q; }
+  __host__ __device__ __forceinline__ int diagonal() const { return length_k - length_q; }
 
   // The first row that sees a key, 0 or less if all do: keys start at key_begin, rows end at the
   // diagonal.
-  __device__ __forceinline__ int first_seeing_row(bool causal) const {
+  __host__ __device__ __forceinline__ int first_seeing_row(bool causal) const {
     return causal ? key_begin - diagonal() : 0;
   }
 
   // Of the keys first .. first + count - 1, the ones TMA brings in but nobody may see: all outside
   // [begin, end) of this pair, relative to `first`. Equal to [0, count) when TMA already zeroes
   // them.
-  __device__ __forceinline__ void visible_keys(int first, int count, int& begin, int& end) const {
+  __host__ __device__ __forceinline__ void visible_keys(int first, int count, int& begin,
+                                                        int& end) const {
     begin = max(key_begin - first, 0);
     bool const hardware_zero = key_end == length_k && !zero_tail;
     end = hardware_zero ? count : min(key_end - first, count);

@@ -33,12 +33,10 @@ struct KeyWork {
     first_key = key_block * P::kBlockN;
   }
 
-  // How many key blocks after this one see a row block too.
+  // How many key blocks have to add to the dQ of a row block before this one.
   __device__ __forceinline__ int earlier_key_blocks(int row_block) const {
-    int const last_row = row_block * P::kBlockM + P::kBlockM - 1;
-    int const end = P::kCausal ? min(sequence.key_end - 1, last_row + sequence.diagonal())
-                               : sequence.key_end - 1;
-    return end / P::kBlockN - key_block;
+    return later_key_blocks<P::kBlockN>(sequence, P::kCausal, (row_block + 1) * P::kBlockM - 1,
+                                        key_block);
   }
 };
 

@@ -66,7 +66,7 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
   PipelineState<P::kQueryStages> q_pipe;
   uint32_t staging_phase = 0;
   Work work;
-  for (int step = 0; scheduler.next(step, work);) {
+  for (int step = 0; scheduler.next(step, work, blockIdx.x, gridDim.x);) {
     Sequence const sequence(problem, work.index);
     int const first_row = work.row_block * P::kBlockM;
     if (first_row >= sequence.length_q) continue;
@@ -237,7 +237,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   PipelineState<P::kStages> pipe;
   PipelineState<P::kQueryStages> q_pipe;
   Work work;
-  for (int step = 0; scheduler.next(step, work);) {
+  for (int step = 0; scheduler.next(step, work, blockIdx.x, gridDim.x);) {
     Sequence const sequence(problem, work.index);
     if (work.row_block * P::kBlockM >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, work.row_block * P::kBlockM);

@@ -34,9 +34,8 @@ struct TileScheduler {
 
   __host__ __device__ int tiles() const { return streams * row_blocks; }
 
-  // The next tile of this CTA, and on to the step after it; false if it has no more.
-  __device__ __forceinline__ bool next(int& step, Work& work) const {
-    int const grid = gridDim.x, cta = blockIdx.x;
+  // The next tile of CTA `cta` of `grid`, and on to the step after it; false if it has no more.
+  __host__ __device__ __forceinline__ bool next(int& step, Work& work, int cta, int grid) const {
     // The two tiles of a folded pair count as two steps, so a CTA may end two steps later. A loop,
     // though only the last steps can be empty: without it ptxas spills in the kernel's main loop.
     for (; step * grid < tiles() + (CanFold ? 2 * grid : 0); ++step) {

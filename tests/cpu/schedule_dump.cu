@@ -1,0 +1,76 @@
+// The schedules of the kernels, run on the host: what test_kernel_schedule.py checks.
+//
+// stdin, a request a line:
+//   tiles SEQLEN_Q HEADS BATCH SMS BLOCK_M CAUSAL PACKED FOLD      -> a line of
+//   "row_block,head,index" blocks ROWS KEYS CAUSAL KEY_START KEY_LEN                      -> a line
+//   of numbers, see below
+#include <cstdio>
+#include <cstring>
+
+#include "sm90/scheduler.cuh"
+
+namespace hf_flashattn {
+
+template <bool Fold>
+void print_tiles(Problem const& p, int block_m) {
+  sm90::TileScheduler<Fold> const scheduler(p, block_m, p.causal);
+  int const grid = scheduler.tiles() < p.num_sms ? scheduler.tiles() : p.num_sms;
+  for (int cta = 0; cta < grid; ++cta) {
+    sm90::Work work;
+    for (int step = 0; scheduler.next(step, work, cta, grid);)
+      std::printf("%d,%d,%d ", work.row_block, work.head, work.index);
+  }
+  std::printf("\n");
+}
+
+// Forward: "first,last,mask bits" of each block of 128 rows. Backward: "first,count,mask bits,later
+// blocks of each row block" of each block of 128 keys over blocks of 64 rows. Bits as 0 and 1.
+void print_blocks(Problem const& p) {
+  Sequence const s(p, 0);
+  for (int row = 0; row < s.length_q; row += 128) {
+    KeyBlocks<128, 128> const blocks(s, p.causal, row);
+    std::printf("f:%d,%d,", blocks.first, blocks.count);
+    for (int i = 0; i < blocks.count; ++i) std::printf("%d", blocks.needs_mask(blocks.first + i));
+    std::printf(" ");
+  }
+  for (int key = 0; key < s.length_k; key += 128) {
+    RowBlocks<64, 128> const blocks(s, p.causal, key);
+    std::printf("b:%d,%d,", blocks.first, blocks.count);
+    for (int i = 0; i < blocks.count; ++i) std::printf("%d", blocks.needs_mask(blocks.first + i));
+    std::printf(",");
+    for (int i = 0; i < blocks.count; ++i)
+      std::printf("%d;",
+                  later_key_blocks<128>(s, p.causal, (blocks.first + i + 1) * 64 - 1, key / 128));
+    std::printf(" ");
+  }
+  std::printf("\n");
+}
+
+void serve() {
+  char kind[16];
+  while (std::scanf("%15s", kind) == 1) {
+    Problem p{};
+    p.batch = p.heads_q = p.heads_k = 1;
+    int causal = 0, read = 0;
+    if (std::strcmp(kind, "tiles") == 0) {
+      int block_m = 0, packed = 0, fold = 0;
+      int32_t const offsets[1] = {0};
+      read = std::scanf("%d %d %d %d %d %d %d %d", &p.seqlen_q, &p.heads_q, &p.batch, &p.num_sms,
+                        &block_m, &causal, &packed, &fold);
+      p.causal = causal;
+      p.cu_seqlens_q = packed ? offsets : nullptr;
+      if (read == 8) fold ? print_tiles<true>(p, block_m) : print_tiles<false>(p, block_m);
+    } else {
+      int32_t start = 0, length = 0;
+      read = std::scanf("%d %d %d %d %d", &p.seqlen_q, &p.seqlen_k, &causal, &start, &length);
+      p.causal = causal;
+      p.key_start = &start;
+      p.key_len = &length;
+      if (read == 5) print_blocks(p);
+    }
+  }
+}
+
+}  // namespace hf_flashattn
+
+int main() { hf_flashattn::serve(); }

@@ -1,0 +1,108 @@
+"""Which tiles and blocks the kernels visit, from their own headers compiled for the host."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from build_helpers import REPO, load_build, require_nvcc
+
+ROW_BLOCK, KEY_BLOCK = 64, 128  # of the backward; the forward's blocks are 128 x 128
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+    """Runs requests through schedule_dump.cu: one line of answers for each."""
+    build = load_build(REPO / "hf_flashattn")
+    require_nvcc(build)
+    program = tmp_path_factory.mktemp("schedule") / "dump"
+    source = Path(__file__).with_name("schedule_dump.cu")
+    flags = build.unit_flags(build.source_root(), build.cuda_archs())
+    subprocess.run([build.find_nvcc(), *flags, source, "-o", program], check=True, capture_output=True)
+
+    def run(requests: list[str]) -> list[list[str]]:
+        done = subprocess.run(
+            [program], input="\n".join(requests), capture_output=True, text=True, check=True
+        )
+        answers = [line.split() for line in done.stdout.splitlines()]
+        assert len(answers) == len(requests)
+        return answers
+
+    return run
+
+
+def test_every_tile_once(dump):
+    cases = list(
+        itertools.product(
+            (1, 64, 500, 1024, 8000), (1, 12), (1, 3, 32), (1, 7, 132), (128, 192),
+            ((0, 0), (1, 0), (1, 1)), (0, 1),
+        )
+    )  # fmt: skip
+    requests = [
+        f"tiles {seqlen} {heads} {batch} {sms} {block_m} {causal} {packed} {fold}"
+        for seqlen, heads, batch, sms, block_m, (causal, fold), packed in cases
+    ]
+    for (seqlen, heads, batch, _, block_m, *_), tiles in zip(cases, dump(requests), strict=True):
+        want = itertools.product(range(-(-seqlen // block_m)), range(heads), range(batch))
+        assert sorted(tiles) == sorted(",".join(map(str, tile)) for tile in want)
+
+
+def random_blocks(count: int) -> list[tuple[int, int, int, int, int]]:
+    """(rows, keys, causal, key_start, key_len), edges and nonsense included."""
+    draw = random.Random(0)
+    sizes = (1, 63, 64, 65, 128, 129, 200, 513)
+    starts = (0, 0, 1, 64, 127, 128, 200, 600, -5)
+    lengths = (0, 1, 64, 128, 300, 2**31 - 1, -4)
+    return [
+        (*draw.choices(sizes, k=2), draw.randint(0, 1), draw.choice(starts), draw.choice(lengths))
+        for _ in range(count)
+    ]
+
+
+def sees(rows, keys, causal, start, length, row, key) -> bool:
+    in_range = start <= key < start + length
+    return in_range and (not causal or key <= row + keys - rows)
+
+
+def visibility(case, row_block: int, key_block: int, first_row: int, first_key: int):
+    """Of the pairs of a tile that exist: whether any and whether all are seen."""
+    rows, keys = case[:2]
+    seen = [
+        sees(*case, row, key)
+        for row in range(first_row, min(first_row + row_block, rows))
+        for key in range(first_key, min(first_key + key_block, keys))
+    ]
+    return any(seen), all(seen) and first_key + key_block <= keys
+
+
+def test_blocks_cover_what_is_seen_and_mask_what_is_not(dump):
+    cases = random_blocks(150)
+    answers = dump([f"blocks {' '.join(map(str, case))}" for case in cases])
+    for case, answer in zip(cases, answers, strict=True):
+        rows, keys = case[:2]
+        forward = [x[2:].split(",") for x in answer if x.startswith("f:")]
+        for i, (first, count, masks) in enumerate(forward):
+            for block in range(-(-keys // 128)):
+                seen, whole = visibility(case, 128, 128, i * 128, block * 128)
+                visited = int(first) <= block < int(first) + int(count)
+                assert visited or not seen, (case, i, block)
+                if visited and masks[block - int(first)] == "0":
+                    assert whole, (case, i, block)
+        turns: dict[int, list[int]] = {}
+        backward = [x[2:].split(",") for x in answer if x.startswith("b:")]
+        for key, (first, count, masks, later) in enumerate(backward):
+            for block in range(-(-rows // ROW_BLOCK)):
+                tile = block * ROW_BLOCK, key * KEY_BLOCK
+                seen, whole = visibility(case, ROW_BLOCK, KEY_BLOCK, *tile)
+                visited = int(first) <= block < int(first) + int(count)
+                assert visited or not seen, (case, block, key)
+                if visited and masks[block - int(first)] == "0":
+                    assert whole, (case, block, key)
+                if visited:
+                    turns.setdefault(block, []).append(int(later.split(";")[block - int(first)]))
+        # The last key block of a row block goes first and everyone knows how many came before.
+        for block, order in turns.items():
+            assert order == list(range(len(order)))[::-1], (case, block, order)

@@ -11,6 +11,7 @@ backward 2.5x. cudnn and fa2 are torch's scaled_dot_product_attention with that 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -161,7 +162,7 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         facts = {
             "command": " ".join(["python", *sys.argv]),
-            "library": ops.library_status().path.parent.name,
+            "library_sha256": hashlib.sha256(ops.library_status().path.read_bytes()).hexdigest(),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

@@ -132,8 +132,8 @@ def visible_keys(
     if key_start is not None:
         visible = visible & (columns >= key_start.view(-1, 1, 1, 1))
     if key_len is not None:
-        start = key_start.view(-1, 1, 1, 1) if key_start is not None else 0
-        visible = visible & (columns < start + key_len.view(-1, 1, 1, 1))
+        start = key_start.view(-1, 1, 1, 1).long() if key_start is not None else 0
+        visible = visible & (columns < start + key_len.view(-1, 1, 1, 1).long())
     return visible
 
 

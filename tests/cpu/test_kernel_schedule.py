@@ -21,7 +21,9 @@ def dump(tmp_path_factory):
     program = tmp_path_factory.mktemp("schedule") / "dump"
     source = Path(__file__).with_name("schedule_dump.cu")
     flags = build.unit_flags(build.source_root(), build.cuda_archs())
-    subprocess.run([build.find_nvcc(), *flags, source, "-o", program], check=True, capture_output=True)
+    subprocess.run(
+        [build.find_nvcc(), *flags, source, "-o", program], check=True, capture_output=True
+    )
 
     def run(requests: list[str]) -> list[list[str]]:
         done = subprocess.run(

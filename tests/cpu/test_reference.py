@@ -5,7 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from hf_flashattn import reference
-from hf_flashattn.reference import attention_backward_reference, attention_reference
+from hf_flashattn.reference import (
+    attention_backward_reference,
+    attention_reference,
+    visible_keys,
+)
 
 RNG = torch.tensor([2**61 + 3, 5])
 
@@ -211,3 +215,12 @@ def test_autocast_does_not_touch_the_judge():
     plain, _ = attention_reference(q, k, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention_reference(q, k, v)[0], plain)
+
+
+def test_key_ranges_beyond_the_keys_mean_the_keys_that_exist():
+    """key_start + key_len may exceed 2^31; what is before key 0 counts towards the length."""
+    start = torch.tensor([1, -3, 2], dtype=torch.int32)
+    length = torch.tensor([2**31 - 1, 5, -1], dtype=torch.int32)
+    visible = visible_keys(1, 6, key_start=start, key_len=length)[:, 0, 0]
+    want = [[0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0] * 6]
+    assert visible.long().tolist() == want

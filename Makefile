@@ -5,6 +5,7 @@ PYTHON ?= python3
 # Any torch >= 2.11 will do; without a GPU, a CPU build of this one is enough.
 TORCH ?= torch==2.13.0
 JSON ?= build/attention_grid.json
+RESULTS := benchmarks/results
 
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
@@ -19,7 +20,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 endef
 export PYTHON NEEDS_HOPPER
 
-.PHONY: help setup demo test lint format kernels gpu-check clean
+.PHONY: help setup demo test lint format kernels gpu-check results clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name what; do \
@@ -63,6 +64,12 @@ gpu-check:  ## on a Hopper GPU: correctness, sanitizers, benchmark grid (JSON=fi
 	PYTHONPATH=. $(SANITIZER) --tool racecheck --error-exitcode 1 $(GPU_PY) tests/gpu/sanitizer_cases.py
 	@mkdir -p $(dir $(JSON))
 	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --json $(JSON)
+
+results:  ## on a Hopper GPU: the JSON files in benchmarks/results, the plot and README's tables
+	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --deterministic --json $(RESULTS)/attention_grid.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --steps 30 --overlay-steps 300 --json $(RESULTS)/training_step.json
+	PYTHONPATH=. $(GPU_PY) docs/tables.py --grid $(RESULTS)/attention_grid.json --steps $(RESULTS)/training_step.json
+	$(GPU_PY) benchmarks/plot_grid.py $(RESULTS)/attention_grid.json
 
 clean:  ## remove what builds and tools left (not .venv, not the kernel cache)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -43,14 +43,14 @@ struct ForwardTile {
   // A second Q tile, where it fits, lets the next rows arrive while these write their output.
   static constexpr int kQueryStages =
       2 * HeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 1024 <= kSharedMemoryBytes ? 2 : 1;
-  // ptxas sinks the softmax below the wait for O += P V. Holding it above gains 4 % at d128, where
-  // the product is long; it costs 3 % where three consumers, or Philox, keep the tensor cores
-  // covered anyway.
+  // ptxas sinks the softmax below the wait for O += P V. Holding it above gained 1 to 4 % at d128
+  // without dropout and cost 2 to 3 % at d64 (each in one run).
   static constexpr bool kFenceSoftmax = HeadDim == 128 && !Dropout;
-  // Where Philox runs: under S = Q K^T where two consumers leave the tensor cores time to fill (13
-  // % at d128 and S = 16k), else mixed into the softmax (8 % at d64).
+  // Where Philox runs: under S = Q K^T, or mixed into the softmax. Never compared in one run: over
+  // cuDNN d128 stood at 1.47 full and 1.42 causal early, 1.44 and 1.42 late.
   static constexpr bool kDrawEarly = HeadDim == 128;
-  // See TileScheduler: folding loses 5 % to chunks at d64 (9 % at S = 1k) and wins as much at d128.
+  // See TileScheduler. Chunks instead of folding gained 5 % at d64 causal, together with idle
+  // consumers handing tiles back, and lost 5 % at d128.
   static constexpr bool kFoldTiles = HeadDim == 128 && Causal;
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
@@ -58,7 +58,8 @@ struct ForwardTile {
 
 // d64: three consumers, because a row of O is only 32 registers; 128 keys keep S, P and O in 160.
 // d128: two consumers of 240. 176 keys would fit and amortise a block's softmax over more of them,
-// but then a second Q tile does not: 128 keys gain 6 % at S = 512 and lose 1 % from 8k on.
+// but then a second Q tile does not: 128 keys were 8 % faster at S = 512, level to 3 % slower at
+// 16k.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy;
 template <DType Type, bool Causal, bool Dropout>

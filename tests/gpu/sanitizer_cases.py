@@ -1,12 +1,17 @@
 """A small set of launches that touches every kernel, for compute-sanitizer.
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitizer_cases.py
+    compute-sanitizer --tool memcheck python tests/gpu/sanitizer_cases.py
+
+Every tensor is an allocation of its own: inside the pool of torch's caching allocator memcheck
+would see no overrun of a tensor into its neighbour.
 """
 
 from __future__ import annotations
 
+import os
+
 import torch
-from judge import Case, make_problem, run_kernel, variants
+from judge import WRONG_OFFSETS, Case, make_problem, run_kernel, run_wrong_offsets, variants
 
 PACKED = ((100, 130), (0, 0), (1, 1), (65, 40))
 RANGES = ((0, 200), (60, 100), (0, 0))
@@ -31,7 +36,10 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read at the first allocation
     for case in cases():
         run_kernel(make_problem(case))
+    for offsets in WRONG_OFFSETS:
+        run_wrong_offsets(offsets)
     torch.cuda.synchronize()
-    print(f"{len(cases())} cases launched")
+    print(f"{len(cases())} cases and {len(WRONG_OFFSETS)} wrong offsets launched")

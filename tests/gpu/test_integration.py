@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from judge import WRONG_OFFSETS, run_wrong_offsets
 from torch.utils.checkpoint import checkpoint
 
 from hf_flashattn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, ops
@@ -172,22 +173,10 @@ def test_errors_of_direct_op_calls():
         ops.forward(q, k, v, softmax_scale=-1.0)
 
 
-INT_MAX = 2**31 - 1
-
-
-@pytest.mark.parametrize(
-    "offsets",
-    [[0, 300], [5, 1], [-7, 90], [0, 10], [5, -INT_MAX], [100, -INT_MAX], [INT_MAX, INT_MAX]],
-)
-def test_wrong_offsets_touch_nothing_else(offsets):
-    """cu_seqlens that lie (checked on request only) may give nonsense, never an illegal access."""
-    q, k, v, dout = (torch.randn(100, 2, 64, device="cuda", dtype=torch.float16) for _ in range(4))
-    cu = torch.tensor([0, *offsets], device="cuda", dtype=torch.int32)
-    options = {"softmax_scale": 0.125, "cu_seqlens_q": cu, "cu_seqlens_k": cu,
-               "max_seqlen_q": 100, "max_seqlen_k": 100}  # fmt: skip
-    out, lse = ops.forward(q, k, v, **options)
-    ops.backward(dout, q, k, v, out, lse, **options)
-    torch.cuda.synchronize()
+@pytest.mark.parametrize("offsets", WRONG_OFFSETS)
+def test_wrong_offsets_do_not_break_the_context(offsets):
+    """Small overruns stay inside torch's pool and unseen here: sanitizer_cases.py finds those."""
+    run_wrong_offsets(offsets)
 
 
 def test_tokens_of_no_sequence_give_zeros():

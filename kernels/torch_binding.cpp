@@ -162,7 +162,9 @@ void* current_stream(int32_t device) {
   HFA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
             "this torch has no CUDA; next step: install a CUDA build of torch");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  // torch's own macro for this check has another name in every other release.
+  HFA_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == TORCH_SUCCESS,
+            "cannot ask torch for the current stream of cuda:", device);
   return stream;
 }
 

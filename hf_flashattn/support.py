@@ -1,6 +1,6 @@
 """What runs where, and why not: the one place that knows the limits of the kernels.
 
-    explain(Request("cuda", (9, 0), torch.bfloat16, head_dim=96, heads_q=12, heads_k=12)).reason
+    explain(Request("cuda", (9, 0), torch.bfloat16, head_dim=90, heads_q=12, heads_k=12)).reason
 
 `explain` never touches a tensor: patching, reports and the README's matrix are made from it. The
 errors of calls with bad tensors are in checks.py.
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from . import ops
 
-CUDA_HEAD_DIMS = (64, 128)
+CUDA_HEAD_DIMS = range(8, 257, 8)
+CUDA_GRADIENT_HEAD_DIMS = range(8, 129, 8)
+KERNEL_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # each serves the smaller ones down to the next
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CUDA_CAPABILITIES = ((9, 0),)
@@ -162,15 +164,8 @@ def _cuda(r: Request) -> Support:
             "bfloat16, float16",
             "load the model with dtype=torch.bfloat16, or run it under torch.autocast",
         )
-    if r.head_dim not in CUDA_HEAD_DIMS:
-        sdpa = "use attn_implementation='sdpa' for this model"
-        larger = min((d for d in CUDA_HEAD_DIMS if d > r.head_dim), default=None)
-        pad = f"pad q, k and v with zeros to {larger}, with softmax_scale={r.head_dim}**-0.5, or "
-        return _no(
-            f"head_dim {r.head_dim} on CUDA is not there yet",
-            f"{larger or max(CUDA_HEAD_DIMS)}",
-            pad + sdpa if larger else sdpa,
-        )
+    if refused := _head_dim(r):
+        return refused
     if r.compute_capability is not None and r.compute_capability not in CUDA_CAPABILITIES:
         major, minor = r.compute_capability
         return _no(
@@ -185,7 +180,29 @@ def _cuda(r: Request) -> Support:
             "the CPU",
             "run `hf-flashattn build`, then start anew",
         )
-    return Support(f"sm90 d{r.head_dim}")
+    return Support(f"sm90 d{min(d for d in KERNEL_HEAD_DIMS if d >= r.head_dim)}")
+
+
+def _head_dim(r: Request) -> Support | None:
+    sdpa = "use attn_implementation='sdpa' for this model"
+    largest = max(CUDA_HEAD_DIMS)
+    if r.head_dim > largest:
+        return _no(f"head_dim {r.head_dim} on CUDA is not there yet", f"{largest}", sdpa)
+    if r.head_dim not in CUDA_HEAD_DIMS:
+        padded = next(d for d in CUDA_HEAD_DIMS if d > r.head_dim)
+        return _no(
+            f"head_dim {r.head_dim} is not a multiple of 8",
+            f"{padded}",
+            f"pad q, k and v with zeros to {padded}, with softmax_scale={r.head_dim}**-0.5, or "
+            + sdpa,
+        )
+    if r.needs_grad and r.head_dim not in CUDA_GRADIENT_HEAD_DIMS:
+        return _no(
+            f"gradients at head_dim {r.head_dim} on CUDA are not there yet",
+            f"head_dim {max(CUDA_GRADIENT_HEAD_DIMS)}; {r.head_dim} without gradients",
+            f"run under torch.no_grad(), or {sdpa}",
+        )
+    return None
 
 
 def _no(reason: str, nearest: str, next_step: str) -> Support:
@@ -206,6 +223,11 @@ def refuse(support: Support | None) -> None:
     """Raise what `explain` or `explain_features` refused."""
     if support is not None and not support.ok:
         raise NotImplementedError(f"hf_flashattn: {support}")
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of a call with these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:

@@ -1,8 +1,9 @@
 // The table of kernels: what was compiled, how to launch it, and why a request finds nothing.
 //
 // Every failure is reported before anything is launched, as expected / got / nearest / next step.
+#include <algorithm>
+#include <array>
 #include <cmath>
-#include <cstdlib>
 
 #include "common/status.h"
 #include "sm90/entries.h"
@@ -13,38 +14,50 @@ namespace {
 
 struct Entry {
   int32_t compute_capability;
-  int32_t head_dim;
+  int32_t head_dim;  // of the kernel: every smaller multiple of 8 runs on it too
   DType dtype;
   bool causal;
   bool dropout;
   Status (*forward)(ForwardParams const&);
-  Status (*backward)(BackwardParams const&);
+  Status (*backward)(BackwardParams const&);  // null: forward only
   size_t (*workspace_bytes)(Problem const&);
 };
 
-template <int HeadDim, DType Type, bool Causal, bool Dropout>
+enum class Directions { kForward, kBoth };
+
+template <int HeadDim, Directions D, DType Type, bool Causal, bool Dropout>
 constexpr Entry sm90_entry() {
-  return {90,
-          HeadDim,
-          Type,
-          Causal,
-          Dropout,
-          sm90::forward<HeadDim, Type, Causal, Dropout>,
-          sm90::backward<HeadDim, Type, Causal, Dropout>,
-          sm90::backward_workspace_bytes};
+  Entry entry{90,      HeadDim, Type,
+              Causal,  Dropout, sm90::forward<HeadDim, Type, Causal, Dropout>,
+              nullptr, nullptr};
+  if constexpr (D == Directions::kBoth) {
+    entry.backward = sm90::backward<HeadDim, Type, Causal, Dropout>;
+    entry.workspace_bytes = sm90::backward_workspace_bytes<HeadDim>;
+  }
+  return entry;
 }
 
-constexpr DType kHalf = DType::kFloat16, kBFloat = DType::kBFloat16;
+// What inst/ holds for one head dim.
+using HeadDimEntries = std::array<Entry, 8>;
 
-constexpr Entry kEntries[] = {
-    sm90_entry<64, kHalf, false, false>(),    sm90_entry<64, kHalf, false, true>(),
-    sm90_entry<64, kHalf, true, false>(),     sm90_entry<64, kHalf, true, true>(),
-    sm90_entry<64, kBFloat, false, false>(),  sm90_entry<64, kBFloat, false, true>(),
-    sm90_entry<64, kBFloat, true, false>(),   sm90_entry<64, kBFloat, true, true>(),
-    sm90_entry<128, kHalf, false, false>(),   sm90_entry<128, kHalf, false, true>(),
-    sm90_entry<128, kHalf, true, false>(),    sm90_entry<128, kHalf, true, true>(),
-    sm90_entry<128, kBFloat, false, false>(), sm90_entry<128, kBFloat, false, true>(),
-    sm90_entry<128, kBFloat, true, false>(),  sm90_entry<128, kBFloat, true, true>(),
+template <int HeadDim, Directions D>
+constexpr HeadDimEntries sm90_entries() {
+  constexpr DType kHalf = DType::kFloat16, kBFloat = DType::kBFloat16;
+  return {sm90_entry<HeadDim, D, kHalf, false, false>(),
+          sm90_entry<HeadDim, D, kHalf, false, true>(),
+          sm90_entry<HeadDim, D, kHalf, true, false>(),
+          sm90_entry<HeadDim, D, kHalf, true, true>(),
+          sm90_entry<HeadDim, D, kBFloat, false, false>(),
+          sm90_entry<HeadDim, D, kBFloat, false, true>(),
+          sm90_entry<HeadDim, D, kBFloat, true, false>(),
+          sm90_entry<HeadDim, D, kBFloat, true, true>()};
+}
+
+// Head dims upwards: the first that is large enough is taken.
+constexpr HeadDimEntries kEntries[] = {
+    sm90_entries<32, Directions::kBoth>(),     sm90_entries<64, Directions::kBoth>(),
+    sm90_entries<96, Directions::kBoth>(),     sm90_entries<128, Directions::kBoth>(),
+    sm90_entries<192, Directions::kForward>(), sm90_entries<256, Directions::kForward>(),
 };
 
 Status check(Problem const& p) {
@@ -88,30 +101,49 @@ Status check(Problem const& p) {
 }
 
 Entry const* find(Problem const& p) {
-  for (Entry const& entry : kEntries)
-    if (entry.compute_capability == p.compute_capability && entry.head_dim == p.head_dim &&
-        entry.dtype == p.dtype && entry.causal == p.causal && entry.dropout == (p.dropout_p > 0.f))
-      return &entry;
+  if (p.head_dim < 1 || p.head_dim % 8 != 0) return nullptr;
+  for (HeadDimEntries const& entries : kEntries) {
+    if (entries[0].head_dim < p.head_dim) continue;
+    for (Entry const& entry : entries)
+      if (entry.compute_capability == p.compute_capability && entry.dtype == p.dtype &&
+          entry.causal == p.causal && entry.dropout == (p.dropout_p > 0.f))
+        return &entry;
+  }
   return nullptr;
 }
 
 Status explain_miss(Problem const& p) {
-  int nearest = kEntries[0].head_dim;
+  int largest = 0;
   bool device_known = false;
-  for (Entry const& entry : kEntries) {
-    device_known |= entry.compute_capability == p.compute_capability;
-    if (std::abs(entry.head_dim - p.head_dim) < std::abs(nearest - p.head_dim))
-      nearest = entry.head_dim;
+  for (HeadDimEntries const& entries : kEntries) {
+    device_known |= entries[0].compute_capability == p.compute_capability;
+    largest = std::max(largest, entries[0].head_dim);
   }
   if (!device_known)
     return failure(
         "expected a GPU of compute capability 9.0 (Hopper), got %d.%d. Next step: use "
         "scaled_dot_product_attention on this GPU",
         p.compute_capability / 10, p.compute_capability % 10);
+  if (p.head_dim > largest)
+    return failure(
+        "expected head_dim a multiple of 8 up to %d, got %d; nearest %d. Next step: use "
+        "scaled_dot_product_attention for this head_dim",
+        largest, p.head_dim, largest);
+  int const padded = (std::max(p.head_dim, 1) + 7) / 8 * 8;
   return failure(
-      "expected head_dim 64 or 128, got %d; nearest %d. Next step: use "
-      "scaled_dot_product_attention for this head_dim",
-      p.head_dim, nearest);
+      "expected head_dim a multiple of 8 up to %d, got %d; nearest %d. Next step: pad q, k and v "
+      "with zeros to it and keep softmax_scale",
+      largest, p.head_dim, padded);
+}
+
+Status explain_no_backward(Problem const& p) {
+  int largest = 0;
+  for (HeadDimEntries const& entries : kEntries)
+    if (entries[0].backward != nullptr) largest = std::max(largest, entries[0].head_dim);
+  return failure(
+      "expected head_dim up to %d for gradients, got %d; nearest %d. Next step: run without "
+      "gradients (torch.no_grad), or use scaled_dot_product_attention for this head_dim",
+      largest, p.head_dim, largest);
 }
 
 }  // namespace
@@ -127,12 +159,14 @@ Status launch_backward(BackwardParams const& params) {
   Status const status = check(params.problem);
   if (!status.ok()) return status;
   Entry const* const entry = find(params.problem);
-  return entry == nullptr ? explain_miss(params.problem) : entry->backward(params);
+  if (entry == nullptr) return explain_miss(params.problem);
+  return entry->backward == nullptr ? explain_no_backward(params.problem) : entry->backward(params);
 }
 
 size_t backward_workspace_bytes(Problem const& problem) {
   Entry const* const entry = find(problem);
-  return entry == nullptr ? 0 : entry->workspace_bytes(problem);
+  return entry == nullptr || entry->workspace_bytes == nullptr ? 0
+                                                               : entry->workspace_bytes(problem);
 }
 
 }  // namespace hf_flashattn

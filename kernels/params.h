@@ -25,9 +25,9 @@ struct Problem {
   DType dtype;
   int32_t compute_capability;  // 10 * major + minor of the current device
   int32_t num_sms;
-  int32_t batch;             // number of sequences
-  int32_t heads_q, heads_k;  // heads_q is a multiple of heads_k
-  int32_t head_dim;
+  int32_t batch;               // number of sequences
+  int32_t heads_q, heads_k;    // heads_q is a multiple of heads_k
+  int32_t head_dim;            // a multiple of 8; the kernel's own may be larger
   int32_t seqlen_q, seqlen_k;  // dense: the sizes; packed: upper bounds (max_seqlen)
   int32_t total_q, total_k;    // packed: number of tokens; dense: batch * seqlen
   float softmax_scale;

@@ -42,12 +42,13 @@ __device__ __forceinline__ void store_operand(Tile const& tile, uint32_t const (
   }
 }
 
-// Scales a warp's 16 x 2N-column accumulator, rounds it and writes `rows` rows of it to global
-// memory in 16-byte units. `tile` is scratch whose rows first_row .. + 15 belong to this warp.
+// Scales a warp's 16 x 2N-column accumulator, rounds it and writes `rows` rows and `columns`
+// columns of it to global memory in 16-byte units. `tile` is scratch whose rows first_row .. + 15
+// belong to this warp.
 template <class T, class Tile, int N>
 __device__ __forceinline__ void store_rows(Tile const& tile, int first_row, float const (&acc)[N],
                                            float scale_low, float scale_high, T* global,
-                                           int64_t stride, int rows) {
+                                           int64_t stride, int rows, int columns) {
   constexpr int kUnits = 2 * N / 8;
   uint32_t operand[N / 8][4];
 #pragma unroll
@@ -67,7 +68,8 @@ __device__ __forceinline__ void store_rows(Tile const& tile, int first_row, floa
   for (int i = lane; i < 16 * kUnits; i += kWarpThreads) {
     int const row = i / kUnits, unit = i % kUnits;
     uint4 const value = load_shared_16b(tile.address() + Tile::unit_offset(first_row + row, unit));
-    if (row < rows) *reinterpret_cast<uint4*>(global + row * stride + unit * 8) = value;
+    if (row < rows && unit * 8 < columns)
+      *reinterpret_cast<uint4*>(global + row * stride + unit * 8) = value;
   }
   __syncwarp();
 }

@@ -46,10 +46,24 @@ struct Wgmma;
 // clang-format off
 #define HFA_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define HFA_F32(d, i) HFA_F8(d, i), HFA_F8(d, i + 8), HFA_F8(d, i + 16), HFA_F8(d, i + 24)
+#define HFA_REGISTERS_32(d) HFA_F8(d, 0), HFA_F8(d, 8)
+#define HFA_REGISTERS_48(d) HFA_REGISTERS_32(d), HFA_F8(d, 16)
 #define HFA_REGISTERS_64(d) HFA_F32(d, 0)
+#define HFA_REGISTERS_80(d) HFA_F32(d, 0), HFA_F8(d, 32)
+#define HFA_REGISTERS_96(d) HFA_REGISTERS_80(d), HFA_F8(d, 40)
+#define HFA_REGISTERS_112(d) HFA_REGISTERS_96(d), HFA_F8(d, 48)
 #define HFA_REGISTERS_128(d) HFA_F32(d, 0), HFA_F32(d, 32)
-#define HFA_PLACES_64 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define HFA_PLACES_128 HFA_PLACES_64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HFA_REGISTERS_192(d) HFA_REGISTERS_128(d), HFA_F32(d, 64)
+#define HFA_REGISTERS_256(d) HFA_REGISTERS_192(d), HFA_F32(d, 96)
+#define HFA_PLACES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define HFA_PLACES_48 HFA_PLACES_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define HFA_PLACES_64 HFA_PLACES_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define HFA_PLACES_80 HFA_PLACES_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define HFA_PLACES_96 HFA_PLACES_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define HFA_PLACES_112 HFA_PLACES_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define HFA_PLACES_128 HFA_PLACES_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define HFA_PLACES_192 HFA_PLACES_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define HFA_PLACES_256 HFA_PLACES_192 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // NAME is the type in PTX; A .. G number the operands that follow the N / 2 accumulators.
 #define HFA_WGMMA_TYPE(T, NAME, N, A, B, C, D, E, F, G)                                          \
@@ -81,8 +95,15 @@ struct Wgmma;
   HFA_WGMMA_TYPE(__half, "f16", N, __VA_ARGS__)           \
   HFA_WGMMA_TYPE(__nv_bfloat16, "bf16", N, __VA_ARGS__)
 
+HFA_WGMMA(32, 16, 17, 18, 19, 20, 21, 22)
+HFA_WGMMA(48, 24, 25, 26, 27, 28, 29, 30)
 HFA_WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
+HFA_WGMMA(80, 40, 41, 42, 43, 44, 45, 46)
+HFA_WGMMA(96, 48, 49, 50, 51, 52, 53, 54)
+HFA_WGMMA(112, 56, 57, 58, 59, 60, 61, 62)
 HFA_WGMMA(128, 64, 65, 66, 67, 68, 69, 70)
+HFA_WGMMA(192, 96, 97, 98, 99, 100, 101, 102)
+HFA_WGMMA(256, 128, 129, 130, 131, 132, 133, 134)
 // clang-format on
 
 }  // namespace hf_flashattn

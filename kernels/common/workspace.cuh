@@ -7,7 +7,7 @@
 namespace hf_flashattn {
 
 struct BackwardWorkspace {
-  int block_m, head_dim;
+  int block_m, head_dim;  // head_dim: of the kernel, which may be more than the problem's
   int heads_q;
   int padded_rows;  // rows of a head: of one sequence when dense, of all when packed
   bool packed;
@@ -18,8 +18,8 @@ struct BackwardWorkspace {
   float* dq;      // (row block, part, float4, thread) of the consumers' accumulators
   int32_t* turn;  // per row block: how many key blocks have added to its dQ (deterministic)
 
-  __host__ BackwardWorkspace(Problem const& p, int block_m, void* memory)
-      : block_m(block_m), head_dim(p.head_dim), heads_q(p.heads_q),
+  __host__ BackwardWorkspace(Problem const& p, int head_dim, int block_m, void* memory)
+      : block_m(block_m), head_dim(head_dim), heads_q(p.heads_q),
         packed(p.cu_seqlens_q != nullptr) {
     int64_t const rows = packed ? int64_t(p.total_q) + int64_t(p.batch) * block_m : p.seqlen_q;
     padded_rows = int((rows + block_m - 1) / block_m * block_m);

@@ -1,6 +1,8 @@
 // Before the backward: delta = rowsum(dO * O), LSE in base 2, and a cleared dQ accumulator.
 #pragma once
 
+#include <bit>
+
 #include "common/ptx.cuh"
 #include "common/workspace.cuh"
 
@@ -36,12 +38,12 @@ struct PairOf<__nv_bfloat16> {
   using type = __nv_bfloat162;
 };
 
-// Grid (row blocks, query heads, sequences).
+// Grid (row blocks, query heads, sequences). HeadDim: of the kernel, at least the problem's.
 template <class T, int HeadDim, int BlockM>
 __global__ void __launch_bounds__(kPreprocessThreads)
     backward_preprocess_kernel(BackwardParams const __grid_constant__ p,
                                BackwardWorkspace const __grid_constant__ workspace) {
-  constexpr int kLanes = HeadDim / 8;  // 16 bytes a lane
+  constexpr int kLanes = std::bit_ceil(HeadDim / 8u);  // 16 bytes a lane
   constexpr int kRows = kPreprocessThreads / kLanes;
   Sequence const s(p.problem, blockIdx.z);
   int const first_row = blockIdx.x * BlockM;
@@ -61,13 +63,13 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     int const row = first_row + r;
     bool const exists = row < s.length_q;
     float delta = 0.f, lse = -infinity();
-    if (exists) {
+    if (exists && lane * 8 < p.problem.head_dim) {
       auto const at = [&](TensorView const& view) {
         T const* const data = row_pointer<T>(view, s, s.first_q, row, blockIdx.y);
         return *reinterpret_cast<uint4 const*>(data + lane * 8);
       };
       delta = dot_8<typename PairOf<T>::type>(at(p.out), at(p.dout));
-      lse = p.lse[lse_row + row];
+      lse = p.lse[lse_row + row];  // lane 0's counts
     }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2)

@@ -21,9 +21,10 @@ struct PackedResult {
 
 struct PackedResults {
   PackedResult result[3];
+  int head_dim;
 };
 
-// Grid (kClearBlocks, results).
+// Grid (kClearBlocks, results). HeadDim: of the kernel, at least the results'.
 template <int HeadDim>
 __global__ void __launch_bounds__(kClearThreads)
     clear_uncovered_kernel(PackedResults const __grid_constant__ results, int batch) {
@@ -36,6 +37,7 @@ __global__ void __launch_bounds__(kClearThreads)
   for (int64_t i = int64_t{blockIdx.x} * kClearThreads + threadIdx.x;
        i < uncovered * r.heads * kUnits; i += stride) {
     int const unit = i % kUnits, head = i / kUnits % r.heads;
+    if (unit * 8 >= results.head_dim) continue;
     int64_t const skipped = i / kUnits / r.heads;
     int64_t const row = skipped < begin ? skipped : skipped + (end - begin);
     auto* const data = static_cast<uint16_t*>(r.view.data) + row * r.view.stride_seq +

@@ -68,7 +68,7 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
 template <class P>
 __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& workspace,
                          BackwardSmem<P>& s, KeyWork<P> const& work) {
-  constexpr int kPartFloats = 64 * 64;
+  constexpr int kPartFloats = 64 * P::kPartColumns;
   bool const leader = threadIdx.x % kWarpThreads == 0;
   for (int head = work.first_head; head < work.first_head + work.group; ++head) {
     int64_t const first_slot = workspace.first_slot(work.sequence, head);

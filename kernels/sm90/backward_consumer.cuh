@@ -26,6 +26,7 @@ template <class P, int N, int Steps, class Tile>
 __device__ __forceinline__ void issue_update(float (&acc)[N], uint32_t (&operand)[Steps][4],
                                              Tile const& b) {
   static_assert(Tile::kRows == 16 * Steps, "the operand's columns are the rows of b");
+  static_assert(Tile::kChunkStep == Tile::kChunkColumns, "the product reads full chunks of b");
   pin_registers(acc);
   pin_registers(operand);
   wgmma_fence();
@@ -36,18 +37,18 @@ __device__ __forceinline__ void issue_update(float (&acc)[N], uint32_t (&operand
   wgmma_commit();
 }
 
-// This consumer's 64 x 64 part of dQ = dS K: rows 64w .. or columns 64w .. of the row block.
-template <class P>
-__device__ __forceinline__ void issue_dq(float (&dq)[32], BackwardSmem<P> const& s, int stage,
+// This consumer's part of dQ = dS K: rows 64w .. of the row block, or one half of its columns.
+template <class P, int N>
+__device__ __forceinline__ void issue_dq(float (&dq)[N], BackwardSmem<P> const& s, int stage,
                                          int warpgroup) {
-  constexpr bool kSplitRows = P::kBlockM == 128;
+  static_assert(2 * N == P::kPartColumns, "the accumulator holds 64 rows of a part");
   pin_registers(dq);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < P::kBlockN / 16; ++k)
-    Wgmma<typename P::Element, 64>::template smem_smem<Major::kMN, Major::kMN>(
-        dq, mn_major(s.ds[stage], kSplitRows ? warpgroup : 0, k),
-        mn_major(s.k, kSplitRows ? 0 : warpgroup, k), k > 0);
+    Wgmma<typename P::Element, P::kPartColumns>::template smem_smem<Major::kMN, Major::kMN>(
+        dq, mn_major(s.ds[stage], P::kSplitRows ? warpgroup : 0, k),
+        mn_major(s.k, P::kSplitRows ? 0 : warpgroup, k), k > 0);
   wgmma_commit();
 }
 
@@ -140,7 +141,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
     for (int block = work.rows.first; block < work.rows.first + work.rows.count;
          ++block, pipe.next()) {
       int const stage = pipe.stage;
-      float scores[kScores], dp[kScores], dq[32];
+      float scores[kScores], dp[kScores], dq[P::kPartColumns / 2];
       uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];
       RowBlockDropout<P> dropout;
 
@@ -182,7 +183,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       pin_registers(dq);
       barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
+      for (int i = 0; i < P::kPartColumns / 8; ++i)
         store_shared_16b(
             smem_address(s.dq[warpgroup] +
                          (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
@@ -215,7 +216,8 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
   auto const store = [&](TensorView const& view, auto const& acc, float scale) {
     Element* const global =
         row_pointer<Element>(view, sequence, sequence.first_k, key, work.head_k);
-    store_rows(s.v, tile_row, acc, scale, scale, global, view.stride_seq, sequence.length_k - key);
+    store_rows(s.v, tile_row, acc, scale, scale, global, view.stride_seq, sequence.length_k - key,
+               p.problem.head_dim);
   };
   store(p.dv, grad.dv, P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f);
   store(p.dk, grad.dk, p.problem.softmax_scale);

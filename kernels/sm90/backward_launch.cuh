@@ -17,25 +17,30 @@ Status backward(BackwardParams const& p) {
   bool const packed = problem.cu_seqlens_q != nullptr;
   int const rows_q = packed ? problem.total_q : problem.seqlen_q;
   int const rows_k = packed ? problem.total_k : problem.seqlen_k;
+  using Smem = BackwardSmem<P>;
+  static_assert(sizeof(Smem) <= kSharedMemoryBytes, "the tiles of a policy fit one CTA's memory");
   BackwardMaps maps;
-  Status status = make_map(maps.q, p.q, problem, rows_q, problem.heads_q, P::kBlockM);
+  Status status = make_map<typename Smem::RowTile>(maps.q, p.q, problem, rows_q, problem.heads_q);
   if (status.ok())
-    status = make_map(maps.dout, p.dout, problem, rows_q, problem.heads_q, P::kBlockM);
-  if (status.ok()) status = make_map(maps.k, p.k, problem, rows_k, problem.heads_k, P::kBlockN);
-  if (status.ok()) status = make_map(maps.v, p.v, problem, rows_k, problem.heads_k, P::kBlockN);
-  int const smem_bytes = sizeof(BackwardSmem<P>);
+    status = make_map<typename Smem::RowTile>(maps.dout, p.dout, problem, rows_q, problem.heads_q);
+  if (status.ok())
+    status = make_map<typename Smem::KeyTile>(maps.k, p.k, problem, rows_k, problem.heads_k);
+  if (status.ok())
+    status = make_map<typename Smem::ValueTile>(maps.v, p.v, problem, rows_k, problem.heads_k);
+  int const smem_bytes = sizeof(Smem);
   if (status.ok()) status = allow_shared_memory<backward_kernel<P>>(smem_bytes);
   if (!status.ok()) return status;
 
   auto const stream = static_cast<cudaStream_t>(problem.stream);
-  BackwardWorkspace const workspace(problem, P::kBlockM, p.workspace);
+  BackwardWorkspace const workspace(problem, P::kHeadDim, P::kBlockM, p.workspace);
   dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
   dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
   if (packed) {
     int32_t const *const cu_q = problem.cu_seqlens_q, *const cu_k = problem.cu_seqlens_k;
     prep::PackedResults const results = {{{p.dq, nullptr, cu_q, problem.total_q, problem.heads_q},
                                           {p.dk, nullptr, cu_k, problem.total_k, problem.heads_k},
-                                          {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
+                                          {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}},
+                                         problem.head_dim};
     prep::clear_uncovered_kernel<P::kHeadDim>
         <<<dim3(prep::kClearBlocks, 3), prep::kClearThreads, 0, stream>>>(results, problem.batch);
   }

@@ -50,14 +50,16 @@ struct RowStatistics {
 template <class P>
 struct BackwardSmem {
   using Element = typename P::Element;
-  using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
+  // Where dQ is split by columns, a chunk of K is what one consumer multiplies.
+  using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim, P::kPartColumns>;
+  using ValueTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
   using RowTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
   KeyTile k;
-  KeyTile v;  // scratch for dK and dV in the end
+  ValueTile v;  // scratch for dK and dV in the end
   RowTile q[P::kStages];
   RowTile dout[P::kStages];
-  SmemTile<Element, P::kBlockN, P::kBlockM> ds[2];  // (key, row): dS^T
-  alignas(128) float dq[P::kConsumers][64 * 64];    // (float4, thread) of each consumer
+  SmemTile<Element, P::kBlockN, P::kBlockM> ds[2];             // (key, row): dS^T
+  alignas(128) float dq[P::kConsumers][64 * P::kPartColumns];  // (float4, thread) of each consumer
   RowStatistics<P> statistics[P::kStages];
   Mbarrier k_full, v_full;
   Mbarrier q_full[P::kStages], q_empty[P::kStages];                    // empty: every consumer warp

@@ -1,4 +1,5 @@
-// What dispatch.cpp calls of the Hopper kernels; plain C++, defined by the units of sm90/.
+// What dispatch.cpp calls of the Hopper kernels; plain C++, defined by the units of sm90/. HeadDim
+// is the kernel's, and may be more than the problem's.
 #pragma once
 
 #include "params.h"
@@ -11,6 +12,7 @@ Status forward(ForwardParams const& params);
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 Status backward(BackwardParams const& params);
 
+template <int HeadDim>
 size_t backward_workspace_bytes(Problem const& problem);
 
 }  // namespace hf_flashattn::sm90

@@ -210,14 +210,14 @@ struct OutputRows {
   }
 
   // Rows that see no key. Q's memory may already belong to the next tile, so no scratch here.
-  __device__ __forceinline__ void store_empty(Lane const& lane) const {
+  __device__ __forceinline__ void store_empty(Lane const& lane, int head_dim) const {
     float const none[2] = {-infinity(), -infinity()};
     store_lse(lane, none);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       int const row = lane.group + 8 * i;
       for (int unit = lane.quad; unit < P::kHeadDim / 8; unit += 4)
-        if (row < count)
+        if (row < count && unit * 8 < head_dim)
           *reinterpret_cast<uint4*>(out + row * stride + unit * 8) = make_uint4(0, 0, 0, 0);
     }
   }
@@ -245,7 +245,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     int const tile_row = warpgroup * 64 + lane.warp * 16;
     int const warp_row = work.row_block * P::kBlockM + tile_row;
     if (blocks.count <= 0) {
-      OutputRows<P>(p, sequence, work, warp_row).store_empty(lane);
+      OutputRows<P>(p, sequence, work, warp_row).store_empty(lane, problem.head_dim);
       continue;
     }
     // This consumer's own 64 rows: blocks that only later rows see are handed back unread, and all
@@ -336,7 +336,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
     OutputRows<P> const rows(p, sequence, work, warp_row);
     store_rows(s.q[q_pipe.stage], tile_row, out, normalise[0], normalise[1], rows.out, rows.stride,
-               rows.count);
+               rows.count, problem.head_dim);
     rows.store_lse(lane, lse);
     fence_proxy_async();
     release(s.q_empty[q_pipe.stage]);

@@ -13,11 +13,15 @@ Status launch_forward(ForwardParams const& p) {
   bool const packed = problem.cu_seqlens_q != nullptr;
   int const rows_q = packed ? problem.total_q : problem.seqlen_q;
   int const rows_k = packed ? problem.total_k : problem.seqlen_k;
+  using Smem = ForwardSmem<P>;
+  static_assert(sizeof(Smem) <= kSharedMemoryBytes, "the tiles of a policy fit one CTA's memory");
   ForwardMaps maps;
-  Status status = make_map(maps.q, p.q, problem, rows_q, problem.heads_q, P::kBlockM);
-  if (status.ok()) status = make_map(maps.k, p.k, problem, rows_k, problem.heads_k, P::kBlockN);
-  if (status.ok()) status = make_map(maps.v, p.v, problem, rows_k, problem.heads_k, P::kBlockN);
-  int const smem_bytes = sizeof(ForwardSmem<P>);
+  Status status = make_map<typename Smem::QTile>(maps.q, p.q, problem, rows_q, problem.heads_q);
+  if (status.ok())
+    status = make_map<typename Smem::KeyTile>(maps.k, p.k, problem, rows_k, problem.heads_k);
+  if (status.ok())
+    status = make_map<typename Smem::KeyTile>(maps.v, p.v, problem, rows_k, problem.heads_k);
+  int const smem_bytes = sizeof(Smem);
   if (status.ok()) status = allow_shared_memory<forward_kernel<P>>(smem_bytes);
   if (!status.ok()) return status;
 
@@ -26,7 +30,7 @@ Status launch_forward(ForwardParams const& p) {
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   if (packed) {
     prep::PackedResults const results = {
-        {{p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q}}};
+        {{p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q}}, problem.head_dim};
     prep::clear_uncovered_kernel<P::kHeadDim>
         <<<dim3(prep::kClearBlocks, 1), prep::kClearThreads, 0, stream>>>(results, problem.batch);
   }

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "common/status.h"
+#include "common/tile.cuh"
 #include "common/tma.cuh"
 #include "sm90/entries.h"
 
@@ -32,10 +33,11 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// How a (B, S, H, D) tensor is cut into boxes of `rows` x 64 elements; out of bounds reads are
-// zeros.
-inline Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int64_t rows,
-                       int heads, int box_rows) {
+// How a (B, S, H, D) tensor is cut into the chunks of `Tile`. What lies outside reads as zeros, so
+// that a kernel serves every head_dim below its own.
+template <class Tile>
+Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int64_t rows,
+                int heads) {
   EncodeTiled const encode = encode_tiled();
   if (encode == nullptr)
     return failure("expected a CUDA driver >= 12.0 with cuTensorMapEncodeTiled, got none");
@@ -50,14 +52,14 @@ inline Status make_map(CUtensorMap& map, TensorView const& view, Problem const& 
   cuuint64_t const strides[3] = {bytes(sizes[1], view.stride_seq),
                                  bytes(sizes[2], view.stride_head),
                                  bytes(sizes[3], view.stride_batch)};
-  cuuint32_t const box[4] = {64, cuuint32_t(box_rows), 1, 1};
+  cuuint32_t const box[4] = {Tile::kChunkColumns, Tile::kRows, 1, 1};
   cuuint32_t const element_strides[4] = {1, 1, 1, 1};
   CUtensorMapDataType const type = p.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  CUresult const result =
-      encode(&map, type, 4, view.data, sizes, strides, box, element_strides,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult const result = encode(
+      &map, type, 4, view.data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      Tile::kChunkRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return success();
   return failure(
       "TMA expects 16-byte aligned data and strides that are multiples of 16 bytes; got address "

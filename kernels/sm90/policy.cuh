@@ -29,6 +29,8 @@ struct RegisterBudget {
   static constexpr int kConsumer = Consumers == 2 ? 240 : 160;
 };
 
+// HeadDim: of the kernel. It serves every smaller multiple of 8 too: TMA fills up with zeros, and
+// only the columns that exist are written.
 template <int HeadDim, DType Type, bool Causal, bool Dropout, int Consumers, int BlockN>
 struct ForwardTile {
   using Element = typename ElementOf<Type>::type;
@@ -44,29 +46,48 @@ struct ForwardTile {
   static constexpr int kQueryStages =
       2 * HeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 1024 <= kSharedMemoryBytes ? 2 : 1;
   // ptxas sinks the softmax below the wait for O += P V. Holding it above gained 1 to 4 % at d128
-  // without dropout and cost 2 to 3 % at d64 (each in one run).
-  static constexpr bool kFenceSoftmax = HeadDim == 128 && !Dropout;
+  // without dropout and cost 2 to 3 % at d64 (each in one run). d192 and d256 do as d128 does, d32
+  // and d96 as d64, here and in the next two: by likeness, not measured.
+  static constexpr bool kFenceSoftmax = HeadDim >= 128 && !Dropout;
   // Where Philox runs: under S = Q K^T, or mixed into the softmax. Never compared in one run: over
   // cuDNN d128 stood at 1.47 full and 1.42 causal early, 1.44 and 1.42 late.
-  static constexpr bool kDrawEarly = HeadDim == 128;
+  static constexpr bool kDrawEarly = HeadDim >= 128;
   // See TileScheduler. Chunks instead of folding gained 5 % at d64 causal, together with idle
   // consumers handing tiles back, and lost 5 % at d128.
-  static constexpr bool kFoldTiles = HeadDim == 128 && Causal;
+  static constexpr bool kFoldTiles = HeadDim >= 128 && Causal;
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
+  static_assert(BlockN % 16 == 0, "O += P V takes 16 keys at a time");
   static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
 };
 
+// A consumer thread holds BlockN / 2 registers of S, BlockN / 4 of P and HeadDim / 2 of O.
+// d32: as d64, where S and P are most of it.
 // d64: three consumers, because a row of O is only 32 registers; 128 keys keep S, P and O in 160.
+// d96: three consumers, of which O takes 48 registers: 112 keys make 132 in all (d64: 128). Masks
+// come for 32 columns, so 96 with dropout.
 // d128: two consumers of 240. 176 keys would fit and amortise a block's softmax over more of them,
 // but then a second Q tile does not: 128 keys were 8 % faster at S = 512, level to 3 % slower at
 // 16k.
+// d192, d256: shared memory decides. Q and two stages of K and V of 112 keys take 216 KB, of 80
+// keys 224 KB; registers would do for 128. With dropout the multiples of 32 below.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy;
 template <DType Type, bool Causal, bool Dropout>
+struct ForwardPolicy<32, Type, Causal, Dropout> : ForwardTile<32, Type, Causal, Dropout, 3, 128> {};
+template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<64, Type, Causal, Dropout> : ForwardTile<64, Type, Causal, Dropout, 3, 128> {};
+template <DType Type, bool Causal, bool Dropout>
+struct ForwardPolicy<96, Type, Causal, Dropout>
+    : ForwardTile<96, Type, Causal, Dropout, 3, Dropout ? 96 : 112> {};
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<128, Type, Causal, Dropout> : ForwardTile<128, Type, Causal, Dropout, 2, 128> {
 };
+template <DType Type, bool Causal, bool Dropout>
+struct ForwardPolicy<192, Type, Causal, Dropout>
+    : ForwardTile<192, Type, Causal, Dropout, 2, Dropout ? 96 : 112> {};
+template <DType Type, bool Causal, bool Dropout>
+struct ForwardPolicy<256, Type, Causal, Dropout>
+    : ForwardTile<256, Type, Causal, Dropout, 2, Dropout ? 64 : 80> {};
 
 // Backward: a block of 128 keys stays, 64 for each of two consumers; row blocks stream past.
 template <int HeadDim, DType Type, bool Causal, bool Dropout, int BlockM>
@@ -81,19 +102,29 @@ struct BackwardTile {
   static constexpr int kBlockN = 128;
   static constexpr int kStages = 2;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  // dQ of a row block is BlockM x HeadDim; each consumer makes a 64 x 64 half of it.
-  static_assert(BlockM * HeadDim == 2 * 64 * 64, "each consumer makes a 64 x 64 part of dQ");
+  // dQ of a row block is BlockM x HeadDim; each consumer makes half of it, 64 rows high.
+  static_assert(BlockM == 64 || BlockM == 128, "a part of dQ has 64 rows");
+  static constexpr bool kSplitRows = BlockM == 128;
+  static constexpr int kPartColumns = kSplitRows ? HeadDim : HeadDim / 2;
 };
 
-// Rows x head dim is the same for both: S^T, dP^T, dK and dV then fill the 240 registers.
+// A consumer thread holds BlockM / 2 registers each of S^T and dP^T, as many of their 16-bit forms,
+// and HeadDim / 2 each of dK and dV; P^T and dS^T reuse what S^T and dP^T leave. d64 and d128: 192
+// of 240 before dQ. d32 takes 160, but no row block between 128 and 256 splits into parts of dQ.
+// d96: 128 rows would take 224.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy;
 template <DType Type, bool Causal, bool Dropout>
+struct BackwardPolicy<32, Type, Causal, Dropout> : BackwardTile<32, Type, Causal, Dropout, 128> {};
+template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<64, Type, Causal, Dropout> : BackwardTile<64, Type, Causal, Dropout, 128> {};
+template <DType Type, bool Causal, bool Dropout>
+struct BackwardPolicy<96, Type, Causal, Dropout> : BackwardTile<96, Type, Causal, Dropout, 64> {};
 template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<128, Type, Causal, Dropout> : BackwardTile<128, Type, Causal, Dropout, 64> {};
 
 // Rows of a dQ block: the workspace is laid out in these.
-constexpr int backward_block_m(int head_dim) { return 2 * 64 * 64 / head_dim; }
+template <int HeadDim>
+constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockM;
 
 }  // namespace hf_flashattn::sm90

@@ -13,19 +13,21 @@ __device__ __forceinline__ void load_tile(CUtensorMap const& map, Mbarrier& full
                                           int row, int head, int batch) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-    tma_load(&map, full, tile.chunk_address(chunk), chunk * kChunkColumns, row, head, batch);
+    tma_load(&map, full, tile.chunk_address(chunk), chunk * Tile::kChunkStep, row, head, batch);
 }
 
 // Zeroes the rows outside [begin, end): the whole warp works. The swizzle moves bytes within a row
 // only.
 template <class Tile>
 __device__ __forceinline__ void zero_rows_outside(Tile const& tile, int begin, int end) {
+  constexpr int kUnits = Tile::kChunkRowBytes / 16;
   int const lane = threadIdx.x % kWarpThreads;
-  for (int row = lane / 8; row < Tile::kRows; row += kWarpThreads / 8) {
+  for (int row = lane / kUnits; row < Tile::kRows; row += kWarpThreads / kUnits) {
     if (row >= begin && row < end) continue;
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-      store_shared_zero_16b(tile.chunk_address(chunk) + row * kChunkRowBytes + lane % 8 * 16);
+      store_shared_zero_16b(tile.chunk_address(chunk) + row * Tile::kChunkRowBytes +
+                            lane % kUnits * 16);
   }
   fence_proxy_async();
   __syncwarp();

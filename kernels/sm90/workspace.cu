@@ -5,8 +5,14 @@
 
 namespace hf_flashattn::sm90 {
 
+template <int HeadDim>
 size_t backward_workspace_bytes(Problem const& problem) {
-  return BackwardWorkspace(problem, backward_block_m(problem.head_dim), nullptr).bytes();
+  return BackwardWorkspace(problem, HeadDim, kBackwardBlockM<HeadDim>, nullptr).bytes();
 }
+
+template size_t backward_workspace_bytes<32>(Problem const&);
+template size_t backward_workspace_bytes<64>(Problem const&);
+template size_t backward_workspace_bytes<96>(Problem const&);
+template size_t backward_workspace_bytes<128>(Problem const&);
 
 }  // namespace hf_flashattn::sm90

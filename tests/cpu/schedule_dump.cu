@@ -23,16 +23,24 @@ void print_tiles(Problem const& p, int block_m) {
   std::printf("\n");
 }
 
-// Forward: "first,last,mask bits" of each block of 128 rows. Backward: "first,count,mask bits,later
-// blocks of each row block" of each block of 128 keys over blocks of 64 rows. Bits as 0 and 1.
-void print_blocks(Problem const& p) {
-  Sequence const s(p, 0);
-  for (int row = 0; row < s.length_q; row += 128) {
-    KeyBlocks<128, 128> const blocks(s, p.causal, row);
-    std::printf("f:%d,%d,", blocks.first, blocks.count);
+template <int BlockM, int BlockN>
+void print_key_blocks(Problem const& p, Sequence const& s) {
+  for (int row = 0; row < s.length_q; row += BlockM) {
+    KeyBlocks<BlockM, BlockN> const blocks(s, p.causal, row);
+    std::printf("f%dx%d:%d,%d,", BlockM, BlockN, blocks.first, blocks.count);
     for (int i = 0; i < blocks.count; ++i) std::printf("%d", blocks.needs_mask(blocks.first + i));
     std::printf(" ");
   }
+}
+
+// Forward: "first,count,mask bits" of each block of rows, for several tiles. Backward:
+// "first,count,mask bits,later blocks of each row block" of each block of 128 keys over blocks of
+// 64 rows. Bits as 0 and 1.
+void print_blocks(Problem const& p) {
+  Sequence const s(p, 0);
+  print_key_blocks<128, 128>(p, s);
+  print_key_blocks<192, 112>(p, s);
+  print_key_blocks<128, 80>(p, s);
   for (int key = 0; key < s.length_k; key += 128) {
     RowBlocks<64, 128> const blocks(s, p.causal, key);
     std::printf("b:%d,%d,", blocks.first, blocks.count);

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from build_helpers import REPO, load_build, require_nvcc
 
-ROW_BLOCK, KEY_BLOCK = 64, 128  # of the backward; the forward's blocks are 128 x 128
+ROW_BLOCK, KEY_BLOCK = 64, 128  # of the backward
+FORWARD_TILES = ((128, 128), (192, 112), (128, 80))
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +86,17 @@ def test_blocks_cover_what_is_seen_and_mask_what_is_not(dump):
     answers = dump([f"blocks {' '.join(map(str, case))}" for case in cases])
     for case, answer in zip(cases, answers, strict=True):
         rows, keys = case[:2]
-        forward = [x[2:].split(",") for x in answer if x.startswith("f:")]
-        for i, (first, count, masks) in enumerate(forward):
-            for block in range(-(-keys // 128)):
-                seen, whole = visibility(case, 128, 128, i * 128, block * 128)
-                visited = int(first) <= block < int(first) + int(count)
-                assert visited or not seen, (case, i, block)
-                if visited and masks[block - int(first)] == "0":
-                    assert whole, (case, i, block)
+        for tile in FORWARD_TILES:
+            name, (block_m, block_n) = "f{}x{}:".format(*tile), tile
+            forward = [x.removeprefix(name).split(",") for x in answer if x.startswith(name)]
+            assert len(forward) == -(-rows // block_m)
+            for i, (first, count, masks) in enumerate(forward):
+                for block in range(-(-keys // block_n)):
+                    seen, whole = visibility(case, *tile, i * block_m, block * block_n)
+                    visited = int(first) <= block < int(first) + int(count)
+                    assert visited or not seen, (case, tile, i, block)
+                    if visited and masks[block - int(first)] == "0":
+                        assert whole, (case, tile, i, block)
         turns: dict[int, list[int]] = {}
         backward = [x[2:].split(",") for x in answer if x.startswith("b:")]
         for key, (first, count, masks, later) in enumerate(backward):

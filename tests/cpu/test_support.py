@@ -27,7 +27,9 @@ def library_is_there(monkeypatch):
     "change",
     [
         {},
-        {"head_dim": 128, "dtype": torch.float16},
+        {"head_dim": 128, "dtype": torch.float16, "needs_grad": True},
+        {"head_dim": 8, "needs_grad": True},
+        {"head_dim": 256},
         {"heads_k": 1, "causal": True, "dropout_p": 0.1, "deterministic": True, "needs_grad": True},
         {"window": (-1, 0)},
         {"window": (-1, 7), "causal": True},
@@ -42,8 +44,10 @@ def test_runs_on_the_kernel(change, library_is_there):
     "change, reason, nearest",
     [
         ({"dtype": torch.float32}, "dtype float32 on CUDA", "bfloat16, float16"),
-        ({"head_dim": 80}, "head_dim 80", "128"),
-        ({"head_dim": 256}, "head_dim 256", "128"),
+        ({"head_dim": 90}, "head_dim 90 is not a multiple of 8", "96"),
+        ({"head_dim": 0}, "head_dim 0", "8"),
+        ({"head_dim": 264}, "head_dim 264", "256"),
+        ({"head_dim": 136, "needs_grad": True}, "gradients at head_dim 136", "128"),
         ({"compute_capability": (8, 0)}, "compute capability 8.0", "9.0"),
         ({"compute_capability": (10, 0)}, "compute capability 10.0", "9.0"),
         ({"window": (128, 0)}, "sliding window", "full attention"),
@@ -66,13 +70,31 @@ def test_says_why_not(change, reason, nearest, library_is_there):
     )
 
 
-def test_smaller_head_dims_can_be_padded(library_is_there):
-    assert "zeros to 128" in explain(Request(**{**HOPPER, "head_dim": 96})).next_step
-    assert "zeros" not in explain(Request(**{**HOPPER, "head_dim": 256})).next_step
-    q, k, v = torch.randn(3, 2, 5, 4, 24).unbind()
-    padded = (F.pad(x, (0, 40)) for x in (q, k, v))
-    out = flash_attn_func(*padded, softmax_scale=24**-0.5)[..., :24]
+@pytest.mark.parametrize(
+    "head_dim, kernel",
+    [(8, 32), (32, 32), (40, 64), (64, 64), (72, 96), (104, 128), (136, 192), (200, 256)],
+)
+def test_the_next_larger_kernel_takes_a_head_dim(head_dim, kernel, library_is_there):
+    assert explain(Request(**{**HOPPER, "head_dim": head_dim})).kernel == f"sm90 d{kernel}"
+
+
+def test_other_head_dims_can_be_padded(library_is_there):
+    assert "zeros to 24" in explain(Request(**{**HOPPER, "head_dim": 20})).next_step
+    assert "zeros" not in explain(Request(**{**HOPPER, "head_dim": 300})).next_step
+    q, k, v = torch.randn(3, 2, 5, 4, 20).unbind()
+    padded = (F.pad(x, (0, 4)) for x in (q, k, v))
+    out = flash_attn_func(*padded, softmax_scale=20**-0.5)[..., :20]
     torch.testing.assert_close(out, flash_attn_func(q, k, v))
+
+
+def test_gradients_are_asked_of_every_tensor():
+    """As in a model of which only the value projection is trained."""
+    q, k, v = torch.zeros(3, 1).unbind()
+    assert not support.needs_grad(q, k, v)
+    v = v.clone().requires_grad_()
+    assert support.needs_grad(q, k, v)
+    with torch.no_grad():
+        assert not support.needs_grad(q, k, v)
 
 
 def test_a_missing_library_is_a_reason(monkeypatch):

@@ -1,0 +1,10 @@
+#include "sm90/forward_launch.cuh"
+
+namespace hf_flashattn::sm90 {
+
+template Status forward<192, DType::kFloat16, false, false>(ForwardParams const&);
+template Status forward<192, DType::kFloat16, false, true>(ForwardParams const&);
+template Status forward<192, DType::kFloat16, true, false>(ForwardParams const&);
+template Status forward<192, DType::kFloat16, true, true>(ForwardParams const&);
+
+}  // namespace hf_flashattn::sm90

@@ -1,0 +1,59 @@
+"""Which kernel dispatch.cpp takes for a head dim, and what it says where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from build_helpers import REPO, load_build, require_nvcc
+
+from hf_flashattn import support
+
+HOPPER = 90
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """(direction, head_dim, compute capability) of many requests -> their answers."""
+    build = load_build(REPO / "hf_flashattn")
+    require_nvcc(build)
+    program = tmp_path_factory.mktemp("dispatch") / "dump"
+    source = Path(__file__).with_name("dispatch_dump.cpp")
+    flags = build.unit_flags(build.source_root(), build.cuda_archs())
+    subprocess.run(
+        [build.find_nvcc(), *flags, source, "-o", program], check=True, capture_output=True
+    )
+
+    def run(requests):
+        lines = "\n".join(" ".join(map(str, request)) for request in requests)
+        done = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_support_and_dispatch_agree(ask, direction):
+    """The Python side promises exactly what the table holds."""
+    gradients = direction == "backward"
+    dims = support.CUDA_GRADIENT_HEAD_DIMS if gradients else support.CUDA_HEAD_DIMS
+    head_dims = range(1, 300)
+    answers = ask([(direction, d, HOPPER) for d in head_dims])
+    for head_dim, answer in zip(head_dims, answers, strict=True):
+        kernel = min((d for d in support.KERNEL_HEAD_DIMS if d >= head_dim), default=None)
+        says = f"{direction} d{kernel} 110 "  # bf16, causal, no dropout
+        assert answer.startswith(says) == (head_dim in dims), answer
+        assert not gradients or f"(workspace {kernel})" in answer or head_dim not in dims, answer
+
+
+def test_a_miss_says_what_is_nearest(ask):
+    odd, large, training, other_gpu = ask(
+        [("forward", 90, HOPPER), ("forward", 264, HOPPER), ("backward", 136, HOPPER),
+         ("forward", 64, 80)]
+    )  # fmt: skip
+    assert "got 90; nearest 96. Next step: pad" in odd
+    assert "up to 256, got 264; nearest 256. Next step: use" in large
+    assert "up to 128 for gradients, got 136; nearest 128. Next step: run without" in training
+    assert "(workspace 0)" in training
+    assert "9.0 (Hopper), got 8.0" in other_gpu

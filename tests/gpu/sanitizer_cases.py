@@ -13,6 +13,8 @@ import os
 import torch
 from judge import WRONG_OFFSETS, Case, make_problem, run_kernel, run_wrong_offsets, variants
 
+from hf_flashattn.support import KERNEL_HEAD_DIMS
+
 PACKED = ((100, 130), (0, 0), (1, 1), (65, 40))
 RANGES = ((0, 200), (60, 100), (0, 0))
 
@@ -20,19 +22,24 @@ RANGES = ((0, 200), (60, 100), (0, 0))
 def cases() -> list[Case]:
     dense = variants(
         Case(batch=1, sq=200, sk=260, heads_q=2, heads_k=1),
-        dim=(64, 128),
+        dim=KERNEL_HEAD_DIMS,
         causal=(False, True),
         dropout_p=(0.0, 0.1),
         dtype=(torch.float16, torch.bfloat16),
     )
+    partial = variants(Case(batch=1, sq=200, sk=260), dim=(8, 40, 72, 104, 136, 200))
     deterministic = variants(
-        Case(batch=1, sq=300, sk=300, deterministic=True), dim=(64, 128), causal=(False, True)
+        Case(batch=1, sq=300, sk=300, deterministic=True),
+        dim=(32, 64, 96, 128),
+        causal=(False, True),
     )
-    packed = variants(Case(lengths=PACKED), dim=(64, 128), causal=(False, True))
+    packed = variants(Case(lengths=PACKED), dim=(40, 64, 96, 128, 192), causal=(False, True))
     padded = variants(
-        Case(batch=3, sq=200, sk=200, key_ranges=RANGES), dim=(64, 128), causal=(False, True)
+        Case(batch=3, sq=200, sk=200, key_ranges=RANGES),
+        dim=(32, 64, 72, 128, 256),
+        causal=(False, True),
     )
-    return dense + deterministic + packed + padded
+    return dense + partial + deterministic + packed + padded
 
 
 if __name__ == "__main__":

@@ -32,6 +32,48 @@ def test_dropout(case, sq, sk):
     judge(make_problem(Case(**{**case.__dict__, "sq": sq, "sk": sk})))
 
 
+HEAD_DIMS = (8, 32, 40, 72, 80, 96, 104, 160, 192, 200, 256)
+
+
+@pytest.mark.parametrize("sq,sk", [(1, 1), (799, 3), (113, 203), (203, 113), (513, 700)])
+@parametrize(variants(Case(), dim=HEAD_DIMS, causal=(False, True), dtype=DTYPES))
+def test_head_dims(case, sq, sk):
+    judge(make_problem(replace(case, sq=sq, sk=sk)))
+
+
+@parametrize(
+    variants(
+        Case(sq=300, sk=300, heads_q=8, heads_k=2),
+        dim=HEAD_DIMS,
+        causal=(False, True),
+        dropout_p=(0.0, 0.1),
+        deterministic=(False, True),
+    )
+)
+def test_head_dims_grouped(case):
+    judge(make_problem(case))
+
+
+@parametrize(variants(Case(sq=150, sk=150, deterministic=True), dim=HEAD_DIMS))
+def test_what_lies_beyond_the_head_dim_is_not_read(case):
+    """Heads in slices of wider rows, as in (B, S, H, 2 D), of which the rest is NaN."""
+    problem = make_problem(case)
+    expected = run_kernel(problem)
+    for name in ("q", "k", "v", "dout"):
+        tensor = getattr(problem, name)
+        wide = tensor.new_full((*tensor.shape[:-1], 2 * case.dim), float("nan"))
+        setattr(problem, name, wide[..., : case.dim].copy_(tensor))
+    for name, result in run_kernel(problem).items():
+        assert torch.equal(result, expected[name]), name
+
+
+def test_gradients_above_the_largest_head_dim_are_refused():
+    problem = make_problem(Case(dim=136))
+    out, lse = ops.forward(problem.q, problem.k, problem.v, **problem.options)
+    with pytest.raises(RuntimeError, match="up to 128 for gradients, got 136; nearest 128"):
+        ops.backward(problem.dout, problem.q, problem.k, problem.v, out, lse, **problem.options)
+
+
 @pytest.mark.parametrize("p", [0.001, 0.25, 0.5, 0.75, 0.999])
 def test_dropout_probabilities(p):
     judge(make_problem(Case(sq=200, sk=200, dropout_p=p)))
@@ -57,7 +99,7 @@ PACKED = ((100, 100), (1, 1), (0, 0), (513, 513), (64, 64), (0, 7), (5, 0), (130
 @parametrize(
     variants(
         Case(lengths=PACKED, heads_q=4),
-        dim=(64, 128),
+        dim=(64, 128, 40, 96, 160, 256),
         causal=(False, True),
         heads_k=(2, 4),
         dropout_p=(0.0, 0.1),
@@ -74,7 +116,7 @@ RANGES = ((0, 300), (0, 77), (150, 150), (299, 1), (0, 0), (120, 30), (0, 128), 
 @parametrize(
     variants(
         Case(batch=8, sq=300, sk=300, key_ranges=RANGES),
-        dim=(64, 128),
+        dim=(64, 128, 40, 96, 160, 256),
         causal=(False, True),
         dropout_p=(0.0, 0.1),
         deterministic=(False, True),

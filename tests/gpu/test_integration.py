@@ -147,7 +147,8 @@ def test_other_stream_and_freed_inputs():
     "change,error,words",
     [
         ({"dtype": torch.float32}, (TypeError, NotImplementedError, ValueError), "float16"),
-        ({"dim": 80}, (NotImplementedError, ValueError), "head_dim 80"),
+        ({"dim": 84}, (NotImplementedError, ValueError), "head_dim 84"),
+        ({"dim": 136}, NotImplementedError, "gradients at head_dim 136"),
     ],
 )
 def test_errors_before_any_launch(change, error, words):

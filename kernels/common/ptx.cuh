@@ -113,6 +113,13 @@ __device__ __forceinline__ void store_shared_zero_16b(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
 }
 
+// global[0 .. 3] += value, in the L2; nobody waits for it. 16-byte aligned.
+__device__ __forceinline__ void reduce_add_16b(float* global, float4 value) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(global),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
 // Keeps what comes before it before it. ptxas moves arithmetic freely across wgmma waits, and sinks
 // a softmax below the wait that it is meant to hide; it does not move it out of a basic block, and
 // this ends one. `never` is negative in no launch, which the compiler cannot know.

@@ -21,24 +21,21 @@ struct PackedResult {
 
 struct PackedResults {
   PackedResult result[3];
-  int head_dim;
 };
 
-// Grid (kClearBlocks, results). HeadDim: of the kernel, at least the results'.
-template <int HeadDim>
-__global__ void __launch_bounds__(kClearThreads)
-    clear_uncovered_kernel(PackedResults const __grid_constant__ results, int batch) {
+// Grid (kClearBlocks, results).
+static __global__ void __launch_bounds__(kClearThreads)
+    clear_uncovered_kernel(PackedResults const __grid_constant__ results, int batch, int head_dim) {
   PackedResult const& r = results.result[blockIdx.y];
   int const begin = min(max(r.cu_seqlens[0], 0), r.total);
   int const end = min(max(r.cu_seqlens[batch], begin), r.total);
   int64_t const uncovered = r.total - (end - begin);
-  constexpr int kUnits = HeadDim / 8;  // of 16 bytes
+  int const units = head_dim / 8;  // of 16 bytes
   int64_t const stride = int64_t{gridDim.x} * kClearThreads;
   for (int64_t i = int64_t{blockIdx.x} * kClearThreads + threadIdx.x;
-       i < uncovered * r.heads * kUnits; i += stride) {
-    int const unit = i % kUnits, head = i / kUnits % r.heads;
-    if (unit * 8 >= results.head_dim) continue;
-    int64_t const skipped = i / kUnits / r.heads;
+       i < uncovered * r.heads * units; i += stride) {
+    int const unit = i % units, head = i / units % r.heads;
+    int64_t const skipped = i / units / r.heads;
     int64_t const row = skipped < begin ? skipped : skipped + (end - begin);
     auto* const data = static_cast<uint16_t*>(r.view.data) + row * r.view.stride_seq +
                        head * r.view.stride_head + unit * 8;

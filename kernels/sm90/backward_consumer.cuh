@@ -37,18 +37,17 @@ __device__ __forceinline__ void issue_update(float (&acc)[N], uint32_t (&operand
   wgmma_commit();
 }
 
-// This consumer's part of dQ = dS K: rows 64w .. of the row block, or one half of its columns.
-template <class P, int N>
-__device__ __forceinline__ void issue_dq(float (&dq)[N], BackwardSmem<P> const& s, int stage,
-                                         int warpgroup) {
+// A part of dQ = dS K: rows 64 part .. of the row block, or columns from kPartColumns part on.
+template <class P, int N, class Smem>
+__device__ __forceinline__ void issue_dq(float (&dq)[N], Smem const& s, int stage, int part) {
   static_assert(2 * N == P::kPartColumns, "the accumulator holds 64 rows of a part");
   pin_registers(dq);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < P::kBlockN / 16; ++k)
     Wgmma<typename P::Element, P::kPartColumns>::template smem_smem<Major::kMN, Major::kMN>(
-        dq, mn_major(s.ds[stage], P::kSplitRows ? warpgroup : 0, k),
-        mn_major(s.k, P::kSplitRows ? 0 : warpgroup, k), k > 0);
+        dq, mn_major(s.ds[stage], P::kSplitRows ? part : 0, k),
+        mn_major(s.k, P::kSplitRows ? 0 : part, k), k > 0);
   wgmma_commit();
 }
 
@@ -172,7 +171,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       issue_update<P>(grad.dv, p_operand, s.dout[stage]);
       fence_proxy_async();
       barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
-      issue_dq(dq, s, stage, warpgroup);
+      issue_dq<P>(dq, s, stage, warpgroup);
       issue_update<P>(grad.dk, ds_operand, s.q[stage]);
 
       wgmma_wait<2>();

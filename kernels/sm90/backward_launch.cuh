@@ -5,19 +5,18 @@
 #include "prep/clear_uncovered.cuh"
 #include "prep/dq_convert.cuh"
 #include "sm90/backward.cuh"
+#include "sm90/backward_wide.cuh"
 #include "sm90/launch.cuh"
 
 namespace hf_flashattn::sm90 {
 
-template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status backward(BackwardParams const& p) {
-  using P = BackwardPolicy<HeadDim, Type, Causal, Dropout>;
+template <class P, class Smem, auto Kernel>
+Status launch_backward(BackwardParams const& p) {
   using Element = typename P::Element;
   Problem const& problem = p.problem;
   bool const packed = problem.cu_seqlens_q != nullptr;
   int const rows_q = packed ? problem.total_q : problem.seqlen_q;
   int const rows_k = packed ? problem.total_k : problem.seqlen_k;
-  using Smem = BackwardSmem<P>;
   static_assert(sizeof(Smem) <= kSharedMemoryBytes, "the tiles of a policy fit one CTA's memory");
   BackwardMaps maps;
   Status status = make_map<typename Smem::RowTile>(maps.q, p.q, problem, rows_q, problem.heads_q);
@@ -28,7 +27,7 @@ Status backward(BackwardParams const& p) {
   if (status.ok())
     status = make_map<typename Smem::ValueTile>(maps.v, p.v, problem, rows_k, problem.heads_k);
   int const smem_bytes = sizeof(Smem);
-  if (status.ok()) status = allow_shared_memory<backward_kernel<P>>(smem_bytes);
+  if (status.ok()) status = allow_shared_memory<Kernel>(smem_bytes);
   if (!status.ok()) return status;
 
   auto const stream = static_cast<cudaStream_t>(problem.stream);
@@ -39,17 +38,24 @@ Status backward(BackwardParams const& p) {
     int32_t const *const cu_q = problem.cu_seqlens_q, *const cu_k = problem.cu_seqlens_k;
     prep::PackedResults const results = {{{p.dq, nullptr, cu_q, problem.total_q, problem.heads_q},
                                           {p.dk, nullptr, cu_k, problem.total_k, problem.heads_k},
-                                          {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}},
-                                         problem.head_dim};
-    prep::clear_uncovered_kernel<P::kHeadDim>
-        <<<dim3(prep::kClearBlocks, 3), prep::kClearThreads, 0, stream>>>(results, problem.batch);
+                                          {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
+    prep::clear_uncovered_kernel<<<dim3(prep::kClearBlocks, 3), prep::kClearThreads, 0, stream>>>(
+        results, problem.batch, problem.head_dim);
   }
   prep::backward_preprocess_kernel<Element, P::kHeadDim, P::kBlockM>
       <<<rows, prep::kPreprocessThreads, 0, stream>>>(p, workspace);
-  backward_kernel<P><<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps);
-  prep::dq_convert_kernel<Element, P::kHeadDim, P::kBlockM>
-      <<<rows, prep::kConvertThreads, 0, stream>>>(p, workspace);
+  Kernel<<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps);
+  using DqParts = prep::DqParts<P::kHeadDim, P::kBlockM, P::kPartColumns>;
+  prep::dq_convert_kernel<Element, DqParts><<<rows, DqParts::kThreads, 0, stream>>>(p, workspace);
   return check(cudaGetLastError(), "launching the backward kernels");
+}
+
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+Status backward(BackwardParams const& p) {
+  using P = BackwardPolicy<HeadDim, Type, Causal, Dropout>;
+  if constexpr (HeadDim > 128)
+    return launch_backward<P, BackwardWideSmem<P>, backward_wide_kernel<P>>(p);
+  else return launch_backward<P, BackwardSmem<P>, backward_kernel<P>>(p);
 }
 
 }  // namespace hf_flashattn::sm90

@@ -20,6 +20,8 @@ enum BackwardBarrier : int {
   kQueryGradientFull = 3,  // 3, 4
   // + warpgroup: the writer arrives when that part has been read; the consumers wait.
   kQueryGradientEmpty = 5,  // 5, 6
+  // + warpgroup: its four warps, before and after it adds to dQ in its turn (wide heads).
+  kTurn = 3,  // 3, 4
 };
 
 }  // namespace hf_flashattn::sm90

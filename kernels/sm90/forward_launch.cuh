@@ -30,9 +30,9 @@ Status launch_forward(ForwardParams const& p) {
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   if (packed) {
     prep::PackedResults const results = {
-        {{p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q}}, problem.head_dim};
-    prep::clear_uncovered_kernel<P::kHeadDim>
-        <<<dim3(prep::kClearBlocks, 1), prep::kClearThreads, 0, stream>>>(results, problem.batch);
+        {{p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q}}};
+    prep::clear_uncovered_kernel<<<dim3(prep::kClearBlocks, 1), prep::kClearThreads, 0, stream>>>(
+        results, problem.batch, problem.head_dim);
   }
   forward_kernel<P><<<grid, P::kThreads, smem_bytes, stream>>>(p, maps, scheduler);
   return check(cudaGetLastError(), "launching the forward kernel");

@@ -123,6 +123,28 @@ struct BackwardPolicy<96, Type, Causal, Dropout> : BackwardTile<96, Type, Causal
 template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<128, Type, Causal, Dropout> : BackwardTile<128, Type, Causal, Dropout, 64> {};
 
+// Wide heads: dK or dV of 64 keys fills half of a consumer's registers. One consumer accumulates
+// dV, the other dK, and each makes S^T, dP^T and dQ of every other block of 64 rows.
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+struct BackwardWideTile {
+  using Element = typename ElementOf<Type>::type;
+  using Registers = RegisterBudget<2>;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr bool kCausal = Causal;
+  static constexpr bool kDropout = Dropout;
+  static constexpr int kConsumers = 2;
+  static constexpr int kBlockM = 64;
+  static constexpr int kBlockN = 64;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  static constexpr bool kSplitRows = false;
+  static constexpr int kPartColumns = 64;  // of dQ
+  static_assert(HeadDim % kPartColumns == 0 && HeadDim <= 256, "dK or dV fits 128 floats");
+};
+template <DType Type, bool Causal, bool Dropout>
+struct BackwardPolicy<192, Type, Causal, Dropout> : BackwardWideTile<192, Type, Causal, Dropout> {};
+template <DType Type, bool Causal, bool Dropout>
+struct BackwardPolicy<256, Type, Causal, Dropout> : BackwardWideTile<256, Type, Causal, Dropout> {};
+
 // Rows of a dQ block: the workspace is laid out in these.
 template <int HeadDim>
 constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockM;

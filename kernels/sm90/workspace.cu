@@ -14,5 +14,7 @@ template size_t backward_workspace_bytes<32>(Problem const&);
 template size_t backward_workspace_bytes<64>(Problem const&);
 template size_t backward_workspace_bytes<96>(Problem const&);
 template size_t backward_workspace_bytes<128>(Problem const&);
+template size_t backward_workspace_bytes<192>(Problem const&);
+template size_t backward_workspace_bytes<256>(Problem const&);
 
 }  // namespace hf_flashattn::sm90

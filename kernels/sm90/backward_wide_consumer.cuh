@@ -1,0 +1,193 @@
+// The consumers of the wide backward. Consumer 0 accumulates dV, consumer 1 dK; each makes the
+// scores and dQ of every other row block.
+#pragma once
+
+#include "sm90/backward_consumer.cuh"
+#include "sm90/backward_wide_smem.cuh"
+
+namespace hf_flashattn::sm90 {
+
+// acc += scores (64 keys x rows, in shared memory) x b (rows x head dim).
+template <class P, int N, class ScoreTile, class RowTile>
+__device__ __forceinline__ void issue_shared_update(float (&acc)[N], ScoreTile const& scores,
+                                                    RowTile const& b) {
+  static_assert(N == P::kHeadDim / 2, "the accumulator's columns are the head dim");
+  pin_registers(acc);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < RowTile::kRows / 16; ++k)
+    Wgmma<typename P::Element, P::kHeadDim>::template smem_smem<Major::kK, Major::kMN>(
+        acc, k_major(scores, 0, k), mn_major(b, 0, k), 1);
+  wgmma_commit();
+}
+
+// W: which consumer.
+template <class P, int W>
+struct WideConsumer {
+  static constexpr int kOther = 1 - W;
+  static constexpr int kParts = P::kHeadDim / 64;  // of dQ
+
+  BackwardParams const& p;
+  BackwardWorkspace const& workspace;
+  BackwardWideSmem<P>& s;
+  KeyWork<P> const& work;
+  Lane const lane;
+  FirstRows const first_rows;
+  float const scale_log2, keep;
+
+  __device__ __forceinline__ WideConsumer(BackwardParams const& p,
+                                          BackwardWorkspace const& workspace,
+                                          BackwardWideSmem<P>& s, KeyWork<P> const& work)
+      : p(p), workspace(workspace), s(s), work(work), lane(threadIdx.x),
+        first_rows(work.sequence, P::kCausal, work.first_key + lane.warp * 16 + lane.group),
+        scale_log2(p.problem.softmax_scale * kLog2e),
+        keep(P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f) {}
+
+  // What this consumer accumulates from: dO for dV, Q for dK.
+  __device__ __forceinline__ auto& source(int buffer) const {
+    if constexpr (W == 0) return s.dout[buffer];
+    else return s.q[buffer];
+  }
+  __device__ __forceinline__ Mbarrier& source_full(int buffer) const {
+    return W == 0 ? s.dout_full[buffer] : s.q_full[buffer];
+  }
+  __device__ __forceinline__ Mbarrier& source_empty(int buffer) const {
+    return W == 0 ? s.dout_empty[buffer] : s.q_empty[buffer];
+  }
+
+  // P^T and dS^T of this consumer's row block: to shared memory for the other products, and the one
+  // that this consumer multiplies itself to `operand`.
+  __device__ __forceinline__ void make_scores(uint32_t (&operand)[4][4], RowWalk<P> const& walk,
+                                              uint32_t parity) const {
+    float scores[32], dp[32];
+    uint32_t other[4][4];
+    RowBlockDropout<P> dropout;
+
+    s.q_full[W].wait(parity);
+    issue_product<P>(scores, s.k, 0, s.q[W]);
+    s.dout_full[W].wait(parity);
+    issue_product<P>(dp, s.v, 0, s.dout[W]);
+    if constexpr (P::kDropout) {
+      DropoutMask<Down::kKeys> const mask(p.problem, work.sequence.index, walk.head);
+      dropout.draw(mask, walk.first_row(), work.first_key + lane.warp * 16);
+    }
+    s.statistics_full[W].wait(parity);
+
+    wgmma_wait<1>();
+    pin_registers(scores);
+    if constexpr (W == 0) release(s.q_empty[W]);
+    if (work.rows.needs_mask(walk.block)) first_rows.mask(scores, walk.first_row(), lane.quad);
+    to_probabilities(scores, s.statistics[W].lse, scale_log2, lane.quad);
+    wgmma_wait<0>();
+    pin_registers(dp);
+    if constexpr (W == 1) release(s.dout_empty[W]);
+    to_operands<P>(W == 0 ? operand : other, W == 0 ? other : operand, scores, dp,
+                   s.statistics[W].delta, dropout, keep, lane.quad, p.problem.batch);
+    s.statistics_empty[W].arrive();  // by the threads that read them
+
+    s.scores_empty.wait(parity ^ 1);
+    store_operand(s.ds[W], W == 0 ? other : operand, lane.warp * 16);
+    if constexpr (W == 1) store_operand(s.p, other, lane.warp * 16);
+  }
+
+  // Adds dQ of this consumer's row block to the accumulator in global memory, a part of 64 columns
+  // after the other. Deterministic: key blocks take turns, the last one that a row block sees
+  // first. The products of parts 0 and 1 are in flight.
+  __device__ __forceinline__ void add_dq(float (&dq)[2][32], RowWalk<P> const& walk) const {
+    int const thread = threadIdx.x % kWarpgroupThreads;
+    int64_t const slot = workspace.first_slot(work.sequence, walk.head) + walk.first_row();
+    int32_t* const turn = workspace.turn + slot / P::kBlockM;
+    float* const global = workspace.dq + slot * P::kHeadDim + thread * 4;
+    if (p.deterministic) {
+      if (thread == 0) wait_turn(turn, work.earlier_key_blocks(walk.block));
+      barrier_sync(kTurn + W, kWarpgroupThreads);
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (part + 1 < kParts) wgmma_wait<1>();
+      else wgmma_wait<0>();
+      float (&own)[32] = dq[part % 2];
+      pin_registers(own);
+      if (part + 1 == kParts) release(s.scores_empty);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        reduce_add_16b(global + (part * 8 + i) * kWarpgroupThreads * 4,
+                       make_float4(own[4 * i], own[4 * i + 1], own[4 * i + 2], own[4 * i + 3]));
+      if (part + 2 < kParts) issue_dq<P>(own, s, W, part + 2);
+    }
+    if (p.deterministic) {
+      barrier_sync(kTurn + W, kWarpgroupThreads);
+      if (thread == 0) {
+        __threadfence();
+        pass_turn(turn);
+      }
+    }
+  }
+
+  // One pair of row blocks; of an odd number the last pair has only consumer 0's.
+  template <bool Own, bool Other>
+  __device__ __forceinline__ void step(float (&grad)[P::kHeadDim / 2], RowWalk<P> const& walk,
+                                       uint32_t parity) const {
+    uint32_t operand[4][4];
+    float dq[2][32];
+    if constexpr (Own) {
+      make_scores(operand, walk, parity);
+      issue_update<P>(grad, operand, source(W));
+    }
+    fence_proxy_async();
+    barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
+    if constexpr (Other) {
+      source_full(kOther).wait(parity);
+      if constexpr (W == 0) issue_shared_update<P>(grad, s.p, source(kOther));
+      else issue_shared_update<P>(grad, s.ds[kOther], source(kOther));
+    }
+    if constexpr (Own) {
+      issue_dq<P>(dq[0], s, W, 0);
+      issue_dq<P>(dq[1], s, W, 1);
+      wgmma_wait<2 + Other>();
+      pin_registers(operand);
+      release(source_empty(W));
+    }
+    wgmma_wait<Own ? 2 : 0>();
+    pin_registers(grad);
+    if constexpr (Other) release(source_empty(kOther));
+    if constexpr (Own) add_dq(dq, walk);
+  }
+
+  __device__ __forceinline__ void accumulate(float (&grad)[P::kHeadDim / 2]) const {
+    RowWalk<P> walk(work, W);
+    int const blocks = work.group * work.rows.count;
+    s.k_full.wait(0);
+    s.v_full.wait(0);
+    for (int pair = 0; pair < blocks / 2; ++pair, walk.next())
+      step<true, true>(grad, walk, pair % 2);
+    if (blocks % 2) step<W == 0, W == 1>(grad, walk, blocks / 2 % 2);
+  }
+
+  __device__ __forceinline__ void store(float const (&grad)[P::kHeadDim / 2]) const {
+    using Element = typename P::Element;
+    TensorView const& view = W == 0 ? p.dv : p.dk;
+    float const scale = W == 0 ? keep : p.problem.softmax_scale;
+    int const tile_row = lane.warp * 16, key = work.first_key + tile_row;
+    Sequence const& sequence = work.sequence;
+    Element* const global =
+        row_pointer<Element>(view, sequence, sequence.first_k, key, work.head_k);
+    store_rows(W == 0 ? s.v : s.k, tile_row, grad, scale, scale, global, view.stride_seq,
+               sequence.length_k - key, p.problem.head_dim);
+  }
+};
+
+template <int W, class P>
+__device__ __forceinline__ void consume_wide(BackwardParams const& p,
+                                             BackwardWorkspace const& workspace,
+                                             BackwardWideSmem<P>& s, KeyWork<P> const& work) {
+  WideConsumer<P, W> const consumer(p, workspace, s, work);
+  float grad[P::kHeadDim / 2];  // (64 keys, head dim) of dV or dK
+  fill_zero(grad);
+  if (work.rows.count > 0) consumer.accumulate(grad);
+  // Nobody reads K and V any more: their memory becomes scratch.
+  barrier_sync(kEpilogue, P::kConsumers * kWarpgroupThreads);
+  consumer.store(grad);
+}
+
+}  // namespace hf_flashattn::sm90

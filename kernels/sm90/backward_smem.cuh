@@ -93,7 +93,8 @@ __device__ __forceinline__ void wait_turn(int32_t const* turn, int earlier) {
   asm volatile("fence.proxy.async;\n" ::: "memory");
 }
 
-// After bulk_wait<0>: the reduction is in global memory, the next key block may add to it.
+// After bulk_wait<0>, or a barrier with the threads that added: the sums are in global memory for
+// whoever sees the turn, the next key block may add to them.
 __device__ __forceinline__ void pass_turn(int32_t* turn) {
   asm volatile("fence.proxy.async;\n" ::: "memory");
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");

@@ -56,17 +56,22 @@ struct WideConsumer {
   }
 
   // P^T and dS^T of this consumer's row block: to shared memory for the other products, and the one
-  // that this consumer multiplies itself to `operand`.
+  // that this consumer multiplies itself to `operand`. In a pair consumer 1 goes first, so that the
+  // softmax of one runs under products of the other; its Q was released first, too.
+  template <bool Pair>
   __device__ __forceinline__ void make_scores(uint32_t (&operand)[4][4], RowWalk<P> const& walk,
                                               uint32_t parity) const {
     float scores[32], dp[32];
     uint32_t other[4][4];
     RowBlockDropout<P> dropout;
 
+    constexpr int kBoth = P::kConsumers * kWarpgroupThreads;
     s.q_full[W].wait(parity);
+    if constexpr (P::kStagger && Pair && W == 0) barrier_sync(kFirstScores, kBoth);
     issue_product<P>(scores, s.k, 0, s.q[W]);
     s.dout_full[W].wait(parity);
     issue_product<P>(dp, s.v, 0, s.dout[W]);
+    if constexpr (P::kStagger && Pair && W == 1) barrier_arrive(kFirstScores, kBoth);
     if constexpr (P::kDropout) {
       DropoutMask<Down::kKeys> const mask(p.problem, work.sequence.index, walk.head);
       dropout.draw(mask, walk.first_row(), work.first_key + lane.warp * 16);
@@ -117,10 +122,7 @@ struct WideConsumer {
     }
     if (p.deterministic) {
       barrier_sync(kTurn + W, kWarpgroupThreads);
-      if (thread == 0) {
-        __threadfence();
-        pass_turn(turn);
-      }
+      if (thread == 0) pass_turn(turn);
     }
   }
 
@@ -131,7 +133,7 @@ struct WideConsumer {
     uint32_t operand[4][4];
     float dq[2][32];
     if constexpr (Own) {
-      make_scores(operand, walk, parity);
+      make_scores<Other>(operand, walk, parity);
       issue_update<P>(grad, operand, source(W));
     }
     fence_proxy_async();

@@ -20,8 +20,11 @@ enum BackwardBarrier : int {
   kQueryGradientFull = 3,  // 3, 4
   // + warpgroup: the writer arrives when that part has been read; the consumers wait.
   kQueryGradientEmpty = 5,  // 5, 6
-  // + warpgroup: its four warps, before and after it adds to dQ in its turn (wide heads).
+  // Wide heads, + warpgroup: its four warps, before and after it adds to dQ in its turn.
   kTurn = 3,  // 3, 4
+  // Wide heads: consumer 1 arrives when it has issued S^T and dP^T; consumer 0 waits before it
+  // issues its own.
+  kFirstScores = 5,
 };
 
 }  // namespace hf_flashattn::sm90

@@ -33,24 +33,32 @@ void print_key_blocks(Problem const& p, Sequence const& s) {
   }
 }
 
-// Forward: "first,count,mask bits" of each block of rows, for several tiles. Backward:
-// "first,count,mask bits,later blocks of each row block" of each block of 128 keys over blocks of
-// 64 rows. Bits as 0 and 1.
+// Backward: "first,count,mask bits,later blocks of each row block" of each block of keys over
+// blocks of 64 rows. Bits as 0 and 1.
+template <int BlockN>
+void print_row_blocks(Problem const& p, Sequence const& s, char const* title) {
+  for (int key = 0; key < s.length_k; key += BlockN) {
+    RowBlocks<64, BlockN> const blocks(s, p.causal, key);
+    std::printf("%s:%d,%d,", title, blocks.first, blocks.count);
+    for (int i = 0; i < blocks.count; ++i) std::printf("%d", blocks.needs_mask(blocks.first + i));
+    std::printf(",");
+    for (int i = 0; i < blocks.count; ++i) {
+      int const last_row = (blocks.first + i + 1) * 64 - 1;
+      std::printf("%d;", later_key_blocks<BlockN>(s, p.causal, last_row, key / BlockN));
+    }
+    std::printf(" ");
+  }
+}
+
+// Forward: "first,count,mask bits" of each block of rows, for several tiles. Backward: blocks of
+// 128 keys as "b", those of wide heads, of 64 keys, as "w".
 void print_blocks(Problem const& p) {
   Sequence const s(p, 0);
   print_key_blocks<128, 128>(p, s);
   print_key_blocks<192, 112>(p, s);
   print_key_blocks<128, 80>(p, s);
-  for (int key = 0; key < s.length_k; key += 128) {
-    RowBlocks<64, 128> const blocks(s, p.causal, key);
-    std::printf("b:%d,%d,", blocks.first, blocks.count);
-    for (int i = 0; i < blocks.count; ++i) std::printf("%d", blocks.needs_mask(blocks.first + i));
-    std::printf(",");
-    for (int i = 0; i < blocks.count; ++i)
-      std::printf("%d;",
-                  later_key_blocks<128>(s, p.causal, (blocks.first + i + 1) * 64 - 1, key / 128));
-    std::printf(" ");
-  }
+  print_row_blocks<128>(p, s, "b");
+  print_row_blocks<64>(p, s, "w");
   std::printf("\n");
 }
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from build_helpers import REPO, load_build, require_nvcc
 
-ROW_BLOCK, KEY_BLOCK = 64, 128  # of the backward
+ROW_BLOCK = 64  # of the backward
+KEY_BLOCKS = {"b": 128, "w": 64}  # of the backward, and of its kernel for wide heads
 FORWARD_TILES = ((128, 128), (192, 112), (128, 80))
 
 
@@ -97,18 +98,25 @@ def test_blocks_cover_what_is_seen_and_mask_what_is_not(dump):
                     assert visited or not seen, (case, tile, i, block)
                     if visited and masks[block - int(first)] == "0":
                         assert whole, (case, tile, i, block)
-        turns: dict[int, list[int]] = {}
-        backward = [x[2:].split(",") for x in answer if x.startswith("b:")]
-        for key, (first, count, masks, later) in enumerate(backward):
-            for block in range(-(-rows // ROW_BLOCK)):
-                tile = block * ROW_BLOCK, key * KEY_BLOCK
-                seen, whole = visibility(case, ROW_BLOCK, KEY_BLOCK, *tile)
-                visited = int(first) <= block < int(first) + int(count)
-                assert visited or not seen, (case, block, key)
-                if visited and masks[block - int(first)] == "0":
-                    assert whole, (case, block, key)
-                if visited:
-                    turns.setdefault(block, []).append(int(later.split(";")[block - int(first)]))
-        # The last key block of a row block goes first and everyone knows how many came before.
-        for block, order in turns.items():
-            assert order == list(range(len(order)))[::-1], (case, block, order)
+        for title, key_block in KEY_BLOCKS.items():
+            backward = [x[2:].split(",") for x in answer if x.startswith(f"{title}:")]
+            check_backward(case, key_block, backward)
+
+
+def check_backward(case, key_block: int, backward: list[list[str]]):
+    rows, keys = case[:2]
+    turns: dict[int, list[int]] = {}
+    assert len(backward) == -(-keys // key_block)
+    for key, (first, count, masks, later) in enumerate(backward):
+        for block in range(-(-rows // ROW_BLOCK)):
+            tile = block * ROW_BLOCK, key * key_block
+            seen, whole = visibility(case, ROW_BLOCK, key_block, *tile)
+            visited = int(first) <= block < int(first) + int(count)
+            assert visited or not seen, (case, block, key)
+            if visited and masks[block - int(first)] == "0":
+                assert whole, (case, block, key)
+            if visited:
+                turns.setdefault(block, []).append(int(later.split(";")[block - int(first)]))
+    # The last key block of a row block goes first and everyone knows how many came before.
+    for block, order in turns.items():
+        assert order == list(range(len(order)))[::-1], (case, block, order)

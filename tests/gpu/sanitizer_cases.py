@@ -30,7 +30,7 @@ def cases() -> list[Case]:
     partial = variants(Case(batch=1, sq=200, sk=260), dim=(8, 40, 72, 104, 136, 200))
     deterministic = variants(
         Case(batch=1, sq=300, sk=300, deterministic=True),
-        dim=(32, 64, 96, 128),
+        dim=KERNEL_HEAD_DIMS,
         causal=(False, True),
     )
     packed = variants(Case(lengths=PACKED), dim=(40, 64, 96, 128, 192), causal=(False, True))
@@ -39,7 +39,8 @@ def cases() -> list[Case]:
         dim=(32, 64, 72, 128, 256),
         causal=(False, True),
     )
-    return dense + partial + deterministic + packed + padded
+    wide = variants(Case(lengths=PACKED, deterministic=True), dim=(136, 200), causal=(False, True))
+    return dense + partial + deterministic + packed + padded + wide
 
 
 if __name__ == "__main__":

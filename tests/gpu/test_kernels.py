@@ -143,6 +143,15 @@ def test_deterministic_is_right(case):
     judge(make_problem(case))
 
 
+# The kernel for wide heads takes row blocks of 64 in pairs, over all heads that share a key head.
+@pytest.mark.parametrize("sq", [64, 128, 192, 239])
+@parametrize(
+    variants(Case(sk=176, heads_k=1), dim=(136, 192, 256), causal=(False, True), heads_q=(1, 3))
+)
+def test_wide_heads_with_odd_and_even_row_blocks(case, sq):
+    judge(make_problem(replace(case, sq=sq)))
+
+
 def poison(tensor, rows):
     tensor[rows] = (
         torch.tensor([float("nan"), float("inf")], device="cuda")
@@ -151,7 +160,7 @@ def poison(tensor, rows):
     )
 
 
-@parametrize(variants(Case(batch=3, sq=300, sk=300), dim=(64, 128), causal=(False, True)))
+@parametrize(variants(Case(batch=3, sq=300, sk=300), dim=(64, 128, 200), causal=(False, True)))
 def test_poison_beyond_key_ranges(case):
     ranges = ((0, 77), (150, 150), (100, 40))
     problem = make_problem(Case(**{**case.__dict__, "key_ranges": ranges}))
@@ -164,7 +173,7 @@ def test_poison_beyond_key_ranges(case):
         torch.testing.assert_close(result, clean[name], rtol=0, atol=0 if name != "dq" else 1e-3)
 
 
-@parametrize(variants(Case(), dim=(64, 128), causal=(False, True), deterministic=(True,)))
+@parametrize(variants(Case(), dim=(64, 128, 200), causal=(False, True), deterministic=(True,)))
 def test_poison_between_packed_sequences(case):
     """One sequence's results do not change when its neighbours become NaN and Inf."""
     lengths = ((77, 90), (50, 60), (200, 201))
@@ -184,7 +193,7 @@ def test_poison_between_packed_sequences(case):
         assert torch.equal(results[name][own], clean[name][own]), name
 
 
-@parametrize(variants(Case(sq=300, sk=200, causal=True), dim=(64, 128)))
+@parametrize(variants(Case(sq=300, sk=200, causal=True), dim=(64, 128, 200)))
 def test_poison_in_rows_that_see_nothing(case):
     """Rows before the diagonal: 0 whatever Q, dO and the keys they do not see hold."""
     problem = make_problem(case)
@@ -244,7 +253,7 @@ def test_large_values(dim, causal):
 @parametrize(
     variants(
         Case(sq=1000, sk=1000, heads_q=4),
-        dim=(64, 128),
+        dim=(64, 128, 192, 256),
         causal=(False, True),
         heads_k=(4,),
         dropout_p=(0.0, 0.1),
@@ -260,7 +269,7 @@ def test_repeats_are_bitwise_equal(case):
             assert torch.equal(result, again[name]), name
 
 
-@parametrize(variants(Case(sq=1000, sk=1000), dim=(64, 128), causal=(False, True)))
+@parametrize(variants(Case(sq=1000, sk=1000), dim=(64, 128, 256), causal=(False, True)))
 def test_repeats_without_determinism(case):
     """Only dQ, which is summed in the order of arrival, may differ."""
     problem = make_problem(case)

@@ -147,7 +147,7 @@ def _supported(call: Call) -> tuple[str, str | None]:
         window=call.window,
         softcap=call.extra.get("softcap") or 0.0,
         deterministic=call.deterministic,
-        needs_grad=support.needs_grad(call.query, call.key, call.value),
+        needs_grad=torch.is_grad_enabled() and call.query.requires_grad,
     )
     explain = support.explain if torch.compiler.is_compiling() else _explain_once
     verdict = explain(request)

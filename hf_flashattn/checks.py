@@ -23,13 +23,11 @@ from .support import (
     CPU_DTYPES,
     CUDA_CAPABILITIES,
     CUDA_DTYPES,
-    CUDA_GRADIENT_HEAD_DIMS,
     CUDA_HEAD_DIMS,
     Request,
     compute_capability,
     dtype_name,
     explain,
-    needs_grad,
     refuse,
     trust,
     trusted,
@@ -89,7 +87,7 @@ def check_tensors(
             "cast them, or use autocast",
             TypeError,
         )
-    _check_kernel(q, k, v, dropout_p)
+    _check_kernel(q, ks[-2], dropout_p)
     if device.type == "cuda":
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_strides(name, x)
@@ -103,10 +101,9 @@ def check_tensors(
                 _check_index(name, x, device, (qs[0],), "one entry for each row of the batch")
 
 
-def _check_kernel(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
-    """explain() for the call, after a quick look at what is usual."""
+def _check_kernel(q: Tensor, heads_k: int, dropout_p: float) -> None:
+    """explain() for q, after a quick look at what is usual."""
     device_type, dtype, (heads, head_dim) = q.device.type, q.dtype, q.shape[-2:]
-    heads_k = k.shape[-2]
     capability = compute_capability(q.device)
     if 0.0 <= dropout_p < 1.0 and heads_k > 0 and heads % heads_k == 0:
         if device_type == "cpu" and dtype in CPU_DTYPES:
@@ -115,26 +112,14 @@ def _check_kernel(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
         if (
             device_type == "cuda"
             and dtype in CUDA_DTYPES
-            and (
-                head_dim in CUDA_GRADIENT_HEAD_DIMS
-                or (head_dim in CUDA_HEAD_DIMS and not needs_grad(q, k, v))
-            )
+            and head_dim in CUDA_HEAD_DIMS
             and (capability is None or capability in CUDA_CAPABILITIES)
         ):
             return
         if device_type == "meta":
             return
     support = explain(
-        Request(
-            device_type,
-            capability,
-            dtype,
-            head_dim,
-            heads,
-            heads_k,
-            dropout_p=dropout_p,
-            needs_grad=needs_grad(q, k, v),
-        )
+        Request(device_type, capability, dtype, head_dim, heads, heads_k, dropout_p=dropout_p)
     )
     if not 0.0 <= dropout_p < 1.0 or heads_k < 1 or heads % heads_k:
         raise ValueError(f"hf_flashattn: {support}")

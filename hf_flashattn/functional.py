@@ -44,8 +44,8 @@ def flash_attn_func(
 
     Args:
         q: (B, Sq, Hq, D).  k, v: (B, Sk, Hkv, D), Hq a multiple of Hkv.
-            On CUDA: fp16 or bf16, D a multiple of 8 up to 256, with gradients up to 128. On a CPU:
-            any D, fp32 and fp64 too.
+            On CUDA: fp16 or bf16, D a multiple of 8 up to 256. On a CPU: any D, fp32 and
+            fp64 too.
         dropout_p: probability of dropping an attention weight, rounded to 1/256ths; 0.0 when
             evaluating.
         softmax_scale: 1 / sqrt(D) unless told.

@@ -17,7 +17,6 @@ from torch import Tensor
 from . import ops
 
 CUDA_HEAD_DIMS = range(8, 257, 8)
-CUDA_GRADIENT_HEAD_DIMS = range(8, 129, 8)
 KERNEL_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # each serves the smaller ones down to the next
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -196,12 +195,6 @@ def _head_dim(r: Request) -> Support | None:
             f"pad q, k and v with zeros to {padded}, with softmax_scale={r.head_dim}**-0.5, or "
             + sdpa,
         )
-    if r.needs_grad and r.head_dim not in CUDA_GRADIENT_HEAD_DIMS:
-        return _no(
-            f"gradients at head_dim {r.head_dim} on CUDA are not there yet",
-            f"head_dim {max(CUDA_GRADIENT_HEAD_DIMS)}; {r.head_dim} without gradients",
-            f"run under torch.no_grad(), or {sdpa}",
-        )
     return None
 
 
@@ -223,11 +216,6 @@ def refuse(support: Support | None) -> None:
     """Raise what `explain` or `explain_features` refused."""
     if support is not None and not support.ok:
         raise NotImplementedError(f"hf_flashattn: {support}")
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of a call with these tensors."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:

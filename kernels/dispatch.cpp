@@ -19,45 +19,38 @@ struct Entry {
   bool causal;
   bool dropout;
   Status (*forward)(ForwardParams const&);
-  Status (*backward)(BackwardParams const&);  // null: forward only
+  Status (*backward)(BackwardParams const&);
   size_t (*workspace_bytes)(Problem const&);
 };
 
-enum class Directions { kForward, kBoth };
-
-template <int HeadDim, Directions D, DType Type, bool Causal, bool Dropout>
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
 constexpr Entry sm90_entry() {
-  Entry entry{90,      HeadDim, Type,
-              Causal,  Dropout, sm90::forward<HeadDim, Type, Causal, Dropout>,
-              nullptr, nullptr};
-  if constexpr (D == Directions::kBoth) {
-    entry.backward = sm90::backward<HeadDim, Type, Causal, Dropout>;
-    entry.workspace_bytes = sm90::backward_workspace_bytes<HeadDim>;
-  }
-  return entry;
+  return {90,
+          HeadDim,
+          Type,
+          Causal,
+          Dropout,
+          sm90::forward<HeadDim, Type, Causal, Dropout>,
+          sm90::backward<HeadDim, Type, Causal, Dropout>,
+          sm90::backward_workspace_bytes<HeadDim>};
 }
 
 // What inst/ holds for one head dim.
 using HeadDimEntries = std::array<Entry, 8>;
 
-template <int HeadDim, Directions D>
+template <int HeadDim>
 constexpr HeadDimEntries sm90_entries() {
   constexpr DType kHalf = DType::kFloat16, kBFloat = DType::kBFloat16;
-  return {sm90_entry<HeadDim, D, kHalf, false, false>(),
-          sm90_entry<HeadDim, D, kHalf, false, true>(),
-          sm90_entry<HeadDim, D, kHalf, true, false>(),
-          sm90_entry<HeadDim, D, kHalf, true, true>(),
-          sm90_entry<HeadDim, D, kBFloat, false, false>(),
-          sm90_entry<HeadDim, D, kBFloat, false, true>(),
-          sm90_entry<HeadDim, D, kBFloat, true, false>(),
-          sm90_entry<HeadDim, D, kBFloat, true, true>()};
+  return {sm90_entry<HeadDim, kHalf, false, false>(),   sm90_entry<HeadDim, kHalf, false, true>(),
+          sm90_entry<HeadDim, kHalf, true, false>(),    sm90_entry<HeadDim, kHalf, true, true>(),
+          sm90_entry<HeadDim, kBFloat, false, false>(), sm90_entry<HeadDim, kBFloat, false, true>(),
+          sm90_entry<HeadDim, kBFloat, true, false>(),  sm90_entry<HeadDim, kBFloat, true, true>()};
 }
 
 // Head dims upwards: the first that is large enough is taken.
 constexpr HeadDimEntries kEntries[] = {
-    sm90_entries<32, Directions::kBoth>(),     sm90_entries<64, Directions::kBoth>(),
-    sm90_entries<96, Directions::kBoth>(),     sm90_entries<128, Directions::kBoth>(),
-    sm90_entries<192, Directions::kForward>(), sm90_entries<256, Directions::kForward>(),
+    sm90_entries<32>(),  sm90_entries<64>(),  sm90_entries<96>(),
+    sm90_entries<128>(), sm90_entries<192>(), sm90_entries<256>(),
 };
 
 Status check(Problem const& p) {
@@ -136,16 +129,6 @@ Status explain_miss(Problem const& p) {
       largest, p.head_dim, padded);
 }
 
-Status explain_no_backward(Problem const& p) {
-  int largest = 0;
-  for (HeadDimEntries const& entries : kEntries)
-    if (entries[0].backward != nullptr) largest = std::max(largest, entries[0].head_dim);
-  return failure(
-      "expected head_dim up to %d for gradients, got %d; nearest %d. Next step: run without "
-      "gradients (torch.no_grad), or use scaled_dot_product_attention for this head_dim",
-      largest, p.head_dim, largest);
-}
-
 }  // namespace
 
 Status launch_forward(ForwardParams const& params) {
@@ -159,14 +142,12 @@ Status launch_backward(BackwardParams const& params) {
   Status const status = check(params.problem);
   if (!status.ok()) return status;
   Entry const* const entry = find(params.problem);
-  if (entry == nullptr) return explain_miss(params.problem);
-  return entry->backward == nullptr ? explain_no_backward(params.problem) : entry->backward(params);
+  return entry == nullptr ? explain_miss(params.problem) : entry->backward(params);
 }
 
 size_t backward_workspace_bytes(Problem const& problem) {
   Entry const* const entry = find(problem);
-  return entry == nullptr || entry->workspace_bytes == nullptr ? 0
-                                                               : entry->workspace_bytes(problem);
+  return entry == nullptr ? 0 : entry->workspace_bytes(problem);
 }
 
 }  // namespace hf_flashattn

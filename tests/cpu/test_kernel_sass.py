@@ -9,8 +9,8 @@ import pytest
 import sass
 from build_helpers import REPO, load_build, require_nvcc
 
-HEAD_DIMS = {"forward": (32, 64, 96, 128, 192, 256), "backward": (32, 64, 96, 128)}
-DIRECTIONS = tuple(HEAD_DIMS)
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+DIRECTIONS = ("forward", "backward")
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,17 @@ def kernels():
 
 
 def attention_kernels(kernels, direction):
-    return {n: b for n, b in kernels.items() if n.startswith(f"sm90::{direction}_kernel<")}
+    names = (f"sm90::{direction}_kernel<", f"sm90::{direction}_wide_kernel<")
+    return {n: b for n, b in kernels.items() if n.startswith(names)}
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_policy_is_instantiated(kernels, direction):
-    choices = product(HEAD_DIMS[direction], ("fp16", "bf16"), ("false", "true"), ("false", "true"))
+    choices = product(HEAD_DIMS, ("fp16", "bf16"), ("false", "true"), ("false", "true"))
     policy = f"sm90::{direction.capitalize()}Policy"
     expected = {
-        f"sm90::{direction}_kernel<{policy}<{dim}, {dtype}, {causal}, {dropout}>>"
+        f"sm90::{direction}{'_wide' if direction == 'backward' and dim > 128 else ''}_kernel"
+        f"<{policy}<{dim}, {dtype}, {causal}, {dropout}>>"
         for dim, dtype, causal, dropout in choices
     }
     assert expected <= set(attention_kernels(kernels, direction))

@@ -16,6 +16,7 @@ struct KeyBlocks {
   int first, count;                  // blocks first .. first + count - 1
   int unmasked_begin, unmasked_end;  // blocks in between are seen whole by every row
 
+  KeyBlocks() = default;
   __host__ __device__ __forceinline__ KeyBlocks(Sequence const& s, bool causal, int first_row) {
     int const last_row = min(first_row + BlockM, s.length_q) - 1;
     int const end = causal ? min(s.key_end, last_row + s.diagonal() + 1) : s.key_end;

@@ -6,46 +6,50 @@
 
 namespace hf_flashattn {
 
+// The maximum is lazy: as long as no score exceeds it by more than 8 octaves the probabilities are
+// only larger by up to 2^8, which floats and 16-bit operands hold as well, and nothing has to be
+// exchanged between lanes or rescaled. A row's result depends on its own scores alone.
 struct OnlineSoftmax {
+  static constexpr float kOctaves = 8.f;
   float scale_log2;  // softmax scale * log2(e)
-  float maximum[2];  // of the raw scores so far, the same in the whole quad
+  float limit[2];    // raw scores above this raise the offset; -inf before the first key
+  float offset[2];   // what is subtracted from score * scale_log2
   float sum[2];      // of the probabilities so far, this lane's columns only
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      maximum[i] = -infinity();
+      limit[i] = -infinity();
+      offset[i] = 0.f;
       sum[i] = 0.f;
     }
   }
 
-  // Scores become exp(scale * (score - maximum)) in place; `rescale` is what earlier results have
-  // to be multiplied by.
+  // Scores become exp2(score * scale_log2 - offset) in place. True (in the whole warp) if earlier
+  // results have to be multiplied by `rescale`.
   template <int N>
-  __device__ __forceinline__ void update(float (&scores)[N], float (&rescale)[2]) {
+  __device__ __forceinline__ bool update(float (&scores)[N], float (&rescale)[2]) {
+    float highest[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float const old_maximum = maximum[i];
-      float block = scores[2 * i];
+      // Two chains, or the latency of each maximum would show.
+      float even = fmaxf(scores[2 * i], scores[2 * i + 1]);
+      float odd = fmaxf(scores[2 * i + 4], scores[2 * i + 5]);
 #pragma unroll
-      for (int j = 0; j < N; j += 4)
-        block = fmaxf(block, fmaxf(scores[j + 2 * i], scores[j + 2 * i + 1]));
-      block = fmaxf(block, __shfl_xor_sync(0xffffffff, block, 1));
-      block = fmaxf(block, __shfl_xor_sync(0xffffffff, block, 2));
-      maximum[i] = fmaxf(old_maximum, block);
-      // A row that has seen no key yet: any finite offset gives zeros instead of NaN.
-      float const offset = maximum[i] == -infinity() ? 0.f : maximum[i] * scale_log2;
-      rescale[i] = exp2_approx(old_maximum * scale_log2 - offset);
-      float block_sum = 0.f;
-#pragma unroll
-      for (int j = 0; j < N; j += 4)
-#pragma unroll
-        for (int k = 2 * i; k < 2 * i + 2; ++k) {
-          scores[j + k] = exp2_approx(fmaf(scores[j + k], scale_log2, -offset));
-          block_sum += scores[j + k];
-        }
-      sum[i] = sum[i] * rescale[i] + block_sum;
+      for (int j = 8; j < N; j += 8) {
+        even = fmaxf(even, fmaxf(scores[j + 2 * i], scores[j + 2 * i + 1]));
+        odd = fmaxf(odd, fmaxf(scores[j + 2 * i + 4], scores[j + 2 * i + 5]));
+      }
+      highest[i] = fmaxf(even, odd);
     }
+    bool const raised = __any_sync(0xffffffff, highest[0] > limit[0] || highest[1] > limit[1]);
+    if (raised) raise(highest, rescale);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      scores[j] = exp2_approx(fmaf(scores[j], scale_log2, -offset[j / 2 % 2]));
+      sum[j / 2 % 2] += scores[j];
+    }
+    return raised;
   }
 
   // After the last block: the factors that normalise the output, and the natural log of the sums.
@@ -57,7 +61,23 @@ struct OnlineSoftmax {
       total += __shfl_xor_sync(0xffffffff, total, 2);
       bool const empty = total == 0.f;
       normalise[i] = empty ? 0.f : 1.f / total;
-      lse[i] = empty ? -infinity() : maximum[i] * scale_log2 * kLn2 + __logf(total);
+      lse[i] = empty ? -infinity() : offset[i] * kLn2 + __logf(total);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void raise(float (&highest)[2], float (&rescale)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 1));
+      highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 2));
+      bool const raised = highest[i] > limit[i];
+      float const next = raised ? highest[i] * scale_log2 : offset[i];
+      // Before the first key there is nothing to rescale, and the difference could overflow.
+      rescale[i] = limit[i] == -infinity() ? 0.f : exp2_approx(offset[i] - next);
+      limit[i] = raised ? highest[i] + kOctaves / scale_log2 : limit[i];
+      offset[i] = next;
+      sum[i] *= rescale[i];
     }
   }
 };

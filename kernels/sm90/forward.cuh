@@ -3,7 +3,7 @@
 //   producer warp    Q, then K and V blocks from the last to the first, two stages each
 //   consumers        64 rows each: S = Q K^T, softmax, O += P V
 //
-// Inside a consumer the next block's S is computed under this block's softmax, and the consumers
+// Inside a consumer O += P V of one block runs under the softmax of the next, and the consumers
 // take turns at the tensor cores, so that the softmax of one runs under the products of another.
 #pragma once
 
@@ -223,6 +223,45 @@ struct OutputRows {
   }
 };
 
+// A tile as one consumer sees it: its own 64 rows.
+template <class P>
+struct ConsumerTile {
+  Work work;
+  Sequence sequence;
+  int own_row;                    // the first of the 64
+  KeyBlocks<64, P::kBlockN> own;  // the blocks that they see
+  int first, block;               // those that the producer loads, from `block` down
+  bool idle;                      // the sequence ends before these rows
+
+  // The next tile for which the producer loads Q; rows that see no key are written here.
+  __device__ __forceinline__ bool next(ForwardParams const& p, ForwardScheduler<P> const& scheduler,
+                                       int& step, int warpgroup, Lane const& lane) {
+    while (scheduler.next(step, work, blockIdx.x, gridDim.x)) {
+      sequence = Sequence(p.problem, work.index);
+      int const first_row = work.row_block * P::kBlockM;
+      if (first_row >= sequence.length_q) continue;
+      ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
+      own_row = first_row + warpgroup * 64;
+      if (blocks.count <= 0) {
+        OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
+            .store_empty(lane, p.problem.head_dim);
+        continue;
+      }
+      own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, own_row);
+      idle = own_row >= sequence.length_q;
+      first = blocks.first;
+      block = blocks.last();
+      return true;
+    }
+    return false;
+  }
+
+  // The blocks above this one are for later rows alone.
+  __device__ __forceinline__ int last() const {
+    return idle ? first - 1 : min(max(own.last(), first), block);
+  }
+};
+
 template <class P>
 __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
                         ForwardScheduler<P> const& scheduler) {
@@ -236,111 +275,133 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
 
   PipelineState<P::kStages> pipe;
   PipelineState<P::kQueryStages> q_pipe;
-  Work work;
-  for (int step = 0; scheduler.next(step, work, blockIdx.x, gridDim.x);) {
-    Sequence const sequence(problem, work.index);
-    if (work.row_block * P::kBlockM >= sequence.length_q) continue;
-    ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, work.row_block * P::kBlockM);
+  int step = 0;
+  ConsumerTile<P> tile;
+  float out[P::kHeadDim / 2], scores[kScores], rescale[2];
+  uint32_t probabilities[kSteps][4];
 
-    int const tile_row = warpgroup * 64 + lane.warp * 16;
-    int const warp_row = work.row_block * P::kBlockM + tile_row;
-    if (blocks.count <= 0) {
-      OutputRows<P>(p, sequence, work, warp_row).store_empty(lane, problem.head_dim);
-      continue;
-    }
-    // This consumer's own 64 rows: blocks that only later rows see are handed back unread, and all
-    // of them if the sequence ends before these rows.
-    int const own_row = work.row_block * P::kBlockM + warpgroup * 64;
-    bool const idle = own_row >= sequence.length_q;
-    KeyBlocks<64, P::kBlockN> const own(sequence, P::kCausal, own_row);
-    int const own_last =
-        idle ? blocks.first - 1 : min(max(own.last(), blocks.first), blocks.last());
-    int block = blocks.last();
-    for (; block > own_last; --block, pipe.next()) skip_block(s, pipe, turns);
-    if (idle) {
+  auto const skip_blocks = [&] {
+    int const last = tile.last();
+    for (; tile.block > last; --tile.block, pipe.next()) skip_block(s, pipe, turns);
+  };
+  // The next tile with rows for this consumer, handing back those without; nothing is in flight.
+  auto const next_busy_tile = [&](bool found) {
+    for (; found && tile.idle; found = tile.next(p, scheduler, step, warpgroup, lane)) {
+      skip_blocks();
       s.q_full[q_pipe.stage].wait(q_pipe.parity());
       release(s.q_empty[q_pipe.stage]);
       q_pipe.next();
-      continue;
     }
-
-    OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
-    float out[P::kHeadDim / 2], scores[kScores], rescale[2];
-    uint32_t probabilities[kSteps][4];
-    BlockDropout<P> dropout(problem, work, warp_row);
-    fill_zero(out);
-    auto const finish_scores = [&] {
-      if (own.needs_mask(block))
-        mask_keys(scores, sequence, P::kCausal, warp_row + lane.group, block * P::kBlockN,
-                  lane.quad);
-      softmax.update(scores, rescale);
-    };
-
-    // First block: nothing to overlap with.
+    return found;
+  };
+  auto const issue_first_scores = [&] {
     s.q_full[q_pipe.stage].wait(q_pipe.parity());
     s.k_full[pipe.stage].wait(pipe.parity());
     turns.take();
     issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
     turns.pass();
-    dropout.draw(block);
+  };
+
+  if (next_busy_tile(tile.next(p, scheduler, step, warpgroup, lane))) {
+    skip_blocks();
+    issue_first_scores();
     wgmma_wait<0>();
     pin_registers(scores);
-    release(s.k_empty[pipe.stage]);
-    finish_scores();
-    to_operand<Element>(probabilities, scores);
-    dropout.apply(probabilities);
+    while (true) {
+      int const warp_row = tile.own_row + lane.warp * 16;
+      OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
+      BlockDropout<P> dropout(problem, tile.work, warp_row);
+      fill_zero(out);
+      auto const finish_scores = [&] {
+        if (tile.own.needs_mask(tile.block))
+          mask_keys(scores, tile.sequence, P::kCausal, warp_row + lane.group,
+                    tile.block * P::kBlockN, lane.quad);
+        return softmax.update(scores, rescale);
+      };
 
-    while (--block >= blocks.first) {
-      auto const previous = pipe;
-      pipe.next();
-      s.k_full[pipe.stage].wait(pipe.parity());
-      turns.take();
-      issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
-      s.v_full[previous.stage].wait(previous.parity());
-      issue_output(out, probabilities, s, previous.stage);
-      turns.pass();
-      if constexpr (P::kDrawEarly) dropout.draw(block);  // under S = Q K^T
-      wgmma_wait<1>();
-      pin_registers(scores);
+      dropout.draw(tile.block);
       release(s.k_empty[pipe.stage]);
-      finish_scores();  // under O += P V
-      if constexpr (!P::kDrawEarly) dropout.draw(block);
-      if constexpr (P::kFenceSoftmax) {
-        pin_registers(scores);
-        schedule_fence(problem.batch);
-      }
-      wgmma_wait<0>();
-      pin_registers(out);
-      pin_registers(probabilities);
-      release(s.v_empty[previous.stage]);
-      scale_rows(out, rescale);
+      finish_scores();
       to_operand<Element>(probabilities, scores);
       dropout.apply(probabilities);
-    }
 
-    s.v_full[pipe.stage].wait(pipe.parity());
-    issue_output(out, probabilities, s, pipe.stage);
-    wgmma_wait<0>();
-    pin_registers(out);
-    release(s.v_empty[pipe.stage]);
-    pipe.next();
+      while (--tile.block >= tile.first) {
+        auto const previous = pipe;
+        pipe.next();
+        s.k_full[pipe.stage].wait(pipe.parity());
+        turns.take();
+        issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
+        s.v_full[previous.stage].wait(previous.parity());
+        issue_output(out, probabilities, s, previous.stage);
+        turns.pass();
+        if constexpr (P::kDrawEarly) dropout.draw(tile.block);  // under S = Q K^T
+        wgmma_wait<1>();
+        pin_registers(scores);
+        release(s.k_empty[pipe.stage]);
+        bool const raised = finish_scores();  // under O += P V
+        if constexpr (!P::kDrawEarly) dropout.draw(tile.block);
+        wgmma_wait<0>();
+        pin_registers(out);
+        pin_registers(probabilities);
+        release(s.v_empty[previous.stage]);
+        if (raised) scale_rows(out, rescale);
+        to_operand<Element>(probabilities, scores);
+        dropout.apply(probabilities);
+      }
 
-    float normalise[2], lse[2];
-    softmax.finish(normalise, lse);
-    if constexpr (P::kDropout) {
-      float const scale = keep_scale(problem.dropout_p);
-      normalise[0] *= scale;
-      normalise[1] *= scale;
+      // The last output. Where it can, the next tile's first S runs under it and under its way out.
+      auto const last = pipe;
+      int const q_stage = q_pipe.stage;
+      pipe.next();
+      q_pipe.next();
+      OutputRows<P> const rows(p, tile.sequence, tile.work, warp_row);
+      auto const issue_last_output = [&] {
+        s.v_full[last.stage].wait(last.parity());
+        issue_output(out, probabilities, s, last.stage);
+      };
+      auto const store_output = [&] {
+        pin_registers(out);
+        release(s.v_empty[last.stage]);
+        float normalise[2], lse[2];
+        softmax.finish(normalise, lse);
+        if constexpr (P::kDropout) {
+          float const scale = keep_scale(problem.dropout_p);
+          normalise[0] *= scale;
+          normalise[1] *= scale;
+        }
+        // Q's rows become scratch: all four warps have finished reading them.
+        barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
+        store_rows(s.q[q_stage], warpgroup * 64 + lane.warp * 16, out, normalise[0], normalise[1],
+                   rows.out, rows.stride, rows.count, problem.head_dim);
+        rows.store_lse(lane, lse);
+        fence_proxy_async();
+        release(s.q_empty[q_stage]);
+      };
+
+      bool const found = tile.next(p, scheduler, step, warpgroup, lane);
+      // Until V and Q of this tile are handed back, one stage of V and one of Q are missing: blocks
+      // to skip must fit into the others, and a tile to hand back would need a third Q. Both arms
+      // issue everything themselves: ptxas serialises products that a branch lies between.
+      if (P::kNextScoresEarly && found && !tile.idle && tile.block - tile.last() < P::kStages) {
+        issue_last_output();
+        skip_blocks();
+        issue_first_scores();
+        wgmma_wait<1>();
+        store_output();
+        wgmma_wait<0>();
+        pin_registers(scores);
+        schedule_fence(problem.batch);
+      } else {
+        issue_last_output();
+        wgmma_wait<0>();
+        store_output();
+        if (!next_busy_tile(found)) break;
+        skip_blocks();
+        issue_first_scores();
+        wgmma_wait<0>();
+        pin_registers(scores);
+      }
     }
-    // Q's rows become scratch: all four warps have finished reading them.
-    barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
-    OutputRows<P> const rows(p, sequence, work, warp_row);
-    store_rows(s.q[q_pipe.stage], tile_row, out, normalise[0], normalise[1], rows.out, rows.stride,
-               rows.count, problem.head_dim);
-    rows.store_lse(lane, lse);
-    fence_proxy_async();
-    release(s.q_empty[q_pipe.stage]);
-    q_pipe.next();
   }
   // The last pass of the ring is never taken: take it, so that the barriers end as they began.
   if (warpgroup == 0) turns.take();

@@ -41,17 +41,18 @@ struct ForwardTile {
   static constexpr int kConsumers = Consumers;
   static constexpr int kBlockM = 64 * Consumers;
   static constexpr int kBlockN = BlockN;
-  static constexpr int kStages = 2;
+  // A third stage gained 1 % at d64.
+  static constexpr int kStages = HeadDim <= 64 ? 3 : 2;
   // A second Q tile, where it fits, lets the next rows arrive while these write their output.
   static constexpr int kQueryStages =
       2 * HeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 1024 <= kSharedMemoryBytes ? 2 : 1;
-  // ptxas sinks the softmax below the wait for O += P V. Holding it above gained 1 to 4 % at d128
-  // without dropout and cost 2 to 3 % at d64 (each in one run). d192 and d256 do as d128 does, d32
-  // and d96 as d64, here and in the next two: by likeness, not measured.
-  static constexpr bool kFenceSoftmax = HeadDim >= 128 && !Dropout;
+  // Issues the next tile's first S before this one's output is written: +2 % at d64 full, +1 % at
+  // d128, but -2 % at d64 causal. Elsewhere registers or shared memory do not allow it.
+  static constexpr bool kNextScoresEarly = HeadDim == 128 || (HeadDim == 64 && !Causal && !Dropout);
+  static_assert(!kNextScoresEarly || kQueryStages > 1, "the next Q needs memory of its own");
   // Where Philox runs: under S = Q K^T, or mixed into the softmax. Never compared in one run: over
   // cuDNN d128 stood at 1.47 full and 1.42 causal early, 1.44 and 1.42 late.
-  static constexpr bool kDrawEarly = HeadDim >= 128;
+  static constexpr bool kDrawEarly = HeadDim == 128;
   // See TileScheduler. Chunks instead of folding gained 5 % at d64 causal, together with idle
   // consumers handing tiles back, and lost 5 % at d128.
   static constexpr bool kFoldTiles = HeadDim >= 128 && Causal;
@@ -77,14 +78,13 @@ struct ForwardPolicy<32, Type, Causal, Dropout> : ForwardTile<32, Type, Causal, 
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<64, Type, Causal, Dropout> : ForwardTile<64, Type, Causal, Dropout, 3, 128> {};
 template <DType Type, bool Causal, bool Dropout>
-struct ForwardPolicy<96, Type, Causal, Dropout>
-    : ForwardTile<96, Type, Causal, Dropout, 3, Dropout ? 96 : 112> {};
+struct ForwardPolicy<96, Type, Causal, Dropout> : ForwardTile<96, Type, Causal, Dropout, 3, 96> {};
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<128, Type, Causal, Dropout> : ForwardTile<128, Type, Causal, Dropout, 2, 128> {
 };
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<192, Type, Causal, Dropout>
-    : ForwardTile<192, Type, Causal, Dropout, 2, Dropout ? 96 : 112> {};
+    : ForwardTile<192, Type, Causal, Dropout, 2, Dropout ? 64 : 112> {};
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<256, Type, Causal, Dropout>
     : ForwardTile<256, Type, Causal, Dropout, 2, Dropout ? 64 : 80> {};

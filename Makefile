@@ -67,6 +67,7 @@ gpu-check:  ## on a Hopper GPU: correctness, sanitizers, benchmark grid (JSON=fi
 
 results:  ## on a Hopper GPU: the JSON files in benchmarks/results, the plot and README's tables
 	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --deterministic --json $(RESULTS)/attention_grid.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/packed.py --json $(RESULTS)/packed.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --steps 30 --overlay-steps 300 --json $(RESULTS)/training_step.json
 	PYTHONPATH=. $(GPU_PY) docs/tables.py --grid $(RESULTS)/attention_grid.json --steps $(RESULTS)/training_step.json
 	$(GPU_PY) benchmarks/plot_grid.py $(RESULTS)/attention_grid.json

@@ -18,9 +18,10 @@ struct Entry {
   DType dtype;
   bool causal;
   bool dropout;
-  Status (*forward)(ForwardParams const&);
+  Status (*forward)(ForwardParams const&, void*);
   Status (*backward)(BackwardParams const&);
-  size_t (*workspace_bytes)(Problem const&);
+  size_t (*forward_workspace_bytes)(Problem const&);
+  size_t (*backward_workspace_bytes)(Problem const&);
 };
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
@@ -32,6 +33,7 @@ constexpr Entry sm90_entry() {
           Dropout,
           sm90::forward<HeadDim, Type, Causal, Dropout>,
           sm90::backward<HeadDim, Type, Causal, Dropout>,
+          sm90::forward_workspace_bytes,
           sm90::backward_workspace_bytes<HeadDim>};
 }
 
@@ -131,11 +133,11 @@ Status explain_miss(Problem const& p) {
 
 }  // namespace
 
-Status launch_forward(ForwardParams const& params) {
+Status launch_forward(ForwardParams const& params, void* workspace) {
   Status const status = check(params.problem);
   if (!status.ok()) return status;
   Entry const* const entry = find(params.problem);
-  return entry == nullptr ? explain_miss(params.problem) : entry->forward(params);
+  return entry == nullptr ? explain_miss(params.problem) : entry->forward(params, workspace);
 }
 
 Status launch_backward(BackwardParams const& params) {
@@ -145,9 +147,14 @@ Status launch_backward(BackwardParams const& params) {
   return entry == nullptr ? explain_miss(params.problem) : entry->backward(params);
 }
 
+size_t forward_workspace_bytes(Problem const& problem) {
+  Entry const* const entry = find(problem);
+  return entry == nullptr ? 0 : entry->forward_workspace_bytes(problem);
+}
+
 size_t backward_workspace_bytes(Problem const& problem) {
   Entry const* const entry = find(problem);
-  return entry == nullptr ? 0 : entry->workspace_bytes(problem);
+  return entry == nullptr ? 0 : entry->backward_workspace_bytes(problem);
 }
 
 }  // namespace hf_flashattn

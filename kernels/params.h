@@ -1,4 +1,4 @@
-// The C ABI between the launchers and whoever binds them: plain structs and three functions.
+// The C ABI between the launchers and whoever binds them: plain structs and four functions.
 //
 // No CUDA or torch header is needed to read this file, so the binding can be compiled without nvcc.
 // Shapes are written (B, S, H, D); a packed batch is B = 1 with S = the total number of tokens.
@@ -68,9 +68,11 @@ struct Status {
 };
 
 // All launches are asynchronous on problem.stream; device pointers must stay valid until they
-// finish.
-Status launch_forward(ForwardParams const& params);
+// finish. A workspace has forward_workspace_bytes(problem) bytes, is 256-byte aligned, and may hold
+// anything.
+Status launch_forward(ForwardParams const& params, void* workspace);
 Status launch_backward(BackwardParams const& params);
+size_t forward_workspace_bytes(Problem const& problem);  // 0: none is needed
 size_t backward_workspace_bytes(Problem const& problem);
 
 }  // namespace hf_flashattn

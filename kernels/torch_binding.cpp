@@ -357,7 +357,13 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   params.v = input_view(call, v, call.k, "v");
   params.out = call.view(out, call.q);
   params.lse = static_cast<float*>(lse.data_ptr());
-  raise_if_failed(launch_forward(params));
+  Tensor workspace;  // given back in the order of the stream: after the kernels
+  void* memory = nullptr;
+  if (size_t const bytes = forward_workspace_bytes(call.problem)) {
+    workspace = empty({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), call.device);
+    memory = workspace.data_ptr();
+  }
+  raise_if_failed(launch_forward(params, memory));
   return {out, lse};
 }
 

@@ -29,7 +29,10 @@ MAX_UNIT_BYTES = 1.5 * 2**30
 MAX_BUILD_SECONDS = 300  # of wall clock on two cores
 
 # Kernels whose hot loop may spill: a pattern of the readable name, and the reason.
-ALLOWED_SPILLS: dict[str, str] = {}
+ALLOWED_SPILLS: dict[str, str] = {
+    r"ListedPolicy<ForwardPolicy<(64|96|256),": "a listed tile's coordinates come from shared memory, "
+    "out of the uniform registers' reach: 3 reloads a key block, 22 at d256 with dropout",
+}
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -187,7 +187,7 @@ def demangled(names: list[str]) -> dict[str, str]:
 def short_name(name: str) -> str:
     """`sm90::forward_kernel<ForwardPolicy<64, fp16, true, false>>` of what c++filt says."""
     name = name.replace("(hf_flashattn::DType)0", "fp16").replace("(hf_flashattn::DType)1", "bf16")
-    return re.sub(r"hf_flashattn::|^void |\(.*\)$", "", name).replace("> >", ">>")
+    return re.sub(r"hf_flashattn::|^void |\(.*\)$|(?<=>) (?=>)", "", name)
 
 
 def main() -> int:

@@ -52,6 +52,17 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Lets the next kernel of the stream start, if it was launched to overlap with this one. It sees
+// what this one writes only after wait_for_previous_kernel().
+__device__ __forceinline__ void launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+}
+
+// Returns when the kernels before this one have ended and their results are visible.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+}
+
 // Ordinary shared-memory stores of this thread become visible to TMA and wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
@@ -100,6 +111,13 @@ __device__ __forceinline__ uint4 load_shared_16b(uint32_t address) {
 __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   float2 value;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "r"(address));
+  return value;
+}
+
+// For what another kernel may have written since this one started.
+__device__ __forceinline__ int32_t load_from_l2(int32_t const* pointer) {
+  int32_t value;
+  asm volatile("ld.global.cg.s32 %0, [%1];\n" : "=r"(value) : "l"(pointer) : "memory");
   return value;
 }
 

@@ -23,17 +23,16 @@ struct PackedResults {
   PackedResult result[3];
 };
 
-// Grid (kClearBlocks, results).
-static __global__ void __launch_bounds__(kClearThreads)
-    clear_uncovered_kernel(PackedResults const __grid_constant__ results, int batch, int head_dim) {
-  PackedResult const& r = results.result[blockIdx.y];
+// The part of `block` of `blocks` of one result.
+__device__ __forceinline__ void clear_uncovered(PackedResult const& r, int batch, int head_dim,
+                                                int block, int blocks) {
   int const begin = min(max(r.cu_seqlens[0], 0), r.total);
   int const end = min(max(r.cu_seqlens[batch], begin), r.total);
   int64_t const uncovered = r.total - (end - begin);
   int const units = head_dim / 8;  // of 16 bytes
-  int64_t const stride = int64_t{gridDim.x} * kClearThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kClearThreads + threadIdx.x;
-       i < uncovered * r.heads * units; i += stride) {
+  int64_t const stride = int64_t{blocks} * blockDim.x;
+  for (int64_t i = int64_t{block} * blockDim.x + threadIdx.x; i < uncovered * r.heads * units;
+       i += stride) {
     int const unit = i % units, head = i / units % r.heads;
     int64_t const skipped = i / units / r.heads;
     int64_t const row = skipped < begin ? skipped : skipped + (end - begin);
@@ -42,6 +41,12 @@ static __global__ void __launch_bounds__(kClearThreads)
     *reinterpret_cast<uint4*>(data) = make_uint4(0, 0, 0, 0);
     if (unit == 0 && r.lse != nullptr) r.lse[int64_t{head} * r.total + row] = -infinity();
   }
+}
+
+// Grid (kClearBlocks, results).
+static __global__ void __launch_bounds__(kClearThreads)
+    clear_uncovered_kernel(PackedResults const __grid_constant__ results, int batch, int head_dim) {
+  clear_uncovered(results.result[blockIdx.y], batch, head_dim, blockIdx.x, gridDim.x);
 }
 
 }  // namespace hf_flashattn::prep

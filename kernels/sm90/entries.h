@@ -7,10 +7,12 @@
 namespace hf_flashattn::sm90 {
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status forward(ForwardParams const& params);
+Status forward(ForwardParams const& params, void* workspace);
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 Status backward(BackwardParams const& params);
+
+size_t forward_workspace_bytes(Problem const& problem);
 
 template <int HeadDim>
 size_t backward_workspace_bytes(Problem const& problem);

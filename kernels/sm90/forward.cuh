@@ -7,6 +7,8 @@
 // take turns at the tensor cores, so that the softmax of one runs under the products of another.
 #pragma once
 
+#include <type_traits>
+
 #include "common/dropout.cuh"
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
@@ -22,6 +24,15 @@ struct ForwardMaps {
 };
 
 template <class P>
+using ForwardScheduler = std::conditional_t<P::kListed, TileList, TileScheduler<P::kFoldTiles>>;
+
+// Listed tiles are read by the producer warp and the consumer warps.
+struct NoHandover {};
+template <class P>
+using ForwardHandover =
+    std::conditional_t<P::kListed, TileHandover<1 + P::kConsumers * 4>, NoHandover>;
+
+template <class P>
 struct ForwardSmem {
   using Element = typename P::Element;
   using QTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
@@ -33,6 +44,7 @@ struct ForwardSmem {
   Mbarrier k_full[P::kStages], k_empty[P::kStages];
   Mbarrier v_full[P::kStages], v_empty[P::kStages];
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
+  ForwardHandover<P> tiles;
 };
 
 template <class P>
@@ -49,11 +61,16 @@ __device__ void init_barriers(ForwardSmem<P>& s) {
     s.k_empty[stage].init(kConsumerWarps);
     s.v_empty[stage].init(kConsumerWarps);
   }
+  if constexpr (P::kListed) s.tiles.init();
   fence_mbarrier_init();
 }
 
 template <class P>
-using ForwardScheduler = TileScheduler<P::kFoldTiles>;
+__device__ __forceinline__ auto tiles_of_warp(ForwardSmem<P>& s,
+                                              ForwardScheduler<P> const& scheduler) {
+  if constexpr (P::kListed) return ListedTiles<1 + P::kConsumers * 4>{s.tiles};
+  else return StaticTiles<ForwardScheduler<P>>{scheduler};
+}
 
 template <class P>
 using ForwardKeyBlocks = KeyBlocks<P::kBlockM, P::kBlockN>;
@@ -66,7 +83,7 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
   PipelineState<P::kQueryStages> q_pipe;
   uint32_t staging_phase = 0;
   Work work;
-  for (int step = 0; scheduler.next(step, work, blockIdx.x, gridDim.x);) {
+  for (auto tiles = tiles_of_warp(s, scheduler); tiles.next(work);) {
     Sequence const sequence(problem, work.index);
     int const first_row = work.row_block * P::kBlockM;
     if (first_row >= sequence.length_q) continue;
@@ -227,17 +244,17 @@ struct OutputRows {
 template <class P>
 struct ConsumerTile {
   Work work;
-  Sequence sequence;
   int own_row;                    // the first of the 64
   KeyBlocks<64, P::kBlockN> own;  // the blocks that they see
   int first, block;               // those that the producer loads, from `block` down
   bool idle;                      // the sequence ends before these rows
 
   // The next tile for which the producer loads Q; rows that see no key are written here.
-  __device__ __forceinline__ bool next(ForwardParams const& p, ForwardScheduler<P> const& scheduler,
-                                       int& step, int warpgroup, Lane const& lane) {
-    while (scheduler.next(step, work, blockIdx.x, gridDim.x)) {
-      sequence = Sequence(p.problem, work.index);
+  template <class Tiles>
+  __device__ __forceinline__ bool next(ForwardParams const& p, Tiles& tiles, int warpgroup,
+                                       Lane const& lane) {
+    while (tiles.next(work)) {
+      Sequence const sequence(p.problem, work.index);
       int const first_row = work.row_block * P::kBlockM;
       if (first_row >= sequence.length_q) continue;
       ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
@@ -260,6 +277,19 @@ struct ConsumerTile {
   __device__ __forceinline__ int last() const {
     return idle ? first - 1 : min(max(own.last(), first), block);
   }
+
+  // Tells ptxas again what it loses track of across tiles: it then needs fewer registers.
+  __device__ __forceinline__ void make_uniform() {
+    for (int* value : {&work.row_block, &work.head, &work.index, &own_row, &first, &block,
+                       &own.unmasked_begin, &own.unmasked_end})
+      *value = warp_uniform(*value);
+  }
+
+  // Whether its first S may be issued while the tile before still holds a stage of V and one of Q:
+  // the blocks to skip have to fit into the other stages, and handing back a tile needs a third Q.
+  __device__ __forceinline__ bool can_start_early() const {
+    return !idle && block - last() < P::kStages;
+  }
 };
 
 template <class P>
@@ -275,7 +305,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
 
   PipelineState<P::kStages> pipe;
   PipelineState<P::kQueryStages> q_pipe;
-  int step = 0;
+  auto tiles = tiles_of_warp(s, scheduler);
   ConsumerTile<P> tile;
   float out[P::kHeadDim / 2], scores[kScores], rescale[2];
   uint32_t probabilities[kSteps][4];
@@ -286,7 +316,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   };
   // The next tile with rows for this consumer, handing back those without; nothing is in flight.
   auto const next_busy_tile = [&](bool found) {
-    for (; found && tile.idle; found = tile.next(p, scheduler, step, warpgroup, lane)) {
+    for (; found && tile.idle; found = tile.next(p, tiles, warpgroup, lane)) {
       skip_blocks();
       s.q_full[q_pipe.stage].wait(q_pipe.parity());
       release(s.q_empty[q_pipe.stage]);
@@ -302,19 +332,20 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     turns.pass();
   };
 
-  if (next_busy_tile(tile.next(p, scheduler, step, warpgroup, lane))) {
+  if (next_busy_tile(tile.next(p, tiles, warpgroup, lane))) {
     skip_blocks();
     issue_first_scores();
     wgmma_wait<0>();
     pin_registers(scores);
     while (true) {
+      if constexpr (P::kListed && P::kDropout) tile.make_uniform();
       int const warp_row = tile.own_row + lane.warp * 16;
       OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
       BlockDropout<P> dropout(problem, tile.work, warp_row);
       fill_zero(out);
       auto const finish_scores = [&] {
         if (tile.own.needs_mask(tile.block))
-          mask_keys(scores, tile.sequence, P::kCausal, warp_row + lane.group,
+          mask_keys(scores, Sequence(problem, tile.work.index), P::kCausal, warp_row + lane.group,
                     tile.block * P::kBlockN, lane.quad);
         return softmax.update(scores, rescale);
       };
@@ -354,7 +385,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       int const q_stage = q_pipe.stage;
       pipe.next();
       q_pipe.next();
-      OutputRows<P> const rows(p, tile.sequence, tile.work, warp_row);
+      OutputRows<P> const rows(p, Sequence(problem, tile.work.index), tile.work, warp_row);
       auto const issue_last_output = [&] {
         s.v_full[last.stage].wait(last.parity());
         issue_output(out, probabilities, s, last.stage);
@@ -378,11 +409,11 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         release(s.q_empty[q_stage]);
       };
 
-      bool const found = tile.next(p, scheduler, step, warpgroup, lane);
-      // Until V and Q of this tile are handed back, one stage of V and one of Q are missing: blocks
-      // to skip must fit into the others, and a tile to hand back would need a third Q. Both arms
-      // issue everything themselves: ptxas serialises products that a branch lies between.
-      if (P::kNextScoresEarly && found && !tile.idle && tile.block - tile.last() < P::kStages) {
+      // Both arms issue everything themselves: ptxas serialises products that a branch lies
+      // between.
+      bool found;
+      if (P::kNextScoresEarly && (found = tile.next(p, tiles, warpgroup, lane)) &&
+          tile.can_start_early()) {
         issue_last_output();
         skip_blocks();
         issue_first_scores();
@@ -395,6 +426,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         issue_last_output();
         wgmma_wait<0>();
         store_output();
+        if (!P::kNextScoresEarly) found = tile.next(p, tiles, warpgroup, lane);
         if (!next_busy_tile(found)) break;
         skip_blocks();
         issue_first_scores();
@@ -419,7 +451,10 @@ __global__ void __launch_bounds__(P::kThreads, 1)
 
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
-    if (warp_uniform(threadIdx.x / kWarpThreads) == 0) {
+    int const warp = warp_uniform(threadIdx.x / kWarpThreads);
+    if constexpr (P::kListed)
+      if (warp == 1 && elect_one()) claim_tiles(scheduler, s.tiles);
+    if (warp == 0) {
       if (elect_one()) {
         prefetch_tensor_map(&maps.q);
         prefetch_tensor_map(&maps.k);

@@ -1,46 +1,76 @@
 // Launches the forward kernel of one policy; included by the instantiation files alone.
 #pragma once
 
-#include "prep/clear_uncovered.cuh"
+#include "prep/list_tiles.cuh"
 #include "sm90/forward.cuh"
 #include "sm90/launch.cuh"
 
 namespace hf_flashattn::sm90 {
 
 template <class P>
-Status launch_forward(ForwardParams const& p) {
+constexpr int kForwardSmemBytes = sizeof(ForwardSmem<P>);
+
+template <class P>
+Status set_up(ForwardMaps& maps, ForwardParams const& p) {
   Problem const& problem = p.problem;
   bool const packed = problem.cu_seqlens_q != nullptr;
   int const rows_q = packed ? problem.total_q : problem.seqlen_q;
   int const rows_k = packed ? problem.total_k : problem.seqlen_k;
+  static_assert(kForwardSmemBytes<P> <= kSharedMemoryBytes,
+                "a policy's tiles fit one CTA's memory");
   using Smem = ForwardSmem<P>;
-  static_assert(sizeof(Smem) <= kSharedMemoryBytes, "the tiles of a policy fit one CTA's memory");
-  ForwardMaps maps;
   Status status = make_map<typename Smem::QTile>(maps.q, p.q, problem, rows_q, problem.heads_q);
   if (status.ok())
     status = make_map<typename Smem::KeyTile>(maps.k, p.k, problem, rows_k, problem.heads_k);
   if (status.ok())
     status = make_map<typename Smem::KeyTile>(maps.v, p.v, problem, rows_k, problem.heads_k);
-  int const smem_bytes = sizeof(Smem);
-  if (status.ok()) status = allow_shared_memory<forward_kernel<P>>(smem_bytes);
-  if (!status.ok()) return status;
+  if (status.ok()) status = allow_shared_memory<forward_kernel<P>>(kForwardSmemBytes<P>);
+  return status;
+}
 
+// Every length is known here: tiles in static steps.
+template <class P>
+Status launch_static(ForwardParams const& p) {
+  ForwardMaps maps;
+  Status const status = set_up<P>(maps, p);
+  if (!status.ok()) return status;
+  Problem const& problem = p.problem;
   ForwardScheduler<P> const scheduler(problem, P::kBlockM, P::kCausal);
   int const grid = scheduler.tiles() < problem.num_sms ? scheduler.tiles() : problem.num_sms;
   auto const stream = static_cast<cudaStream_t>(problem.stream);
-  if (packed) {
-    prep::PackedResults const results = {
-        {{p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q}}};
-    prep::clear_uncovered_kernel<<<dim3(prep::kClearBlocks, 1), prep::kClearThreads, 0, stream>>>(
-        results, problem.batch, problem.head_dim);
-  }
-  forward_kernel<P><<<grid, P::kThreads, smem_bytes, stream>>>(p, maps, scheduler);
+  forward_kernel<P><<<grid, P::kThreads, kForwardSmemBytes<P>, stream>>>(p, maps, scheduler);
   return check(cudaGetLastError(), "launching the forward kernel");
 }
 
+// Lengths are on the device: a list of tiles is made there first.
+template <class P>
+Status launch_listed(ForwardParams const& p, void* workspace) {
+  ForwardMaps maps;
+  Status status = set_up<P>(maps, p);
+  if (!status.ok()) return status;
+  Problem const& problem = p.problem;
+  auto const stream = static_cast<cudaStream_t>(problem.stream);
+  TileList const list(problem, P::kBlockM, workspace);
+  prep::PackedResult const result = {p.out, p.lse, problem.cu_seqlens_q, problem.total_q,
+                                     problem.heads_q};
+  int const clear_blocks = problem.cu_seqlens_q != nullptr ? prep::kListClearBlocks : 0;
+  prep::list_tiles_kernel<P::kBlockM, P::kBlockN>
+      <<<1 + clear_blocks, prep::kListThreads, 0, stream>>>(problem, list, result);
+  status = check(cudaGetLastError(), "launching the kernel that lists tiles");
+  if (!status.ok()) return status;
+  int64_t const most_tiles = TileList::max_units(problem, P::kBlockM) * problem.heads_q;
+  int const grid = most_tiles < problem.num_sms ? int(most_tiles) : problem.num_sms;
+  return check(launch_overlapped(forward_kernel<P>, grid, P::kThreads, kForwardSmemBytes<P>, stream,
+                                 p, maps, list),
+               "launching the forward kernel");
+}
+
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status forward(ForwardParams const& p) {
-  return launch_forward<ForwardPolicy<HeadDim, Type, Causal, Dropout>>(p);
+Status forward(ForwardParams const& p, void* workspace) {
+  using Policy = ForwardPolicy<HeadDim, Type, Causal, Dropout>;
+  return sm90::forward_workspace_bytes(p.problem) > 0
+             ? launch_listed<ListedPolicy<Policy>>(p, workspace)
+             : launch_static<Policy>(p);
 }
 
 }  // namespace hf_flashattn::sm90

@@ -69,6 +69,25 @@ Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int6
       (long long)view.stride_head, int(result));
 }
 
+// Launches a kernel that may start while the one before it in the stream still runs, and waits for
+// it on the device (wait_for_previous_kernel).
+template <class... Parameters>
+cudaError_t launch_overlapped(void (*kernel)(Parameters...), int grid, int threads, int smem_bytes,
+                              cudaStream_t stream, Parameters const&... parameters) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, parameters...);
+  return cudaGetLastError();
+}
+
 // Raises a kernel's shared-memory limit once per device.
 template <auto Kernel>
 Status allow_shared_memory(int bytes) {

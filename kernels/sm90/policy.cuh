@@ -56,6 +56,8 @@ struct ForwardTile {
   // See TileScheduler. Chunks instead of folding gained 5 % at d64 causal, together with idle
   // consumers handing tiles back, and lost 5 % at d128.
   static constexpr bool kFoldTiles = HeadDim >= 128 && Causal;
+  // Tiles in the order of TileScheduler; ListedPolicy takes them from a list.
+  static constexpr bool kListed = false;
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(BlockN % 16 == 0, "O += P V takes 16 keys at a time");
   static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
@@ -88,6 +90,13 @@ struct ForwardPolicy<192, Type, Causal, Dropout>
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<256, Type, Causal, Dropout>
     : ForwardTile<256, Type, Causal, Dropout, 2, Dropout ? 64 : 80> {};
+
+// The same kernel for sequences whose lengths only the device knows: see common/tile_list.cuh.
+template <class P>
+struct ListedPolicy : P {
+  static constexpr bool kListed = true;
+  static constexpr bool kNextScoresEarly = false;  // registers
+};
 
 // Backward: a block of 128 keys stays, 64 for each of two consumers; row blocks stream past.
 template <int HeadDim, DType Type, bool Causal, bool Dropout, int BlockM>

@@ -1,7 +1,9 @@
-// Which tile a persistent CTA works on next: (row block, query head, sequence).
+// Which tile a persistent CTA works on next: (row block, query head, sequence). TileScheduler where
+// the host knows all lengths; a list that CTAs claim tiles from where only the device does.
 #pragma once
 
-#include "common/blocks.cuh"
+#include "common/mbarrier.cuh"
+#include "common/tile_list.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -16,8 +18,7 @@ struct Work {
 // Folded: the same, but row blocks go in pairs of one length, the longest with the shortest; of an
 // odd number the middle ones, half a pair, come last. For causal attention where K and V are large
 // (d128). Longest first: within chunks of streams, and every other step runs backwards, so that no
-// CTA always gets the longest of a step. For other causal attention and for packed sequences (one
-// chunk).
+// CTA always gets the longest of a step. For other causal attention.
 template <bool CanFold>
 struct TileScheduler {
   int row_blocks, heads, streams;  // streams: (head, sequence), each has row_blocks tiles
@@ -26,10 +27,9 @@ struct TileScheduler {
   __host__ TileScheduler(Problem const& p, int block_m, bool causal)
       : row_blocks(ceil_div(p.seqlen_q, block_m)), heads(p.heads_q), streams(p.heads_q * p.batch),
         chunk(0) {
-    bool const packed = p.cu_seqlens_q != nullptr;
     bool const many = int64_t(streams) * row_blocks >= 3 * int64_t(p.num_sms);
-    if (packed || (causal && !(CanFold && many))) chunk = streams;
-    if (!packed && many && chunk > p.num_sms / 2) chunk = p.num_sms / 2;
+    if (causal && !(CanFold && many)) chunk = streams;
+    if (many && chunk > p.num_sms / 2) chunk = p.num_sms / 2;
   }
 
   __host__ __device__ int tiles() const { return streams * row_blocks; }
@@ -68,6 +68,80 @@ struct TileScheduler {
       return true;
     }
     return false;
+  }
+};
+
+// How a warp walks over its CTA's tiles. Here each computes the static steps by itself.
+template <class Scheduler>
+struct StaticTiles {
+  Scheduler const& scheduler;
+  int step = 0;
+
+  __device__ __forceinline__ bool next(Work& work) {
+    return scheduler.next(step, work, blockIdx.x, gridDim.x);
+  }
+};
+
+// Listed tiles: one thread claims them and hands each over to all warps that work on it. A slot is
+// free again when they have read it, which they do at the start of the tile, and only then is the
+// next tile claimed: a CTA never holds more than `kTileSlots` tiles that it has not begun, and the
+// claim's way through global memory passes under the tile before.
+constexpr int kTileSlots = 1;
+
+template <int Readers>
+struct TileHandover {
+  alignas(16) int4 slot[kTileSlots];             // row block (-1: no more tiles), head, index
+  Mbarrier full[kTileSlots], empty[kTileSlots];  // full: the claiming thread; empty: readers
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < kTileSlots; ++i) {
+      full[i].init(1);
+      empty[i].init(Readers);
+    }
+  }
+};
+
+// For one thread of the CTA.
+template <int Readers>
+__device__ void claim_tiles(TileList const& list, TileHandover<Readers>& handover) {
+  wait_for_previous_kernel();
+  int const units = load_from_l2(list.units_listed), tiles = units * list.heads;
+  PipelineState<kTileSlots> ring;
+  int tile = blockIdx.x;
+  while (true) {
+    int4 message = make_int4(-1, 0, 0, 0);
+    if (tile < tiles) {
+      int unit;
+      list.locate(tile, units, unit, message.y);
+      message.x = load_from_l2(&list.units[unit].row_block);
+      message.z = load_from_l2(&list.units[unit].index);
+    }
+    handover.slot[ring.stage] = message;
+    handover.full[ring.stage].arrive();
+    if (tile >= tiles) return;
+    ring.next();
+    handover.empty[ring.stage].wait(ring.parity() ^ 1);
+    tile = gridDim.x + atomicAdd(list.claimed, 1);
+  }
+}
+
+// A warp's view of them.
+template <int Readers>
+struct ListedTiles {
+  TileHandover<Readers>& handover;
+  PipelineState<kTileSlots> ring;
+
+  __device__ __forceinline__ bool next(Work& work) {
+    handover.full[ring.stage].wait(ring.parity());
+    int4 const message = handover.slot[ring.stage];
+    // Shuffles and a vote, so that ptxas sees that the whole warp agrees and keeps uniform
+    // registers around the loop: without the vote the kernel spills into its main loop at d64.
+    work.row_block = warp_uniform(message.x);
+    work.head = warp_uniform(message.y);
+    work.index = warp_uniform(message.z);
+    release(handover.empty[ring.stage]);
+    ring.next();
+    return __any_sync(0xffffffff, message.x >= 0);
   }
 };
 

@@ -1,9 +1,18 @@
-// How much memory the backward needs besides its results.
+// How much memory the kernels need besides their results.
+#include "common/tile_list.cuh"
 #include "common/workspace.cuh"
 #include "sm90/entries.h"
 #include "sm90/policy.cuh"
 
 namespace hf_flashattn::sm90 {
+
+// A list of tiles pays when their lengths differ and CTAs have several: packed sequences always
+// (a kernel runs before them anyway), key ranges unless the problem is small.
+size_t forward_workspace_bytes(Problem const& p) {
+  bool const ranges = p.key_start != nullptr || p.key_len != nullptr;
+  bool const several = int64_t(p.batch) * p.heads_q * ceil_div(p.seqlen_q, 128) > p.num_sms;
+  return p.cu_seqlens_q != nullptr || (ranges && several) ? TileList::bytes(p) : 0;
+}
 
 template <int HeadDim>
 size_t backward_workspace_bytes(Problem const& problem) {

@@ -12,7 +12,7 @@ namespace hf_flashattn {
 namespace sm90 {
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status forward(ForwardParams const&) {
+Status forward(ForwardParams const&, void*) {
   return failure("forward d%d %d%d%d", HeadDim, int(Type), Causal, Dropout);
 }
 
@@ -38,7 +38,7 @@ void serve() {
   while (std::scanf("%15s %d %d", direction, &p.head_dim, &p.compute_capability) == 3) {
     bool const forward = std::strcmp(direction, "forward") == 0;
     Status const status =
-        forward ? launch_forward({.problem = p}) : launch_backward({.problem = p});
+        forward ? launch_forward({.problem = p}, nullptr) : launch_backward({.problem = p});
     std::printf("%s (workspace %zu)\n", status.message, backward_workspace_bytes(p));
   }
 }

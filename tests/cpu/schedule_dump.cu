@@ -1,9 +1,10 @@
 // The schedules of the kernels, run on the host: what test_kernel_schedule.py checks.
 //
-// stdin, a request a line:
-//   tiles SEQLEN_Q HEADS BATCH SMS BLOCK_M CAUSAL PACKED FOLD      -> a line of
-//   "row_block,head,index" blocks ROWS KEYS CAUSAL KEY_START KEY_LEN                      -> a line
-//   of numbers, see below
+// stdin, a request a line, answered by a line:
+//   tiles SEQLEN_Q HEADS BATCH SMS BLOCK_M CAUSAL FOLD     "row_block,head,index" of each tile
+//   blocks ROWS KEYS CAUSAL KEY_START KEY_LEN              see print_blocks
+//   list UNITS HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS  heads a chunk, "unit,head" of each tile
+//   costs ROWS KEYS CAUSAL                                 "cost,bucket" of each row block
 #include <cstdio>
 #include <cstring>
 
@@ -62,6 +63,26 @@ void print_blocks(Problem const& p) {
   std::printf("\n");
 }
 
+void print_list(Problem const& p, int units) {
+  TileList const list(p, 192, nullptr);
+  std::printf("%d ", list.chunk);
+  for (int tile = 0; tile < units * p.heads_q; ++tile) {
+    int unit, head;
+    list.locate(tile, units, unit, head);
+    std::printf("%d,%d ", unit, head);
+  }
+  std::printf("\n");
+}
+
+void print_costs(Problem const& p) {
+  Sequence const s(p, 0);
+  for (int row_block = 0; row_block * 192 < s.length_q; ++row_block) {
+    int const cost = unit_cost<192, 128>(s, p.causal, row_block);
+    std::printf("%d,%d ", cost, cost_bucket(cost));
+  }
+  std::printf("\n");
+}
+
 void serve() {
   char kind[16];
   while (std::scanf("%15s", kind) == 1) {
@@ -69,13 +90,23 @@ void serve() {
     p.batch = p.heads_q = p.heads_k = 1;
     int causal = 0, read = 0;
     if (std::strcmp(kind, "tiles") == 0) {
-      int block_m = 0, packed = 0, fold = 0;
-      int32_t const offsets[1] = {0};
-      read = std::scanf("%d %d %d %d %d %d %d %d", &p.seqlen_q, &p.heads_q, &p.batch, &p.num_sms,
-                        &block_m, &causal, &packed, &fold);
+      int block_m = 0, fold = 0;
+      read = std::scanf("%d %d %d %d %d %d %d", &p.seqlen_q, &p.heads_q, &p.batch, &p.num_sms,
+                        &block_m, &causal, &fold);
       p.causal = causal;
-      p.cu_seqlens_q = packed ? offsets : nullptr;
-      if (read == 8) fold ? print_tiles<true>(p, block_m) : print_tiles<false>(p, block_m);
+      if (read == 7) fold ? print_tiles<true>(p, block_m) : print_tiles<false>(p, block_m);
+    } else if (std::strcmp(kind, "list") == 0) {
+      int units = 0;
+      int32_t const offsets[1] = {0};
+      p.cu_seqlens_q = offsets;
+      read = std::scanf("%d %d %d %d %d %d %d", &units, &p.heads_q, &p.heads_k, &p.head_dim,
+                        &p.total_q, &p.total_k, &p.num_sms);
+      p.seqlen_q = p.total_q;
+      if (read == 7) print_list(p, units);
+    } else if (std::strcmp(kind, "costs") == 0) {
+      read = std::scanf("%d %d %d", &p.seqlen_q, &p.seqlen_k, &causal);
+      p.causal = causal;
+      if (read == 3) print_costs(p);
     } else {
       int32_t start = 0, length = 0;
       read = std::scanf("%d %d %d %d %d", &p.seqlen_q, &p.seqlen_k, &causal, &start, &length);

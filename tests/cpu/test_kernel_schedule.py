@@ -42,16 +42,75 @@ def test_every_tile_once(dump):
     cases = list(
         itertools.product(
             (1, 64, 500, 1024, 8000), (1, 12), (1, 3, 32), (1, 7, 132), (128, 192),
-            ((0, 0), (1, 0), (1, 1)), (0, 1),
+            ((0, 0), (1, 0), (1, 1)),
         )
     )  # fmt: skip
     requests = [
-        f"tiles {seqlen} {heads} {batch} {sms} {block_m} {causal} {packed} {fold}"
-        for seqlen, heads, batch, sms, block_m, (causal, fold), packed in cases
+        f"tiles {seqlen} {heads} {batch} {sms} {block_m} {causal} {fold}"
+        for seqlen, heads, batch, sms, block_m, (causal, fold) in cases
     ]
     for (seqlen, heads, batch, _, block_m, *_), tiles in zip(cases, dump(requests), strict=True):
         want = itertools.product(range(-(-seqlen // block_m)), range(heads), range(batch))
         assert sorted(tiles) == sorted(",".join(map(str, tile)) for tile in want)
+
+
+def listed(dump, *requests) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Heads a chunk and (unit, head) of each tile. A request: units, heads, heads_k, head_dim,
+    total_q, total_k, SMs."""
+    answers = dump([f"list {' '.join(map(str, request))}" for request in requests])
+    return [
+        (int(chunk), [tuple(map(int, t.split(","))) for t in tiles]) for chunk, *tiles in answers
+    ]
+
+
+def test_listed_tiles_once_and_from_the_first_unit_to_the_last_in_every_chunk(dump):
+    requests = [
+        (units, heads, heads_k, dim, total, total, sms)
+        for units, (heads, heads_k), dim, total, sms in itertools.product(
+            (1, 2, 63, 500), ((1, 1), (12, 12), (16, 2), (14, 2), (7, 1)), (64, 128),
+            (1, 3000, 10**5, 2 * 10**6), (1, 132),
+        )
+    ]  # fmt: skip
+    chunks = set()
+    for request, (chunk, tiles) in zip(requests, listed(dump, *requests), strict=True):
+        units, heads, heads_k = request[:3]
+        chunks.add((heads, chunk))
+        assert sorted(tiles) == sorted(itertools.product(range(units), range(heads))), request
+        assert chunk % (heads // heads_k) == 0, f"{request}: query heads of one key head are parted"
+        order = [(head // chunk, unit, head) for unit, head in tiles]
+        assert order == sorted(order), request
+    assert {(12, 12), (12, 1), (16, 16), (16, 8)} <= chunks
+
+
+def test_chunks_hold_what_fits_the_cache_and_enough_tiles_to_level_out(dump):
+    # 16 heads of 64: 256 bytes of K and V for each token and head.
+    few_keys, cache_full, few_rows = listed(
+        dump,
+        (9, 16, 16, 64, 10_000, 10_000, 132),
+        (9, 16, 16, 64, 400_000, 400_000, 132),
+        (9, 16, 16, 64, 192 * 66, 400_000, 132),
+    )
+    assert few_keys[0] == 16  # 41 MB in all
+    assert cache_full[0] == 1  # 102 MB a head
+    assert few_rows[0] == 8  # 66 units: 528 tiles a chunk are four for each SM
+
+
+def test_costs_order_row_blocks_by_work(dump):
+    def costs(rows, keys, causal=0):
+        (line,) = dump([f"costs {rows} {keys} {causal}"])
+        return [tuple(map(int, pair.split(","))) for pair in line]
+
+    by_keys = [costs(192, keys)[0] for keys in range(1, 60_000, 257)]
+    assert by_keys == sorted(by_keys)
+    for (cost, bucket), (later, later_bucket) in itertools.pairwise(by_keys):
+        assert 0 < bucket < 1024
+        assert bucket <= later_bucket <= 1024
+        assert bucket != later_bucket or later <= cost * 1.032
+    whole, whole_too, part = costs(192 + 192 + 64, 1024)
+    assert whole == whole_too > part  # a single consumer of three has rows
+    causal = [cost for cost, _ in costs(192 * 8, 192 * 8, 1)]
+    assert causal == sorted(causal) and causal[-1] > 4 * causal[0]
+    assert costs(192, 2**30)[0][1] < 1024
 
 
 def random_blocks(count: int) -> list[tuple[int, int, int, int, int]]:

@@ -39,8 +39,17 @@ def cases() -> list[Case]:
         dim=(32, 64, 72, 128, 256),
         causal=(False, True),
     )
+    # More tiles than SMs: claimed from a list.
+    many = variants(
+        Case(lengths=PACKED * 20, heads_q=4, heads_k=2), dim=(64, 128), causal=(False, True)
+    )
+    padded += variants(
+        Case(batch=9, sq=200, sk=200, heads_q=8, key_ranges=RANGES * 3),
+        dim=(64, 128),
+        causal=(False, True),
+    )
     wide = variants(Case(lengths=PACKED, deterministic=True), dim=(136, 200), causal=(False, True))
-    return dense + partial + deterministic + packed + padded + wide
+    return dense + partial + deterministic + packed + many + padded + wide
 
 
 if __name__ == "__main__":

@@ -133,7 +133,9 @@ struct ListedTiles {
 
   __device__ __forceinline__ bool next(Work& work) {
     handover.full[ring.stage].wait(ring.parity());
-    int4 const message = handover.slot[ring.stage];
+    // Lane 0 reads, as it alone arrives at `empty`.
+    int4 message = make_int4(-1, 0, 0, 0);
+    if (threadIdx.x % kWarpThreads == 0) message = handover.slot[ring.stage];
     // Shuffles and a vote, so that ptxas sees that the whole warp agrees and keeps uniform
     // registers around the loop: without the vote the kernel spills into its main loop at d64.
     work.row_block = warp_uniform(message.x);

@@ -30,7 +30,7 @@ MAX_BUILD_SECONDS = 300  # of wall clock on two cores
 
 # Kernels whose hot loop may spill: a pattern of the readable name, and the reason.
 ALLOWED_SPILLS: dict[str, str] = {
-    r"ListedPolicy<ForwardPolicy<(64|96|256),": "a listed tile's coordinates come from shared memory, "
+    r"ListedPolicy<(?:\w+::)*ForwardPolicy<(?:\(int\))?(64|96|256),": "a listed tile's coordinates come from shared memory, "
     "out of the uniform registers' reach: 3 reloads a key block, 22 at d256 with dropout",
 }
 

@@ -139,18 +139,22 @@ def _why_not(call: Call) -> str | None:
 
 def _supported(call: Call) -> tuple[str, str | None]:
     """(the implementation that runs, None) or ("", the reason): support.explain decides."""
-    request = support.Request.of(
-        call.query,
-        call.key,
-        causal=call.causal,
-        dropout_p=call.dropout,
-        window=call.window,
-        softcap=call.extra.get("softcap") or 0.0,
-        deterministic=call.deterministic,
-        needs_grad=torch.is_grad_enabled() and call.query.requires_grad,
+    query, extra = call.query, call.extra
+    what = (
+        query.device,
+        query.dtype,
+        query.shape[-1],
+        query.shape[1],
+        call.key.shape[1],
+        call.causal,
+        call.dropout,
+        call.window,
+        extra.get("softcap") or 0.0,
+        call.deterministic,
+        torch.is_grad_enabled() and query.requires_grad,
     )
-    explain = support.explain if torch.compiler.is_compiling() else _explain_once
-    verdict = explain(request)
+    explain = _explain if torch.compiler.is_compiling() else _explain_once
+    verdict = explain(*what)
     if not verdict.ok:
         return "", verdict.reason
     # Explaining builds nothing: whether the library can be had shows here, at the first call.
@@ -159,19 +163,50 @@ def _supported(call: Call) -> tuple[str, str | None]:
     return verdict.kernel, None
 
 
-@functools.lru_cache(maxsize=1024)
-def _explain_once(request: support.Request) -> support.Support:
-    return support.explain(request)
+def _explain(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads_q: int,
+    heads_k: int,
+    causal: bool,
+    dropout_p: float,
+    window: tuple[int, int],
+    softcap: float,
+    deterministic: bool,
+    needs_grad: bool,
+) -> support.Support:
+    return support.explain(
+        support.Request(
+            device.type,
+            support.compute_capability(device),
+            dtype,
+            head_dim,
+            heads_q,
+            heads_k,
+            causal=causal,
+            dropout_p=dropout_p,
+            window=window,
+            softcap=softcap,
+            deterministic=deterministic,
+            needs_grad=needs_grad,
+        )
+    )
+
+
+# By what the layers of a model have in common: making and hashing a Request costs 5 us a call.
+_explain_once = functools.lru_cache(maxsize=1024)(_explain)
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As autocast does for scaled_dot_product_attention: fp32 operands go to its dtype."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = (
-            x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value)
-        )
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            query, key, value = (
+                x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value)
+            )
     return query, key, value
 
 
@@ -180,8 +215,10 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 def _run(call: Call) -> Tensor:
     """out (B, Sq, H, D). The transposes are views: the kernel takes strides."""
-    # (B, S, H, D)
-    q, k, v = (_aligned(x).transpose(1, 2) for x in (call.query, call.key, call.value))
+    q, k, v = call.query, call.key, call.value
+    if torch.compiler.is_compiling() or not (_plain(q) and _plain(k) and _plain(v)):
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, S, H, D)
     found, causal = call.found, call.causal
     options = {
         "dropout_p": call.dropout,
@@ -207,9 +244,15 @@ def _run(call: Call) -> Tensor:
     return functional.flash_attn_func(q, k, v, **options)
 
 
+def _plain(x: Tensor) -> bool:
+    """Whether _aligned surely has nothing to do, at a third of its cost."""
+    batch, heads, rows, last = x.stride()
+    return last == 1 and (batch | heads | rows | x.data_ptr() >> 1) & 7 == 0
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x, copied only where TMA could not load it: strides and address in multiples of 16 bytes."""
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return x
     sizes, strides = x.shape, x.stride()
     odd = strides[-1] != 1 or any(

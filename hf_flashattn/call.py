@@ -21,9 +21,9 @@ from hf_flashattn.unpadding import VarlenPlan, packed_ids, plan_varlen
 _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: that costs each call a microsecond
 class Call:
-    """One call of an attention function, in the terms of the kernel."""
+    """One call of an attention function, in the terms of the kernel. Never changed once made."""
 
     module: nn.Module
     query: Tensor  # (B, H, Sq, D)
@@ -78,9 +78,12 @@ class Call:
         mask. An all-ones mask is no mask; with another one, positions say nothing about packing.
         """
         positions = self.extra.get("position_ids")
-        if positions is None or self.mask is not None or positions.dim() != 2 or self.seqlen_q == 1:
+        if positions is None or self.mask is not None or positions.dim() != 2:
             return None
-        if self.seqlen_q != self.seqlen_k or positions.shape[1] != self.seqlen_q or self._is_cross:
+        seqlen_q = self.seqlen_q
+        if seqlen_q == 1 or seqlen_q != self.seqlen_k or positions.shape[1] != seqlen_q:
+            return None
+        if self._is_cross:
             return None
         if self.module_causal and self.extra.get("use_cache") is False:
             return None

@@ -23,6 +23,8 @@ from . import checks, ops, support
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 
+_NO_WINDOW = (-1, -1)
+
 
 def flash_attn_func(
     q: Tensor,
@@ -65,9 +67,10 @@ def flash_attn_func(
         NotImplementedError: what is not there yet: a dtype, head dim, GPU or option.
         RuntimeError: CUDA tensors, and the library is missing and cannot be built.
     """
-    causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
-    rows = {"key_start": key_start, "key_len": key_len}
-    out, lse = _attention(q, k, v, dropout_p, softmax_scale, causal, deterministic, rows)
+    if window_size != _NO_WINDOW or softcap or alibi_slopes is not None:
+        causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
+    visible = (None, None, key_start, key_len)
+    out, lse = _attention(q, k, v, visible, 0, 0, dropout_p, softmax_scale, causal, deterministic)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -179,13 +182,14 @@ def flash_attn_varlen_func(
             f"hf_flashattn: expected tensors cu_seqlens_q and cu_seqlens_k, got {got}. Nearest "
             "supported: flash_attn_func for dense batches. Next step: pass int32 offsets"
         )
-    sequences = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": int(max_seqlen_q) if isinstance(max_seqlen_q, Tensor) else max_seqlen_q,
-        "max_seqlen_k": int(max_seqlen_k) if isinstance(max_seqlen_k, Tensor) else max_seqlen_k,
-    }
-    out, lse = _attention(q, k, v, dropout_p, softmax_scale, causal, deterministic, sequences)
+    longest = (
+        int(max_seqlen_q) if isinstance(max_seqlen_q, Tensor) else max_seqlen_q,
+        int(max_seqlen_k) if isinstance(max_seqlen_k, Tensor) else max_seqlen_k,
+    )
+    visible = (cu_seqlens_q, cu_seqlens_k, None, None)
+    out, lse = _attention(
+        q, k, v, visible, *longest, dropout_p, softmax_scale, causal, deterministic
+    )
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -264,25 +268,58 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    visible: tuple[Tensor | None, ...],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
     deterministic: bool,
-    visible: dict[str, Tensor | int | None],
 ) -> tuple[Tensor, Tensor]:
-    """Checks and runs one call: (out, lse). visible: key ranges or sequences, by the op's names."""
-    q, k, v = _under_autocast(q, k, v)
-    checks.check_tensors(q, k, v, dropout_p=dropout_p, **visible)
-    return ops.forward(
+    """Checks and runs one call: (out, lse). visible: the op's four tensors that hide keys.
+
+    A dense call on a GPU is checked by the library anyway, at a tenth of what Python's checks cost;
+    those run where it refuses, for the type of the error and its advice. It cannot see what
+    cu_seqlens say, and there is no library for the CPU, a trace or a subclass.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._is_any_autocast_enabled():
+        q, k, v = _under_autocast(q, k, v)
+    shown = (q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    if compiling or visible[0] is not None or not q.is_cuda or type(q) is not Tensor:
+        _check(*shown)
+        return _launch(*shown, softmax_scale, causal, deterministic)
+    try:
+        return _launch(*shown, softmax_scale, causal, deterministic)
+    except Exception:
+        _check(*shown)
+        raise
+
+
+def _launch(
+    q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic
+) -> tuple[Tensor, Tensor]:
+    rng_state = ops.new_rng_state(q.device) if dropout_p > 0 else None
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    flags = (dropout_p, softmax_scale, causal, deterministic)
+    return ops.call_forward((q, k, v, *visible, rng_state, max_seqlen_q, max_seqlen_k, *flags))
+
+
+def _check(q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p) -> None:
+    cu_seqlens_q, cu_seqlens_k, key_start, key_len = visible
+    checks.check_tensors(
         q,
         k,
         v,
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        causal=causal,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        key_start=key_start,
+        key_len=key_len,
         dropout_p=dropout_p,
-        rng_state=ops.new_rng_state(q.device) if dropout_p > 0 else None,
-        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
-        **visible,
     )
 
 

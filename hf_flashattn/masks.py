@@ -189,12 +189,13 @@ def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[
 
 
 def _padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None) -> Tensor | None:
-    """kept: bool (B, Sk). One read of the device."""
-    start, length, neighbours = _range_of(kept)
-    all_kept, all_neighbours = torch.stack([kept.all(), neighbours.all()]).tolist()
-    if all_kept and used is None:
+    """kept: bool (B, Sk). One read of the device, of all of it: asking there takes 15 launches."""
+    known = kept.cpu()
+    if used is None and bool(known.all()):
         return None
-    if all_neighbours:
+    start, length, neighbours = _range_of(known)
+    if bool(neighbours.all()):
+        start, length = torch.stack([start, length]).to(kept.device)
         return encode_range(start, length, causal=causal, used=used)
     key_ids = kept.to(torch.int32)
     if causal:  # the queries are the last tokens: those dropped as keys are dropped as queries

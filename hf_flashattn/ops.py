@@ -178,32 +178,30 @@ def _backward_fake(dout, q, k, v, *_):
 
 
 class _Attention(torch.autograd.Function):
-    """The autograd node of forward. Inputs: the dispatch keys, then the op's own arguments."""
+    """The autograd node of forward. Inputs: q, k, v, and the op's other arguments as a tuple."""
 
     @staticmethod
-    def forward(ctx, keys, *args):
-        out, lse = _below_autograd(_forward, keys, args)
-        q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state, *ctx.flags = args
+    def forward(ctx, q, k, v, others):
+        out, lse = _below_autograd(_forward, (q, k, v, *others))
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # else zeros are made for lse in every step
-        ctx.save_for_backward(
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state
-        )
+        ctx.save_for_backward(q, k, v, out, lse, *others[:5])
+        ctx.flags = others[5:]
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _):
         if dout is None:
-            return (None,) * 15
-        return (None, *_backward(dout, *ctx.saved_tensors, *ctx.flags), *(None,) * 11)
+            return None, None, None, None
+        return *_call_backward((dout, *ctx.saved_tensors, *ctx.flags)), None
 
 
 class _Gradient(torch.autograd.Function):
     """The autograd node of backward: a second derivative is an error, not silently zero."""
 
     @staticmethod
-    def forward(ctx, keys, *args):
-        return _below_autograd(_backward, keys, args)
+    def forward(ctx, *args):
+        return _below_autograd(_backward, args)
 
     @staticmethod
     def backward(ctx, *_):
@@ -214,23 +212,26 @@ class _Gradient(torch.autograd.Function):
         )
 
 
-def _autograd_kernel(op, node):
-    def kernel(keys, *args):
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return node.apply(keys, *args)
-        return _below_autograd(op, keys, args)
-
-    return kernel
-
-
-def _below_autograd(op, keys, args):
+def _below_autograd(op, args):
     with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        return op._op(*args)  # what op(*args) calls, without a Python frame in between
+
+
+def _forward_autograd(*args):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+        return _Attention.apply(*args[:3], args[3:])
+    return _below_autograd(_forward, args)
+
+
+def _backward_autograd(*args):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:6]):
+        return _Gradient.apply(*args)
+    return _below_autograd(_backward, args)
 
 
 # torch.library.register_autograd does the same in general, at 50 us a call more than this.
-_registry.impl("forward", _autograd_kernel(_forward, _Attention), "Autograd", with_keyset=True)
-_registry.impl("backward", _autograd_kernel(_backward, _Gradient), "Autograd", with_keyset=True)
+_registry.impl("forward", _forward_autograd, "Autograd")
+_registry.impl("backward", _backward_autograd, "Autograd")
 
 
 # ---------------------------------------------------------------------------------------- the calls
@@ -258,15 +259,31 @@ def forward(
     Shapes as in reference.attention_reference; nothing is checked here (see checks.py).
     deterministic: what backward will do.
     """
-    if q.is_cuda:
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+    flags = (max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic)
+    return call_forward(tensors + flags)
+
+
+def call_forward(args: tuple) -> tuple[Tensor, Tensor]:
+    """forward with the schema's arguments, by the shortest way that is right.
+
+    The dispatcher enters Python's autograd kernel whenever q, k or v is an ordinary tensor, at 5 us
+    and more a call. What that kernel would decide is decided here instead; subclasses and traces
+    take the long way.
+    """
+    q, k, v = args[:3]
+    if torch.compiler.is_compiling():
+        if q.is_cuda:
+            _library_for_cuda()
+        return _forward(*args)
+    if _status.path is None and q.is_cuda:
         _library_for_cuda()
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
-    args += (max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _forward(*args)
-    # Without gradients the way through Python's autograd kernel would cost 5 us for nothing.
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*args)
+    if torch.is_grad_enabled():
+        if not type(q) is type(k) is type(v) is Tensor:
+            return _forward(*args)
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            return _Attention.apply(q, k, v, args[3:])
+    return _below_autograd(_forward, args)
 
 
 def backward(
@@ -292,9 +309,15 @@ def backward(
     """hf_flashattn::backward: dq, dk, dv from forward's results and its own arguments."""
     if q.is_cuda:
         _library_for_cuda()
-    args = (dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
-    args += (max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic)
-    return _backward(*args)
+    tensors = (dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+    flags = (max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic)
+    return _call_backward(tensors + flags)
+
+
+def _call_backward(args: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _backward(*args)
+    return _below_autograd(_backward, args)
 
 
 def new_rng_state(device: torch.device) -> Tensor:

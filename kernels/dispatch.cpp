@@ -147,6 +147,10 @@ Status launch_backward(BackwardParams const& params) {
   return entry == nullptr ? explain_miss(params.problem) : entry->backward(params);
 }
 
+Status check_supported(Problem const& problem) {
+  return find(problem) == nullptr ? explain_miss(problem) : success();
+}
+
 size_t forward_workspace_bytes(Problem const& problem) {
   Entry const* const entry = find(problem);
   return entry == nullptr ? 0 : entry->forward_workspace_bytes(problem);

@@ -23,7 +23,8 @@ struct TensorView {
 // What forward and backward share: the shape of the problem and which keys a row sees.
 struct Problem {
   DType dtype;
-  int32_t compute_capability;  // 10 * major + minor of the current device
+  int32_t device;              // the current device's index
+  int32_t compute_capability;  // 10 * major + minor of it
   int32_t num_sms;
   int32_t batch;               // number of sequences
   int32_t heads_q, heads_k;    // heads_q is a multiple of heads_k
@@ -74,5 +75,8 @@ Status launch_forward(ForwardParams const& params, void* workspace);
 Status launch_backward(BackwardParams const& params);
 size_t forward_workspace_bytes(Problem const& problem);  // 0: none is needed
 size_t backward_workspace_bytes(Problem const& problem);
+// Whether there is a kernel of this head dim and dtype for this device; asked where nothing is
+// launched.
+Status check_supported(Problem const& problem);
 
 }  // namespace hf_flashattn

@@ -58,6 +58,10 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
+void raise_if_failed(Status const& status) {
+  if (!status.ok()) fail(status.message);
+}
+
 #define HFA_CHECK(condition, ...)        \
   do {                                   \
     if (!(condition)) fail(__VA_ARGS__); \
@@ -167,6 +171,17 @@ void* current_stream(int32_t device) {
             "cannot ask torch for the current stream of cuda:", device);
   return stream;
 }
+
+// Makes a device the current one; where it is already, torch's guard is spared.
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t device) {
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
 
 // An uninitialised contiguous CUDA tensor of a shim dtype.
 template <size_t N>
@@ -288,12 +303,12 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
     p.rng_state = static_cast<int64_t const*>(rng_state->data_ptr());
   }
   call.empty = batch == 0 || sq.seq == 0 || sk.seq == 0 || p.seqlen_k == 0;
-  if (!call.empty) {
-    DeviceInfo const info = device_info(call.device);
-    p.compute_capability = info.compute_capability;
-    p.num_sms = info.num_sms;
-    p.stream = current_stream(call.device);
-  }
+  DeviceInfo const info = device_info(call.device);
+  p.device = call.device;
+  p.compute_capability = info.compute_capability;
+  p.num_sms = info.num_sms;
+  if (call.empty) raise_if_failed(check_supported(p));
+  else p.stream = current_stream(call.device);
   return call;
 }
 
@@ -326,10 +341,6 @@ TensorView gradient_view(Call const& call, Tensor& t, Shape const& s) {
   return l.view;
 }
 
-void raise_if_failed(Status const& status) {
-  if (!status.ok()) fail(status.message);
-}
-
 // --------------------------------------------------------------------------------------------------
 // ops
 
@@ -340,7 +351,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
                                    double softmax_scale, bool causal, bool /*deterministic*/) {
   Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
                               max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal);
-  torch::stable::accelerator::DeviceGuard const guard(call.device);
+  OnDevice const guard(call.device);
   Tensor out = empty_like(call.q, call.packed, call.dtype, call.device);
   int32_t const fp32 = aoti_torch_dtype_float32();
   Tensor lse = call.packed ? empty({call.q.heads, call.q.seq}, fp32, call.device)
@@ -389,7 +400,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
                 lse.numel() == call.q.batch * call.q.heads * call.q.seq,
             "lse: expected what forward returned (float32, contiguous), got shape ", shape_of(lse));
 
-  torch::stable::accelerator::DeviceGuard const guard(call.device);
+  OnDevice const guard(call.device);
   Tensor dq = empty_like(call.q, call.packed, call.dtype, call.device);
   Tensor dk = empty_like(call.k, call.packed, call.dtype, call.device);
   Tensor dv = empty_like(call.k, call.packed, call.dtype, call.device);

@@ -27,7 +27,7 @@ Status launch_backward(BackwardParams const& p) {
   if (status.ok())
     status = make_map<typename Smem::ValueTile>(maps.v, p.v, problem, rows_k, problem.heads_k);
   int const smem_bytes = sizeof(Smem);
-  if (status.ok()) status = allow_shared_memory<Kernel>(smem_bytes);
+  if (status.ok()) status = allow_shared_memory<Kernel>(problem.device, smem_bytes);
   if (!status.ok()) return status;
 
   auto const stream = static_cast<cudaStream_t>(problem.stream);

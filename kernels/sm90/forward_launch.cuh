@@ -24,7 +24,8 @@ Status set_up(ForwardMaps& maps, ForwardParams const& p) {
     status = make_map<typename Smem::KeyTile>(maps.k, p.k, problem, rows_k, problem.heads_k);
   if (status.ok())
     status = make_map<typename Smem::KeyTile>(maps.v, p.v, problem, rows_k, problem.heads_k);
-  if (status.ok()) status = allow_shared_memory<forward_kernel<P>>(kForwardSmemBytes<P>);
+  if (status.ok())
+    status = allow_shared_memory<forward_kernel<P>>(problem.device, kForwardSmemBytes<P>);
   return status;
 }
 

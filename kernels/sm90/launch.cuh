@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstring>
 
 #include "common/status.h"
 #include "common/tile.cuh"
@@ -33,6 +34,47 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
+// All that a tensor map is made of: equal keys give equal maps, whatever lives at the address now.
+struct MapKey {
+  void* data;
+  cuuint64_t sizes[4], strides[3];
+  cuuint32_t box_columns, box_rows;
+  CUtensorMapDataType type;
+  CUtensorMapSwizzle swizzle;
+
+  size_t slot(size_t slots) const {
+    uint64_t const mixed =
+        (reinterpret_cast<uintptr_t>(data) >> 4) + 31 * box_rows + 131 * sizes[1];
+    return mixed * 0x9e3779b97f4a7c15 >> 32 & (slots - 1);
+  }
+};
+static_assert(sizeof(MapKey) == 8 + 4 * 8 + 3 * 8 + 4 * 4, "compared as bytes: no padding");
+
+// Encodes a map, unless this thread has it from before: the layers of a model and the steps of a
+// loop come back to the same addresses.
+inline CUresult encode_once(CUtensorMap& map, MapKey const& key, EncodeTiled encode) {
+  struct Entry {
+    CUtensorMap map;
+    MapKey key;  // all zero: empty, for sizes are at least 1
+  };
+  constexpr size_t kSlots = 128;
+  thread_local Entry entries[kSlots];
+  Entry& entry = entries[key.slot(kSlots)];
+  if (std::memcmp(&entry.key, &key, sizeof key) != 0) {
+    entry.key = {};
+    cuuint32_t const box[4] = {key.box_columns, key.box_rows, 1, 1};
+    cuuint32_t const element_strides[4] = {1, 1, 1, 1};
+    CUresult const result =
+        encode(&entry.map, key.type, 4, key.data, key.sizes, key.strides, box, element_strides,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, key.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) return result;
+    entry.key = key;
+  }
+  map = entry.map;
+  return CUDA_SUCCESS;
+}
+
 // How a (B, S, H, D) tensor is cut into the chunks of `Tile`. What lies outside reads as zeros, so
 // that a kernel serves every head_dim below its own.
 template <class Tile>
@@ -42,24 +84,22 @@ Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int6
   if (encode == nullptr)
     return failure("expected a CUDA driver >= 12.0 with cuTensorMapEncodeTiled, got none");
   bool const packed = p.cu_seqlens_q != nullptr;
-  cuuint64_t const sizes[4] = {cuuint64_t(p.head_dim), cuuint64_t(rows), cuuint64_t(heads),
-                               cuuint64_t(packed ? 1 : p.batch)};
+  cuuint64_t const batch = packed ? 1 : p.batch;
   // The stride of a dimension of size 1 is never used, but must be valid.
-  cuuint64_t const row_bytes = 2 * cuuint64_t(p.head_dim);
   auto const bytes = [&](cuuint64_t size, int64_t stride) {
-    return size == 1 ? row_bytes : 2 * cuuint64_t(stride);
+    return 2 * cuuint64_t(size == 1 ? p.head_dim : stride);
   };
-  cuuint64_t const strides[3] = {bytes(sizes[1], view.stride_seq),
-                                 bytes(sizes[2], view.stride_head),
-                                 bytes(sizes[3], view.stride_batch)};
-  cuuint32_t const box[4] = {Tile::kChunkColumns, Tile::kRows, 1, 1};
-  cuuint32_t const element_strides[4] = {1, 1, 1, 1};
-  CUtensorMapDataType const type = p.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  CUresult const result = encode(
-      &map, type, 4, view.data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      Tile::kChunkRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  MapKey const key = {
+      view.data,
+      {cuuint64_t(p.head_dim), cuuint64_t(rows), cuuint64_t(heads), batch},
+      {bytes(rows, view.stride_seq), bytes(heads, view.stride_head),
+       bytes(batch, view.stride_batch)},
+      Tile::kChunkColumns,
+      Tile::kRows,
+      p.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      Tile::kChunkRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B};
+  CUresult const result = encode_once(map, key, encode);
   if (result == CUDA_SUCCESS) return success();
   return failure(
       "TMA expects 16-byte aligned data and strides that are multiples of 16 bytes; got address "
@@ -90,17 +130,16 @@ cudaError_t launch_overlapped(void (*kernel)(Parameters...), int grid, int threa
 
 // Raises a kernel's shared-memory limit once per device.
 template <auto Kernel>
-Status allow_shared_memory(int bytes) {
+Status allow_shared_memory(int32_t device, int bytes) {
   constexpr int kDevices = 128;
   static std::atomic<bool> done[kDevices];
-  int device = 0;
-  Status status = check(cudaGetDevice(&device), "asking for the current device");
-  if (!status.ok() || (device < kDevices && done[device].load(std::memory_order_relaxed)))
-    return status;
-  status = check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                 "setting the shared-memory size of a kernel");
+  bool const known = device >= 0 && device < kDevices;
+  if (known && done[device].load(std::memory_order_relaxed)) return success();
+  Status const status =
+      check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+            "setting the shared-memory size of a kernel");
   if (!status.ok()) cudaGetLastError();  // or the next launch would report it again
-  if (status.ok() && device < kDevices) done[device].store(true, std::memory_order_relaxed);
+  if (status.ok() && known) done[device].store(true, std::memory_order_relaxed);
   return status;
 }
 

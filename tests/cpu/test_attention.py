@@ -54,7 +54,7 @@ def qkv(seqlen_q=7, seqlen_k=7, heads=4, heads_k=4, dim=8):
 def refused(monkeypatch):
     """support.explain refuses every call, as it does for fp32 on a GPU."""
     refusal = support.Support(None, "dtype float32 on CUDA", "bfloat16", "cast")
-    monkeypatch.setattr(attention, "_explain_once", lambda request: refusal)
+    monkeypatch.setattr(attention, "_explain_once", lambda *what: refusal)
 
 
 @pytest.mark.parametrize("fallback", ["sdpa", "eager"])
@@ -72,7 +72,7 @@ def test_fallback_is_right_for_every_mask(make, kind, fallback, refused):
 def test_a_library_that_cannot_be_had_is_a_fallback(monkeypatch):
     """A Hopper GPU on a machine without nvcc: explain says yes, the first call finds out."""
     kernel = support.Support("sm90 d64")
-    monkeypatch.setattr(attention, "_explain_once", lambda request: kernel)
+    monkeypatch.setattr(attention, "_explain_once", lambda *what: kernel)
     monkeypatch.setattr(ops, "missing_library", lambda: "no nvcc")
     result = assert_same(gpt2(), {"input_ids": tokens()}, padding("none"))
     assert {row.why for row in result.rows} == {"the CUDA library is missing: no nvcc"}
@@ -243,3 +243,19 @@ def test_a_changed_position_tensor_is_looked_at_again():
     with torch.inference_mode(), hf_flashattn.patched(model):
         inputs = {"input_ids": tokens(), "position_ids": packed.clone()}
         assert (output(model, inputs) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
+def test_explained_once_for_all_layers_and_forwards(make, monkeypatch):
+    explained = []
+    real = support.explain
+    monkeypatch.setattr(support, "explain", lambda r: explained.append(r) or real(r))
+    model = make(**({"n_layer": 4} if make is gpt2 else {"num_hidden_layers": 4}))
+    with hf_flashattn.patched(model) as result, torch.no_grad():
+        attention._explain_once.cache_clear()
+        explained.clear()
+        model(tokens())
+        model(tokens())
+        assert calls(result, "cpu") == 8 and len(explained) == 1
+        model.double()(tokens())
+        assert len(explained) == 2

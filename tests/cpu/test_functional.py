@@ -161,10 +161,8 @@ def test_lse_has_no_gradient():
 
 def test_deterministic_is_passed_on(monkeypatch):
     seen = []
-    real = hfa.ops.forward
-    monkeypatch.setattr(
-        hfa.ops, "forward", lambda *a, **k: seen.append(k["deterministic"]) or real(*a, **k)
-    )
+    real = hfa.ops.call_forward
+    monkeypatch.setattr(hfa.ops, "call_forward", lambda args: seen.append(args[-1]) or real(args))
     q = torch.randn(1, 3, 1, 8)
     flash_attn_func(q, q, q)
     flash_attn_func(q, q, q, deterministic=True)
@@ -174,3 +172,54 @@ def test_deterministic_is_passed_on(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == [False, True, True]
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Tensors that say they are on a GPU, an op that refuses them; returns how often checks ran."""
+    checked = []
+    real = hfa.checks.check_tensors
+
+    def check_tensors(*args, **options):
+        checked.append(args)
+        real(*args, **options)
+
+    def refuse(args):
+        raise RuntimeError("the library's words")
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(hfa.checks, "check_tensors", check_tensors)
+    monkeypatch.setattr(hfa.ops, "call_forward", refuse)
+    return checked
+
+
+def test_the_checks_say_better_what_the_library_refuses(on_a_gpu):
+    q = torch.randn(1, 3, 2, 8)
+    for bad, error in (
+        ((q, q[:, :, :1], q), ValueError),
+        ((q, q.double(), q), TypeError),
+        ((q[0], q, q), ValueError),
+        ((q[..., :0], q, q), ValueError),
+        ((q[0, 0, 0, 0], q, q), ValueError),
+    ):
+        with pytest.raises(error, match="Nearest supported"):
+            flash_attn_func(*bad)
+    with pytest.raises(ValueError, match="dropout_p"):
+        flash_attn_func(q, q, q, 1.5)
+    with pytest.raises(RuntimeError, match="the library's words"):
+        flash_attn_func(q, q, q)
+
+
+def test_a_dense_call_on_a_gpu_is_checked_by_the_library_alone(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(hfa.ops, "call_forward", lambda args: args[:2])
+    q = torch.randn(1, 3, 2, 8)
+    flash_attn_func(q, q, q, key_len=torch.tensor([2], dtype=torch.int32))
+    assert not on_a_gpu
+    # No library sees what offsets say, and a subclass may be anything.
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    flash_attn_varlen_func(q[0], q[0], q[0], offsets, offsets, 3, 3)
+    assert len(on_a_gpu) == 1
+    parameter = torch.nn.Parameter(q)
+    flash_attn_func(parameter, q, q)
+    assert len(on_a_gpu) == 2

@@ -129,7 +129,7 @@ def test_an_altered_carrier_is_refused():
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Counts tolist() and item(), each a sync on CUDA; the op's CPU implementation may read."""
+    """Counts tolist(), item() and cpu(), syncs on CUDA; the op's CPU implementation may read."""
     counted = []
 
     def counting(original):
@@ -146,6 +146,7 @@ def reads(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "tolist", counting(torch.Tensor.tolist))
     monkeypatch.setattr(torch.Tensor, "item", counting(torch.Tensor.item))
+    monkeypatch.setattr(torch.Tensor, "cpu", counting(torch.Tensor.cpu))
     return counted
 
 

@@ -204,6 +204,69 @@ def test_new_rng_state_comes_from_torchs_generator():
     assert a.shape == (2,) and a.dtype == torch.int64
 
 
+# ------------------------------------------------------------------------- the way of a call
+
+
+def autograd_kernels(call):
+    """How often the dispatcher enters Python's autograd kernels during call()."""
+    kernels = {ops._forward_autograd.__code__, ops._backward_autograd.__code__}
+    entered = []
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code in kernels:
+            entered.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return len(entered)
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed-causal"])
+def test_no_call_of_ours_passes_the_autograd_kernel(kind):
+    q, k, v, options = problem(kind)
+    plain = [x.detach() for x in (q, k, v)]
+    # The dispatcher's own way, to see that this test sees something.
+    assert autograd_kernels(lambda: FORWARD(*arguments(*plain, options))) == 1
+    assert autograd_kernels(lambda: ops.forward(*plain, **options)) == 0
+    assert autograd_kernels(lambda: ops.forward(q, k, v, **options)) == 0
+    with torch.no_grad():
+        assert autograd_kernels(lambda: ops.forward(q, k, v, **options)) == 0
+    out, lse = ops.forward(q, k, v, **options)
+    assert autograd_kernels(lambda: torch.autograd.grad(out.sum(), (q, k, v))) == 0
+    del options["causal"]
+    with torch.no_grad():
+        gradients = lambda: ops.backward(out, q, k, v, out, lse, **options)  # noqa: E731
+        assert autograd_kernels(gradients) == 0
+
+
+def test_the_short_way_is_for_ordinary_tensors_alone():
+    """A subclass meets the dispatcher, which knows what to do; no transform loses a gradient."""
+    q = torch.randn(3, 1, 3, 2, 8)
+    parameter = torch.nn.Parameter(q[0])
+    assert autograd_kernels(lambda: ops.forward(parameter, *q[1:], softmax_scale=1.0)) == 1
+
+    def total(q):
+        return torch.vmap(lambda x: ops.forward(x, x, x, softmax_scale=1.0)[0])(q).sum()
+
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(total)(q)  # not without a gradient
+
+
+def test_export_keeps_the_op():
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return flash_attn_func(q, q, q, causal=True)
+
+    q = torch.randn(1, 3, 2, 8)
+    for strict in (False, True):
+        program = torch.export.export(Model(), (q,), strict=strict)
+        assert FORWARD in [node.target for node in program.graph.nodes]
+        torch.testing.assert_close(program.module()(q), flash_attn_func(q, q, q, causal=True))
+
+
 # ------------------------------------------------------------------------------- the library
 
 
@@ -213,6 +276,7 @@ namespace hf_flashattn {
 Status launch_forward(ForwardParams const&) { return {"stub"}; }
 Status launch_backward(BackwardParams const&) { return {"stub"}; }
 size_t backward_workspace_bytes(Problem const&) { return 0; }
+Status check_supported(Problem const&) { return {""}; }
 }  // namespace hf_flashattn
 """
 

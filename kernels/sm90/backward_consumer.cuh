@@ -65,6 +65,11 @@ __device__ __forceinline__ void to_probabilities(float (&scores)[N], float const
   }
 }
 
+// By every thread that read LSE and delta, once dS is in shared memory: an arrival does not wait
+// for loads that are still on their way, and behind the additions to dQ they take long enough for
+// the producer to overwrite what they read (seen at head dim 256).
+__device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arrive(); }
+
 // Random flags of all the tiles of a row block, made while the tensor cores work on S^T.
 template <class P>
 struct RowBlockDropout {
@@ -163,14 +168,12 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, keep,
                      lane.quad, problem.batch);
 
-      s.statistics_empty[stage]
-          .arrive();  // by the threads that read them, for racecheck's sake too
-
       // dS is double buffered: the other consumer may still read the previous one.
       store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16);
       issue_update<P>(grad.dv, p_operand, s.dout[stage]);
       fence_proxy_async();
       barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
+      release_statistics(s.statistics_empty[stage]);
       issue_dq<P>(dq, s, stage, warpgroup);
       issue_update<P>(grad.dk, ds_operand, s.q[stage]);
 

@@ -88,8 +88,6 @@ struct WideConsumer {
     if constexpr (W == 1) release(s.dout_empty[W]);
     to_operands<P>(W == 0 ? operand : other, W == 0 ? other : operand, scores, dp,
                    s.statistics[W].delta, dropout, keep, lane.quad, p.problem.batch);
-    s.statistics_empty[W].arrive();  // by the threads that read them
-
     s.scores_empty.wait(parity ^ 1);
     store_operand(s.ds[W], W == 0 ? other : operand, lane.warp * 16);
     if constexpr (W == 1) store_operand(s.p, other, lane.warp * 16);
@@ -138,6 +136,7 @@ struct WideConsumer {
     }
     fence_proxy_async();
     barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
+    if constexpr (Own) release_statistics(s.statistics_empty[W]);
     if constexpr (Other) {
       source_full(kOther).wait(parity);
       if constexpr (W == 0) issue_shared_update<P>(grad, s.p, source(kOther));

@@ -99,14 +99,22 @@ Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int6
       p.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       Tile::kChunkRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B};
-  CUresult const result = encode_once(map, key, encode);
+  CUresult result = encode_once(map, key, encode);
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // A thread that has not used this device yet, such as one of autograd's: the driver, unlike the
+    // runtime, does not make the context current by itself.
+    Status const status = check(cudaSetDevice(p.device), "making a device current");
+    if (!status.ok()) return status;
+    result = encode_once(map, key, encode);
+  }
   if (result == CUDA_SUCCESS) return success();
+  if (result != CUDA_ERROR_INVALID_VALUE)
+    return failure("cuTensorMapEncodeTiled failed with CUDA driver error %d", int(result));
   return failure(
       "TMA expects 16-byte aligned data and strides that are multiples of 16 bytes; got address "
-      "%p and strides (batch %lld, seq %lld, head %lld) elements. Next step: .contiguous() (error "
-      "%d)",
+      "%p and strides (batch %lld, seq %lld, head %lld) elements. Next step: .contiguous()",
       view.data, (long long)view.stride_batch, (long long)view.stride_seq,
-      (long long)view.stride_head, int(result));
+      (long long)view.stride_head);
 }
 
 // Launches a kernel that may start while the one before it in the stream still runs, and waits for

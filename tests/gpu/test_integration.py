@@ -1,5 +1,7 @@
 """The functions and ops inside PyTorch: autograd, compile, CUDA graphs, checkpointing, errors."""
 
+import threading
+
 import pytest
 import torch
 from judge import WRONG_OFFSETS, run_wrong_offsets
@@ -128,6 +130,18 @@ def test_autocast():
     assert out.dtype == torch.bfloat16
     want, _ = attention_reference(q, k, v, causal=True)
     torch.testing.assert_close(out.float(), want, rtol=2e-2, atol=2e-2)
+
+
+def test_first_use_in_a_new_thread():
+    """No context is current in a thread until it uses the device through the runtime."""
+    q, k, v = (x.detach() for x in tensors(seqlen=72))
+    want = flash_attn_func(q, k, v)
+    torch.cuda.synchronize()
+    got = []
+    thread = threading.Thread(target=lambda: got.append(flash_attn_func(q, k, v)))
+    thread.start()
+    thread.join()
+    assert torch.equal(got[0], want)
 
 
 def test_other_stream_and_freed_inputs():

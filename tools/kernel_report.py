@@ -28,10 +28,12 @@ MAX_UNIT_CPU_SECONDS = 60
 MAX_UNIT_BYTES = 1.5 * 2**30
 MAX_BUILD_SECONDS = 300  # of wall clock on two cores
 
-# Kernels whose hot loop may spill: a pattern of the readable name, and the reason.
-ALLOWED_SPILLS: dict[str, str] = {
-    r"ListedPolicy<(?:\w+::)*ForwardPolicy<(?:\(int\))?(64|96|256),": "a listed tile's coordinates come from shared memory, "
-    "out of the uniform registers' reach: 3 reloads a key block, 22 at d256 with dropout",
+# Kernels whose hot loop may spill: a pattern of the readable name, how many instructions, and why.
+_POLICY = r"(?:\w+::)*ForwardPolicy<(?:\(int\))?"
+ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
+    rf"ListedPolicy<{_POLICY}(64|96|192)": (3, "reloads of a listed tile's coordinates, of 500"),
+    rf"ListedPolicy<{_POLICY}256": (22, "the same, and the dropout's constants; packed d256 only"),
+    rf"kernel<{_POLICY}256": (1, "a constant of the dropout draw"),
 }
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
@@ -141,8 +143,10 @@ def failures(units: list[Unit]) -> list[str]:
             peak, limit = unit.peak_bytes / 2**30, MAX_UNIT_BYTES / 2**30
             found.append(f"{unit.name}: {peak:.2f} GB to compile, expected <= {limit}")
         for kernel in unit.kernels:
-            excused = any(re.search(pattern, kernel.name) for pattern in ALLOWED_SPILLS)
-            if kernel.hot_spills and not excused:
+            allowed = [
+                n for pattern, (n, _) in ALLOWED_SPILLS.items() if re.search(pattern, kernel.name)
+            ]
+            if kernel.hot_spills > max(allowed, default=0):
                 count, kernel_name = kernel.hot_spills, short_name(kernel.name)
                 found.append(f"{unit.name}: {count} spills in the hot loop of {kernel_name}")
         found += [f"{unit.name}: {r}" for r in unit.remarks if COMPLAINT.search(r)]

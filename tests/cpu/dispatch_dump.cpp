@@ -21,6 +21,8 @@ Status backward(BackwardParams const&) {
   return failure("backward d%d %d%d%d", HeadDim, int(Type), Causal, Dropout);
 }
 
+size_t forward_workspace_bytes(Problem const&) { return 0; }
+
 template <int HeadDim>
 size_t backward_workspace_bytes(Problem const&) {
   return HeadDim;

@@ -273,8 +273,9 @@ def test_export_keeps_the_op():
 STUB = """
 #include "params.h"
 namespace hf_flashattn {
-Status launch_forward(ForwardParams const&) { return {"stub"}; }
+Status launch_forward(ForwardParams const&, void*) { return {"stub"}; }
 Status launch_backward(BackwardParams const&) { return {"stub"}; }
+size_t forward_workspace_bytes(Problem const&) { return 0; }
 size_t backward_workspace_bytes(Problem const&) { return 0; }
 Status check_supported(Problem const&) { return {""}; }
 }  // namespace hf_flashattn

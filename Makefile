@@ -66,11 +66,15 @@ gpu-check:  ## on a Hopper GPU: correctness, sanitizers, benchmark grid (JSON=fi
 	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --json $(JSON)
 
 results:  ## on a Hopper GPU: the JSON files in benchmarks/results, the plot and README's tables
-	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --deterministic --json $(RESULTS)/attention_grid.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --head-dims 64 128 256 --deterministic --json $(RESULTS)/attention_grid.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --head-dims 32 96 192 --dropouts 0 --json $(RESULTS)/attention_grid_more.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/limits.py --json $(RESULTS)/limits.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/host_overhead.py --json $(RESULTS)/host_overhead.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/packed.py --json $(RESULTS)/packed.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --steps 30 --overlay-steps 300 --json $(RESULTS)/training_step.json
 	PYTHONPATH=. $(GPU_PY) docs/tables.py --grid $(RESULTS)/attention_grid.json --steps $(RESULTS)/training_step.json
 	$(GPU_PY) benchmarks/plot_grid.py $(RESULTS)/attention_grid.json
+	$(GPU_PY) benchmarks/plot_grid.py $(RESULTS)/attention_grid_more.json
 
 clean:  ## remove what builds and tools left (not .venv, not the kernel cache)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Two limits of the kernels on one GPU: grouped heads against full ones, and how long a sequence fits.
+"""Two limits of the kernels: grouped heads against full ones, and how long a sequence fits.
 
     python benchmarks/limits.py --json benchmarks/results/limits.json
 

@@ -422,6 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome["models"].append(
                 {"name": name, "shape": asdict(shapes[name]), "compile": compiled, "runs": runs}
             )
+            save(args.json, outcome)  # the overlay takes minutes; what is measured is kept
             _free(device)
     if args.overlay_steps:
         outcome["runs"] = overlay(shapes["gpt2"], args.overlay_steps, args.seed, device)
@@ -431,11 +432,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"   gap to eager: mean {run['mean_gap_to_eager']:.4f},"
                 f" largest {run['largest_gap_to_eager']:.4f}"
             )
+    save(args.json, outcome)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(outcome, indent=1) + "\n")
         print(args.json)
     return 0
+
+
+def save(path: Path | None, outcome: dict[str, Any]) -> None:
+    """The JSON as far as it goes, replacing an earlier one at once; nothing without a path."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(outcome, indent=1) + "\n")
+    partial.replace(path)
 
 
 def _free(device: torch.device) -> None:

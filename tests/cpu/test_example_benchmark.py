@@ -42,6 +42,19 @@ def test_times_both_models_and_writes_json(training_step, tmp_path: Path, capsys
     assert "bert-large, 2 x 32" in capsys.readouterr().out
 
 
+def test_what_was_timed_survives_a_failing_overlay(training_step, tmp_path: Path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_step, "overlay", fail)
+    path = tmp_path / "steps.json"
+    options = ["--tiny", "--cpu", "--models", "gpt2", "--attention", "sdpa", "--steps", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        training_step.main([*options, "--warmup", "0", "--overlay-steps", "1", "--json", str(path)])
+    (model,) = json.loads(path.read_text())["models"]
+    assert model["runs"]["sdpa"]["step_ms"]["median"] > 0
+
+
 def test_rows_of_bert_have_the_asked_lengths_and_labels_on_real_tokens(training_step):
     shape = training_step.TINY["bert-large"]
     batch = training_step.random_batch("bert-large", shape, torch.Generator().manual_seed(0))

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from attention_grid import DTYPES, Timed, medians
 
 from hf_flashattn import ops
+from hf_flashattn.bench import DTYPES, Timed, medians
 
 HIDDEN = 1024
 # name: shortest, longest, sequences, whether key-padded batches are timed too

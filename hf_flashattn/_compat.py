@@ -99,6 +99,7 @@ __all__ = [
     "is_tracing",
     "missing",
     "register",
+    "registered",
     "sdpa_attention_forward",
 ]
 
@@ -135,6 +136,20 @@ def register(
         AttentionInterface.register(name, attention)
         masking_utils.AttentionMaskInterface.register(name, mask)
     _wrap_lazy_imports(frozenset(names), flash_functions)
+
+
+def registered(name: str) -> tuple[Any, Any, tuple]:
+    """What Transformers has under `name` now: attention, mask, flash functions.
+
+    None and () for what it has not. Only for a name whose flash functions are not downloaded.
+    """
+    flash = modeling_flash_attention_utils._lazy_imports
+    ours = name in getattr(flash, "_hf_flashattn_names", ())
+    return (
+        ALL_ATTENTION_FUNCTIONS.get(name),
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(name),
+        flash(name)[:3] if ours else (),
+    )
 
 
 def _wrap_lazy_imports(names: frozenset[str], flash_functions: Callable[[], tuple]) -> None:

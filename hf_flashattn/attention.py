@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_flashattn import _compat, functional, masks, ops, report, support
+from hf_flashattn import _compat, environment, functional, masks, ops, report, support
 from hf_flashattn.call import Call
 from hf_flashattn.fallback import fall_back
 from hf_flashattn.masks import Compaction, KeyRange, Segments
+from hf_flashattn.report import SETTINGS
 from hf_flashattn.unpadding import VarlenPlan
-
-SETTINGS = "_hf_flashattn"  # the attribute of an attention module that holds its Settings
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,15 @@ class Settings:
     excluded: str | None = None  # why the user keeps this module off the kernel
 
 
-_DEFAULTS = Settings()
+@torch.compiler.assume_constant_result  # a trace must neither read nor guard on the environment
+def _settings_of_registered_name() -> Settings:
+    """For the modules that patch_model has not seen."""
+    wish = environment.current()
+    return Settings("", wish.fallback, wish.strict, wish.excluded)
 
 
 class FallbackError(RuntimeError):
-    """A call of a module patched with strict=True could not run on the kernel."""
+    """strict=True or HF_FLASHATTN_STRICT=1, and a call could not run on the kernel."""
 
 
 def attention_forward(
@@ -68,7 +71,7 @@ def attention_forward(
     Returns: out (B, Sq, H, D), and the attention weights or None.
 
     Raises:
-        FallbackError: strict=True, and the kernel cannot take the call.
+        FallbackError: strict, and the kernel cannot take the call.
         NotImplementedError: neither the kernel nor a fallback can.
     """
     query, key, value = _autocast(query, key, value)
@@ -86,7 +89,9 @@ def attention_forward(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         kwargs,
     )
-    settings = getattr(module, SETTINGS, _DEFAULTS)
+    settings = getattr(module, SETTINGS, None)
+    if settings is None:
+        settings = _settings_of_registered_name()
     reason = settings.excluded or _why_not(call)
     if reason is None:
         implementation, reason = _supported(call)
@@ -94,8 +99,9 @@ def attention_forward(
         report.count_kernel(module, implementation)
         return _run(call), None
     if settings.strict and settings.excluded is None:
+        wish = "HF_FLASHATTN_STRICT=1" if environment.current().strict else "strict=True"
         raise FallbackError(
-            f"hf_flashattn: strict=True, and {settings.name or type(module).__name__} cannot run "
+            f"hf_flashattn: {wish}, and {settings.name or type(module).__name__} cannot run "
             f"on the kernel: {reason}. "
             "Change the call, leave the module out with exclude=[...], or patch with strict=False."
         )

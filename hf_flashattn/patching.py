@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_flashattn import _compat
+from hf_flashattn import _compat, environment
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.masks import TRACED
@@ -50,8 +50,8 @@ class PatchError(RuntimeError):
 def patch_model(
     model: nn.Module,
     *,
-    strict: bool = False,
-    fallback: str = "sdpa",
+    strict: bool | None = None,
+    fallback: str | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Report:
@@ -65,8 +65,9 @@ def patch_model(
         model: any module that holds Transformers models; PEFT, DDP and torch.compile wrappers are
             looked through.
         strict: no fallback: PatchError now for a module that cannot run on the kernel,
-            FallbackError later for a call that cannot.
-        fallback: "sdpa" or "eager", for calls that the kernel cannot take.
+            FallbackError later for a call that cannot. Default: False, or HF_FLASHATTN_STRICT.
+        fallback: "sdpa" or "eager", for calls that the kernel cannot take. Default: "sdpa", or
+            HF_FLASHATTN_FALLBACK.
         include, exclude: glob patterns of module names, as the report shows them: one or a
             sequence. What is not included, or is excluded, uses the fallback.
 
@@ -75,8 +76,11 @@ def patch_model(
     Raises:
         PatchError: strict=True and a module that cannot, a part that is patched already, or an
             `include` that no attention module matches.
-        TypeError, ValueError: no torch module; another `fallback`.
+        TypeError, ValueError: no torch module; another `fallback`, or a variable's bad value.
     """
+    wish = environment.read()
+    strict = wish.strict if strict is None else strict
+    fallback = wish.fallback if fallback is None else fallback
     if fallback not in ("sdpa", "eager"):
         raise ValueError(f'hf_flashattn: fallback: expected "sdpa" or "eager", got {fallback!r}')
     if not isinstance(model, nn.Module):
@@ -85,14 +89,8 @@ def patch_model(
             "load it first, for example with AutoModel.from_pretrained"
         )
     inner = unwrap(model)
-    options = _Options(strict, fallback, _patterns(include), _patterns(exclude))
-    patch = inner.__dict__.get(_STATE)
-    if patch is not None and patch.options != options:
-        unpatch_model(inner)
-        patch = None
-    if patch is None:
-        _refuse_nesting(inner)
-        _patch(inner, options)
+    patterns = _patterns(include), _patterns(exclude)
+    _ensure_patch(inner, _Options(strict, fallback, *patterns, disabled=wish.excluded))
     return attention_report(inner)
 
 
@@ -120,18 +118,20 @@ def patched(model: nn.Module, **options: Any) -> Iterator[Report]:
     try:
         yield patch_model(inner, **options)
     finally:
-        now = inner.__dict__.get(_STATE)
         if before is None:
             unpatch_model(inner)
-        elif now is None or now.options != before.options:
-            patch_model(inner, **before.options.arguments())
+        else:
+            _ensure_patch(inner, before.options)
 
 
 def attention_report(model: nn.Module) -> Report:
     """The report of a model, patched or loaded with attn_implementation="hf_flashattn"."""
     inner = unwrap(model)
     patch = inner.__dict__.get(_STATE)
-    options = _Options() if patch is None else patch.options
+    if patch is None:
+        options = _Options(disabled=environment.current().excluded)
+    else:
+        options = patch.options
     sites = find_sites(inner, options.excludes)
     if patch is None:
         for site in sites:
@@ -166,15 +166,15 @@ class _Options:
     fallback: str = "sdpa"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("strict", "fallback", "include", "exclude")}
+    disabled: str | None = None  # why no module at all goes to the kernel
 
     def includes(self, name: str) -> bool:
         return self.include is None or any(fnmatch.fnmatchcase(name, x) for x in self.include)
 
     def excludes(self, name: str) -> str | None:
         """The reason why a module of this name stays off the kernel, or None."""
+        if self.disabled is not None:
+            return self.disabled
         if not self.includes(name):
             return f"not in include={list(self.include)}"
         for glob in self.exclude or ():
@@ -239,6 +239,16 @@ def _carry_over(pair: _ConfigCopy, originals: dict[int, PreTrainedConfig]) -> No
 
 
 # ---- patching ------------------------------------------------------------------------------------
+
+
+def _ensure_patch(model: nn.Module, options: _Options) -> None:
+    patch = model.__dict__.get(_STATE)
+    if patch is not None and patch.options != options:
+        unpatch_model(model)
+        patch = None
+    if patch is None:
+        _refuse_nesting(model)
+        _patch(model, options)
 
 
 def _patch(model: nn.Module, options: _Options) -> None:

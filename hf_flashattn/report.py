@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch._dynamo.comptime import comptime
 
-from hf_flashattn import support
+from hf_flashattn import environment, support
+
+SETTINGS = "_hf_flashattn"  # the attribute of an attention module that holds its Settings
 
 
 @dataclass
@@ -75,8 +77,12 @@ def _count(
     if reason is not None:
         calls.fallback += 1
         calls.reasons[reason] += 1
+        if calls.reasons[reason] == 1:
+            _log(module, f"fallback: {reason}", reason)
         return
     calls.implementations[implementation] += 1
+    if calls.implementations[implementation] == 1:
+        _log(module, implementation)
     if is_cpu_implementation(implementation):
         calls.cpu += 1
     else:
@@ -99,6 +105,23 @@ def _count_in_compiler(ctx: Any) -> None:
     except (AttributeError, KeyError, NotImplementedError):
         return  # a count is never worth a failed compilation
     _count(module, implementation, reason, traced=True)
+
+
+_LOGGED: set[str] = set()  # the reasons that were
+
+
+def _log(module: nn.Module, decision: str, reason: str | None = None) -> None:
+    """What HF_FLASHATTN_LOG asks for, of a decision that is new for its module."""
+    log = environment.current().log
+    if log == "off":
+        return
+    settings = getattr(module, SETTINGS, None)
+    name = settings.name if settings is not None and settings.name else type(module).__name__
+    if reason is not None and reason not in _LOGGED:
+        _LOGGED.add(reason)
+        environment.LOGGER.warning("%s: %s", name, decision)
+    elif log == "calls":
+        environment.LOGGER.info("%s: %s", name, decision)
 
 
 def is_cpu_implementation(name: str) -> bool:
@@ -125,6 +148,14 @@ class Row:
         return self.calls.total == 0
 
 
+@dataclass(frozen=True)
+class Target:
+    """The machine that a forecast is for, where the weights do not say: on the meta device."""
+
+    device_type: str
+    compute_capability: tuple[int, int] | None = None
+
+
 @dataclass(eq=False)
 class Site:
     """An attention module of a model, and what is known of it before any call."""
@@ -148,12 +179,12 @@ class Site:
             why = ", ".join(calls.implementations)
         return Row(self.name, type(self.module).__name__, runs, why, calls)
 
-    def expected_row(self) -> Row:
+    def expected_row(self, target: Target | None = None) -> Row:
         """The row as it is before any call."""
-        return Row(self.name, type(self.module).__name__, *self.forecast(), Calls())
+        return Row(self.name, type(self.module).__name__, *self.forecast(target), Calls())
 
-    def forecast(self) -> tuple[str, str]:
-        """(runs, why) from the module's weights and attributes.
+    def forecast(self, target: Target | None = None) -> tuple[str, str]:
+        """(runs, why) from the module's weights and attributes, on `target` or where they are.
 
         Masks, and dtypes under autocast, only show in a call.
         """
@@ -167,24 +198,51 @@ class Site:
         )
         if weight is None or head_dim is None:
             return "kernel", "to be seen in the first forward"
+        if target is None:
+            target = Target(weight.device.type, support.compute_capability(weight.device))
+        if getattr(self.module, "sinks", None) is not None:
+            return "fallback", "uses attention sinks (s_aux)"
         dtype, note = weight.dtype, ""
-        if weight.device.type == "cuda" and dtype == torch.float32:
+        if target.device_type == "cuda" and dtype == torch.float32:
             dtype, note = torch.bfloat16, "under autocast; fp32 calls fall back"
         softcap = getattr(self.module, "attn_logit_softcapping", None) or 0.0
         request = support.Request(
-            weight.device.type,
-            support.compute_capability(weight.device),
+            target.device_type,
+            target.compute_capability,
             dtype,
             head_dim,
             1,
             1,
             softcap=float(softcap),
+            bias=_adds_bias(self.module),
         )
         verdict = support.explain(request)
         if not verdict.ok:
             return "fallback", verdict.reason
-        runs = "cpu implementation" if is_cpu_implementation(verdict.kernel) else "kernel"
-        return runs, note or verdict.kernel
+        why = note or verdict.kernel
+        if window := _sliding_window(self.module):
+            limit = support.explain_features(window=(window - 1, 0), causal=True)
+            why += f"; over {window} tokens a fallback: {limit.reason}" if limit else ""
+        return "cpu implementation" if is_cpu_implementation(verdict.kernel) else "kernel", why
+
+
+def _adds_bias(module: nn.Module) -> bool:
+    """Whether the model adds a position bias to this module's scores: T5 and its kin, Swin."""
+    return hasattr(module, "has_relative_attention_bias") or any(
+        "relative_position_bias" in name for name, _ in module.named_parameters()
+    )
+
+
+def _sliding_window(module: nn.Module) -> int | None:
+    """The window of this module, itself included; the config speaks for modules that do not."""
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+    else:
+        config = getattr(module, "config", None)
+        window = getattr(config, "sliding_window", None)
+        if getattr(config, "layer_types", None) or not getattr(config, "use_sliding_window", True):
+            window = None
+    return window if isinstance(window, int) and window > 0 else None
 
 
 def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
@@ -265,11 +323,15 @@ def _on_kernel(row: Row, allow_cpu: bool) -> bool:
 WIDEST_REASON = 160  # characters of the table's column
 
 
-def format_rows(rows: list[Row]) -> str:
-    """The rows as a text table; a long reason is cut here, Row.why has all of it."""
+def format_rows(rows: list[Row], *, forecast: bool = False) -> str:
+    """The rows as a text table; a long reason is cut here, Row.why has all of it.
+
+    forecast: that all rows are one is said elsewhere: no "(expected)", no counts of calls.
+    """
     cells = [("module", "class", "runs on", "why", "kernel", "cpu", "fallback")]
     for row in rows:
-        runs = f"{row.runs} (expected)" if row.expected and row.runs != "unsupported" else row.runs
+        note = row.expected and row.runs != "unsupported" and not forecast
+        runs = f"{row.runs} (expected)" if note else row.runs
         mark = " traced" if row.calls.traced else ""
         counts = (
             f"{row.calls.kernel}{mark}",
@@ -278,6 +340,8 @@ def format_rows(rows: list[Row]) -> str:
         )
         why = textwrap.shorten(row.why, WIDEST_REASON, placeholder=" ...")
         cells.append((row.module, row.cls, runs, why, *counts))
+    if forecast:
+        cells = [line[:4] for line in cells]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

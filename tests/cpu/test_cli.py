@@ -1,5 +1,7 @@
 """The command hf-flashattn: exit codes, and that its answer alone goes to stdout."""
 
+import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,43 @@ def test_build_says_what_is_missing(monkeypatch, capsys, tmp_path):
     assert "Next step" in printed.err
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["build", "--nonsense"]])
+def test_build_needs_no_model_library():
+    """Nothing but the standard library and build.py when the module is loaded."""
+    tree = ast.parse(Path(cli.__file__).read_text())
+    names = {x.name for node in tree.body if isinstance(node, ast.Import) for x in node.names}
+    origins = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    names |= {node.module for node in origins if node.module != "hf_flashattn"}
+    ours = [x.name for node in origins if node.module == "hf_flashattn" for x in node.names]
+    assert ours == ["build"]
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_the_exit_status_is_documented(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "0 fine, 1 something is wrong or cannot run, 2 wrong usage" in text
+    assert all(command in text for command in ("build", "doctor", "report", "bench"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nonsense"],
+        ["build", "--nonsense"],
+        ["doctor", "gpt2"],
+        ["report"],
+        ["report", "gpt2", "--device", "tpu"],
+        ["report", "gpt2", "--dtype", "int8"],
+        ["bench", "--repeats", "0"],
+        ["bench", "--seqlens", "32768"],
+        ["bench", "--head-dims", "wide"],
+        ["bench", "--dropouts", "1"],
+    ],
+    ids=" ".join,
+)
 def test_wrong_usage(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)

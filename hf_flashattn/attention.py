@@ -36,8 +36,12 @@ class Settings:
 
 @torch.compiler.assume_constant_result  # a trace must neither read nor guard on the environment
 def _settings_of_registered_name() -> Settings:
-    """For the modules that patch_model has not seen."""
-    wish = environment.current()
+    """For the modules that patch_model has not seen. A compiled graph keeps those of its trace."""
+    return _settings_of(environment.current())
+
+
+@functools.lru_cache
+def _settings_of(wish: environment.Environment) -> Settings:
     return Settings("", wish.fallback, wish.strict, wish.excluded)
 
 

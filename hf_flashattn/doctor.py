@@ -12,6 +12,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -177,7 +178,7 @@ def check_library() -> Check:
     status = ops.library_status()
     if not status.loaded:
         serious = status.failed or _on_hopper()
-        reason, _, step = status.reason.partition("; next step: ")
+        reason, step = [*re.split(r"[.;] [Nn]ext step: ", status.reason, maxsplit=1), ""][:2]
         facts = {"path": None, "reason": status.reason}
         return Check("library", "problem" if serious else "note", reason, step, facts)
     path, root = status.path, build.source_root()

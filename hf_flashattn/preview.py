@@ -114,11 +114,13 @@ def _load_config(source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        download = f" Or download it: hf download {source} config.json."
+        got, download = f"{type(error).__name__}: {str(error).strip()}", ""
+        if isinstance(error, OSError) and not Path(source).exists():
+            got = "none of these"  # Transformers would speak of the network, which it was denied
+            download = f", or download it: hf download {source} config.json"
         raise PreviewError(
             f"{source}: expected a model's folder, a config.json or the name of a model in the "
-            f"hub's cache, got {type(error).__name__}: {str(error).strip()}. Next step: check the "
-            f"path or the name.{'' if Path(source).exists() else download}"
+            f"hub's cache, got {got}. Next step: check the path or the name{download}"
         ) from error
 
 

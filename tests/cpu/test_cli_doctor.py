@@ -143,7 +143,7 @@ def test_disabled_is_no_fault(run, monkeypatch):
     assert checks["gpt2"]["facts"]["why"] == ["HF_FLASHATTN_DISABLE=1"]
 
 
-def test_a_hopper_gpu_without_the_library(monkeypatch, capsys, tmp_path):
+def test_a_hopper_gpu_without_the_library(monkeypatch, capsys):
     absent = ops.LibraryStatus(None, "not built yet; next step: hf-flashattn build")
     monkeypatch.setattr(ops, "library_status", lambda: absent)
     assert cli.main(["doctor"]) == 0  # nobody needs it here
@@ -156,7 +156,15 @@ def test_a_hopper_gpu_without_the_library(monkeypatch, capsys, tmp_path):
     assert text.endswith("1 problem; the CUDA kernels do not run here.\n")
 
 
-def test_a_hopper_gpu_without_a_compiler(run, monkeypatch, tmp_path):
+def test_a_library_that_cannot_be_had_comes_with_the_next_step(run, monkeypatch):
+    status = ops.LibraryStatus(None, "no such file. Next step: unset it", failed=True)
+    monkeypatch.setattr(ops, "library_status", lambda: status)
+    code, data = run()  # a problem on any machine: somebody asked for it
+    check = by_name(data)["library"]
+    assert code == 1 and (check["summary"], check["next_step"]) == ("no such file", "unset it")
+
+
+def test_a_hopper_gpu_without_a_compiler(run, monkeypatch):
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     assert by_name(run()[1])["compiler"]["status"] == "note"
     absent = ops.LibraryStatus(None, "no nvcc", failed=True)

@@ -175,7 +175,9 @@ def test_what_is_no_config(content, tmp_path, capsys):
 
 def test_a_name_that_is_not_cached(capsys):
     assert cli.main(["report", "nobody/nothing-of-the-kind"]) == 1
-    assert "hf download nobody/nothing-of-the-kind config.json" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "got none of these" in error
+    assert "hf download nobody/nothing-of-the-kind config.json" in error
 
 
 def test_a_config_that_makes_no_model(saved, capsys):

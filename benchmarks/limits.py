@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 import torch
-from attention_grid import TOKENS, medians, ours
 
 from hf_flashattn import flash_attn_func
+from hf_flashattn.bench import TOKENS, medians, ours
 
 
 def grouped(seqlen: int, repeats: int, flush: torch.Tensor) -> dict:

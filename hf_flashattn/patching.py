@@ -28,7 +28,7 @@ from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.masks import TRACED
 from hf_flashattn.report import Report, Site, forget_calls, format_rows
-from hf_flashattn.sites import find_sites, owner_of
+from hf_flashattn.sites import find_sites
 
 FLASH_NAME = "hf_flashattn"
 ALIAS_NAME = "hf_fused_attn"
@@ -149,12 +149,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         elif callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
             model = model.get_base_model()
-        elif not isinstance(model, PreTrainedModel) and isinstance(
-            inner := model._modules.get("module"), nn.Module
-        ):
+        elif not isinstance(model, PreTrainedModel) and (inner := _wrapped(model)) is not None:
             model = inner
         else:
             return model
+
+
+def _wrapped(wrapper: nn.Module) -> nn.Module | None:
+    """What DDP, DataParallel or DeepSpeed (`module`) or FSDP's first version holds."""
+    for name in ("module", "_fsdp_wrapped_module"):
+        if isinstance(inner := wrapper._modules.get(name), nn.Module):
+            return inner
+    return None
 
 
 # ---- the undo log --------------------------------------------------------------------------------
@@ -264,7 +270,7 @@ def _patch(model: nn.Module, options: _Options) -> None:
             if site.unsupported is not None:
                 continue
             forget_calls(site.module)
-            owner = owner_of(model, site.name)
+            owner = site.owner
             name = _choose_name(owner)
             for config in (site.module.config, getattr(owner, "config", None)):
                 if id(config) in copies:

@@ -164,6 +164,7 @@ class Site:
     module: nn.Module
     unsupported: str | None = None  # why Transformers' dispatch does not reach it
     excluded: str | None = None  # why it stays off the kernel by the user's wish
+    owner: nn.Module | None = None  # the innermost PreTrainedModel around it
 
     def row(self) -> Row:
         """What ran so far; without a call, what will."""

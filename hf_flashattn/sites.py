@@ -27,16 +27,22 @@ def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[
         dispatches = _dispatches(type(module))
         if dispatches or _looks_like_attention(module):
             own = None if dispatches else f"{type(module).__name__} has attention code of its own"
-            sites.append(Site(name, module, own, excludes(name)))
-    _spoil_shared_masks(model, sites)
+            plain = _WRAPPERS.sub("", name).lstrip(".")
+            sites.append(Site(plain, module, own, excludes(plain), owner_of(model, name)))
+    _spoil_shared_masks(sites)
     return sites
 
 
-def _spoil_shared_masks(model: nn.Module, sites: list[Site]) -> None:
+# What FSDP, torch.compile and checkpointing of single layers add to names: a module that was
+# patched by name before it was wrapped keeps its name.
+_WRAPPERS = re.compile(r"(^|\.)_(fsdp_wrapped_module|orig_mod|checkpoint_wrapped_module)(?=\.|$)")
+
+
+def _spoil_shared_masks(sites: list[Site]) -> None:
     """A model with both kinds stays as it is: masks are made once for both, in one form."""
     blockers: dict[int, str] = {}
     for site in sites:
-        owner = owner_of(model, site.name)
+        owner = site.owner
         if site.unsupported is not None and owner is not None:
             config = getattr(site.module, "config", None)
             if type(site.module).__module__ == type(owner).__module__ or isinstance(

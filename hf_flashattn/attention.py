@@ -226,7 +226,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 def _run(call: Call) -> Tensor:
     """out (B, Sq, H, D). The transposes are views: the kernel takes strides."""
     q, k, v = call.query, call.key, call.value
-    if torch.compiler.is_compiling() or not (_plain(q) and _plain(k) and _plain(v)):
+    if q.is_cuda and (torch.compiler.is_compiling() or not (_plain(q) and _plain(k) and _plain(v))):
         q, k, v = _aligned(q), _aligned(k), _aligned(v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, S, H, D)
     found, causal = call.found, call.causal
@@ -256,14 +256,14 @@ def _run(call: Call) -> Tensor:
 
 def _plain(x: Tensor) -> bool:
     """Whether _aligned surely has nothing to do, at a third of its cost."""
+    if type(x) is not Tensor:
+        return False  # a subclass may have no address
     batch, heads, rows, last = x.stride()
     return last == 1 and (batch | heads | rows | x.data_ptr() >> 1) & 7 == 0
 
 
 def _aligned(x: Tensor) -> Tensor:
     """x, copied only where TMA could not load it: strides and address in multiples of 16 bytes."""
-    if not x.is_cuda:
-        return x
     sizes, strides = x.shape, x.stride()
     odd = strides[-1] != 1 or any(
         n > 1 and stride % 8 for n, stride in zip(sizes[:-1], strides[:-1], strict=True)

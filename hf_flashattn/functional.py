@@ -280,14 +280,16 @@ def _attention(
 
     A dense call on a GPU is checked by the library anyway, at a tenth of what Python's checks cost;
     those run where it refuses, for the type of the error and its advice. It cannot see what
-    cu_seqlens say, and there is no library for the CPU, a trace or a subclass.
+    cu_seqlens say, and there is no library for the CPU, a trace or a subclass, nor before the first
+    use: a call that can never run is no reason to build one.
     """
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_any_autocast_enabled():
         q, k, v = _under_autocast(q, k, v)
     shown = (q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    if compiling or visible[0] is not None or not q.is_cuda or type(q) is not Tensor:
+    by_library = q.is_cuda and type(q) is Tensor and ops.library_status().loaded
+    if compiling or visible[0] is not None or not by_library:
         _check(*shown)
         return _launch(*shown, softmax_scale, causal, deterministic)
     try:

@@ -1,4 +1,4 @@
-// The C ABI between the launchers and whoever binds them: plain structs and four functions.
+// The C ABI between the launchers and whoever binds them: plain structs and five functions.
 //
 // No CUDA or torch header is needed to read this file, so the binding can be compiled without nvcc.
 // Shapes are written (B, S, H, D); a packed batch is B = 1 with S = the total number of tokens.

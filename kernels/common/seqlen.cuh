@@ -14,7 +14,6 @@ struct Sequence {
   int key_begin, key_end;  // keys that exist for every row
   bool zero_tail;          // rows beyond the length are other data: TMA does not zero them
 
-  Sequence() = default;
   __host__ __device__ __forceinline__ Sequence(Problem const& p, int index) : index(index) {
     if (p.cu_seqlens_q != nullptr) {
       // Clamped, so that wrong lengths give wrong results and not wrong accesses.

@@ -24,7 +24,7 @@ struct TileList {
   int capacity;  // of the list; offsets that let sequences overlap can ask for more
   int heads, chunk;
 
-  // 64 rows is the smallest block of a policy, so that all of them share this bound.
+  // No policy has a smaller block than 64 rows, so that all of them share this bound.
   static __host__ int64_t max_units(Problem const& p, int block_m = 64) {
     int64_t const of_longest = int64_t(p.batch) * ceil_div(p.seqlen_q, block_m);
     int64_t const of_total = int64_t(p.total_q) / block_m + p.batch;

@@ -67,11 +67,11 @@ struct WideConsumer {
 
     constexpr int kBoth = P::kConsumers * kWarpgroupThreads;
     s.q_full[W].wait(parity);
-    if constexpr (P::kStagger && Pair && W == 0) barrier_sync(kFirstScores, kBoth);
+    if constexpr (Pair && W == 0) barrier_sync(kFirstScores, kBoth);
     issue_product<P>(scores, s.k, 0, s.q[W]);
     s.dout_full[W].wait(parity);
     issue_product<P>(dp, s.v, 0, s.dout[W]);
-    if constexpr (P::kStagger && Pair && W == 1) barrier_arrive(kFirstScores, kBoth);
+    if constexpr (Pair && W == 1) barrier_arrive(kFirstScores, kBoth);
     if constexpr (P::kDropout) {
       DropoutMask<Down::kKeys> const mask(p.problem, work.sequence.index, walk.head);
       dropout.draw(mask, walk.first_row(), work.first_key + lane.warp * 16);

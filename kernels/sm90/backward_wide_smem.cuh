@@ -28,7 +28,7 @@ struct RowWalk {
   }
 };
 
-// d256 takes 222 of 227 KB. Buffer w of Q, dO and the statistics belongs to the row blocks of
+// d256 takes 218 of 227 KB. Buffer w of Q, dO and the statistics belongs to the row blocks of
 // consumer w, and each of the four big ones to one producer warp.
 template <class P>
 struct BackwardWideSmem {

@@ -1,6 +1,6 @@
 // Forward attention on Hopper: a persistent, warp-specialised kernel.
 //
-//   producer warp    Q, then K and V blocks from the last to the first, two stages each
+//   producer warp    Q, then K and V blocks from the last to the first, in stages
 //   consumers        64 rows each: S = Q K^T, softmax, O += P V
 //
 // Inside a consumer O += P V of one block runs under the softmax of the next, and the consumers
@@ -9,13 +9,11 @@
 
 #include <type_traits>
 
-#include "common/dropout.cuh"
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
 #include "sm90/barriers.cuh"
-#include "sm90/policy.cuh"
+#include "sm90/forward_tile.cuh"
 #include "sm90/producer.cuh"
-#include "sm90/scheduler.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -71,9 +69,6 @@ __device__ __forceinline__ auto tiles_of_warp(ForwardSmem<P>& s,
   if constexpr (P::kListed) return ListedTiles<1 + P::kConsumers * 4>{s.tiles};
   else return StaticTiles<ForwardScheduler<P>>{scheduler};
 }
-
-template <class P>
-using ForwardKeyBlocks = KeyBlocks<P::kBlockM, P::kBlockN>;
 
 template <class P>
 __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
@@ -170,127 +165,6 @@ __device__ __forceinline__ void skip_block(ForwardSmem<P>& s, PipelineState<P::k
   s.v_full[pipe.stage].wait(pipe.parity());
   release(s.v_empty[pipe.stage]);
 }
-
-// A warp's dropout flags of one block; nothing at all without dropout.
-template <class P>
-struct BlockDropout {
-  static constexpr int kPairs = P::kDropout ? P::kBlockN / 32 : 1;
-  Problem const& problem;
-  Work const& work;
-  int row16;
-  uint32_t tiles[kPairs][2];
-
-  __device__ __forceinline__ BlockDropout(Problem const& problem, Work const& work, int warp_row)
-      : problem(problem), work(work), row16(warp_row / 16) {}
-
-  __device__ __forceinline__ void draw(int block) {
-    if constexpr (P::kDropout) {
-      DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
-      mask.draw(tiles, row16, block * (P::kBlockN / 16));
-    }
-  }
-
-  template <int Steps>
-  __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) const {
-    if constexpr (P::kDropout) {
-#pragma unroll
-      for (int k = 0; k < Steps; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          probabilities[k][i] &=
-              DropoutMask<Down::kRows>::pair_mask(tiles[k / 2][k % 2], i % 2, i / 2);
-    }
-  }
-};
-
-// Where the output and LSE of a warp's 16 rows go; rows beyond the sequence are not written.
-template <class P>
-struct OutputRows {
-  typename P::Element* out;
-  float* lse;
-  int64_t stride;
-  int count;
-
-  __device__ __forceinline__ OutputRows(ForwardParams const& p, Sequence const& s, Work const& work,
-                                        int row)
-      : stride(p.out.stride_seq), count(s.length_q - row) {
-    out = row_pointer<typename P::Element>(p.out, s, s.first_q, row, work.head);
-    lse = p.lse + lse_offset(p.problem, s, work.head) + row;
-  }
-
-  __device__ __forceinline__ void store_lse(Lane const& lane, float const (&value)[2]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int const row = lane.group + 8 * i;
-      if (lane.quad == 0 && row < count) lse[row] = value[i];
-    }
-  }
-
-  // Rows that see no key. Q's memory may already belong to the next tile, so no scratch here.
-  __device__ __forceinline__ void store_empty(Lane const& lane, int head_dim) const {
-    float const none[2] = {-infinity(), -infinity()};
-    store_lse(lane, none);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int const row = lane.group + 8 * i;
-      for (int unit = lane.quad; unit < P::kHeadDim / 8; unit += 4)
-        if (row < count && unit * 8 < head_dim)
-          *reinterpret_cast<uint4*>(out + row * stride + unit * 8) = make_uint4(0, 0, 0, 0);
-    }
-  }
-};
-
-// A tile as one consumer sees it: its own 64 rows.
-template <class P>
-struct ConsumerTile {
-  Work work;
-  int own_row;                    // the first of the 64
-  KeyBlocks<64, P::kBlockN> own;  // the blocks that they see
-  int first, block;               // those that the producer loads, from `block` down
-  bool idle;                      // the sequence ends before these rows
-
-  // The next tile for which the producer loads Q; rows that see no key are written here.
-  template <class Tiles>
-  __device__ __forceinline__ bool next(ForwardParams const& p, Tiles& tiles, int warpgroup,
-                                       Lane const& lane) {
-    while (tiles.next(work)) {
-      Sequence const sequence(p.problem, work.index);
-      int const first_row = work.row_block * P::kBlockM;
-      if (first_row >= sequence.length_q) continue;
-      ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
-      own_row = first_row + warpgroup * 64;
-      if (blocks.count <= 0) {
-        OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
-            .store_empty(lane, p.problem.head_dim);
-        continue;
-      }
-      own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, own_row);
-      idle = own_row >= sequence.length_q;
-      first = blocks.first;
-      block = blocks.last();
-      return true;
-    }
-    return false;
-  }
-
-  // The blocks above this one are for later rows alone.
-  __device__ __forceinline__ int last() const {
-    return idle ? first - 1 : min(max(own.last(), first), block);
-  }
-
-  // Tells ptxas again what it loses track of across tiles: it then needs fewer registers.
-  __device__ __forceinline__ void make_uniform() {
-    for (int* value : {&work.row_block, &work.head, &work.index, &own_row, &first, &block,
-                       &own.unmasked_begin, &own.unmasked_end})
-      *value = warp_uniform(*value);
-  }
-
-  // Whether its first S may be issued while the tile before still holds a stage of V and one of Q:
-  // the blocks to skip have to fit into the other stages, and handing back a tile needs a third Q.
-  __device__ __forceinline__ bool can_start_early() const {
-    return !idle && block - last() < P::kStages;
-  }
-};
 
 template <class P>
 __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,

@@ -144,7 +144,6 @@ struct BackwardWideTile {
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = 64;
   static constexpr int kBlockN = 64;
-  static constexpr bool kStagger = true;  // see make_scores; not compared with false yet
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
   static constexpr bool kSplitRows = false;
   static constexpr int kPartColumns = 64;  // of dQ

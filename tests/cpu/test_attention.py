@@ -259,3 +259,17 @@ def test_explained_once_for_all_layers_and_forwards(make, monkeypatch):
         assert calls(result, "cpu") == 8 and len(explained) == 1
         model.double()(tokens())
         assert len(explained) == 2
+
+
+def test_no_address_is_read_on_the_cpu():
+    """vmap's tensors and fake ones have none."""
+    module = torch.nn.Module()
+    q = torch.randn(2, 4, 16, 8)
+
+    def attend(x):
+        return attention_forward(module, x, x, x, None)[0]
+
+    batched = torch.vmap(attend)(q.expand(3, -1, -1, -1, -1))
+    torch.testing.assert_close(batched, attend(q).expand(3, -1, -1, -1, -1))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(attend, tracing_mode="fake")(q)
+    torch.testing.assert_close(graph(q), attend(q))

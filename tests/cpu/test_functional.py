@@ -1,6 +1,7 @@
 """hf_flashattn/functional.py: flash-attn's signatures, packed forms, autocast, refusals."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +192,8 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(hfa.checks, "check_tensors", check_tensors)
     monkeypatch.setattr(hfa.ops, "call_forward", refuse)
+    loaded = hfa.ops.LibraryStatus(Path("libhf_flashattn.so"), "")
+    monkeypatch.setattr(hfa.ops, "library_status", lambda: loaded)
     return checked
 
 
@@ -223,3 +226,12 @@ def test_a_dense_call_on_a_gpu_is_checked_by_the_library_alone(on_a_gpu, monkeyp
     parameter = torch.nn.Parameter(q)
     flash_attn_func(parameter, q, q)
     assert len(on_a_gpu) == 2
+
+
+def test_nothing_is_built_for_a_call_that_cannot_run(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(hfa.ops, "library_status", lambda: hfa.ops.LibraryStatus(None, "not yet"))
+    monkeypatch.setattr(hfa.ops, "call_forward", lambda args: pytest.fail("reached the library"))
+    q = torch.randn(1, 3, 2, 8)
+    with pytest.raises(TypeError, match="Nearest supported"):
+        flash_attn_func(q, q.double(), q)
+    assert len(on_a_gpu) == 1

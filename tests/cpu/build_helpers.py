@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,3 +56,14 @@ def require_nvcc(build) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail("CI has nvcc; found none in CUDA_HOME, on PATH or in the usual places")
         pytest.skip("no nvcc on this machine")
+
+
+def compile_host_program(source: str, folder: Path) -> Path:
+    """A program of this folder that includes the kernels' own headers, for the host. May skip."""
+    build = load_build(REPO / "hf_flashattn")
+    require_nvcc(build)
+    program = folder / Path(source).stem
+    flags = build.unit_flags(build.source_root(), build.cuda_archs())
+    command = [build.find_nvcc(), *flags, Path(__file__).with_name(source), "-o", program]
+    subprocess.run(command, check=True, capture_output=True)
+    return program

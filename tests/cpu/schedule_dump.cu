@@ -56,7 +56,7 @@ void print_row_blocks(Problem const& p, Sequence const& s, char const* title) {
 void print_blocks(Problem const& p) {
   Sequence const s(p, 0);
   print_key_blocks<128, 128>(p, s);
-  print_key_blocks<192, 112>(p, s);
+  print_key_blocks<192, 96>(p, s);
   print_key_blocks<128, 80>(p, s);
   print_row_blocks<128>(p, s, "b");
   print_row_blocks<64>(p, s, "w");

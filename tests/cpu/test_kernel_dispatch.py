@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
 import pytest
-from build_helpers import REPO, load_build, require_nvcc
+from build_helpers import compile_host_program
 
 from hf_flashattn import support
 
@@ -16,14 +15,7 @@ HOPPER = 90
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
     """(direction, head_dim, compute capability) of many requests -> their answers."""
-    build = load_build(REPO / "hf_flashattn")
-    require_nvcc(build)
-    program = tmp_path_factory.mktemp("dispatch") / "dump"
-    source = Path(__file__).with_name("dispatch_dump.cpp")
-    flags = build.unit_flags(build.source_root(), build.cuda_archs())
-    subprocess.run(
-        [build.find_nvcc(), *flags, source, "-o", program], check=True, capture_output=True
-    )
+    program = compile_host_program("dispatch_dump.cpp", tmp_path_factory.mktemp("dispatch"))
 
     def run(requests):
         lines = "\n".join(" ".join(map(str, request)) for request in requests)

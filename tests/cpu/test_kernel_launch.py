@@ -1,9 +1,8 @@
 """launch.cuh on the host: a tensor map is encoded once, and never taken for another tensor's."""
 
 import subprocess
-from pathlib import Path
 
-from build_helpers import REPO, load_build, require_nvcc
+from build_helpers import compile_host_program
 
 EXPECTED = """\
 first 1
@@ -28,13 +27,6 @@ then 3
 
 
 def test_tensor_maps_are_encoded_once(tmp_path):
-    build = load_build(REPO / "hf_flashattn")
-    require_nvcc(build)
-    program = tmp_path / "maps"
-    source = Path(__file__).with_name("tensor_maps.cu")
-    flags = build.unit_flags(build.source_root(), build.cuda_archs())
-    subprocess.run(
-        [build.find_nvcc(), *flags, source, "-o", program], check=True, capture_output=True
-    )
+    program = compile_host_program("tensor_maps.cu", tmp_path)
     done = subprocess.run([program], capture_output=True, text=True, check=True)
     assert done.stdout == EXPECTED

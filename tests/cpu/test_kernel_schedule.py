@@ -5,27 +5,19 @@ from __future__ import annotations
 import itertools
 import random
 import subprocess
-from pathlib import Path
 
 import pytest
-from build_helpers import REPO, load_build, require_nvcc
+from build_helpers import compile_host_program
 
 ROW_BLOCK = 64  # of the backward
 KEY_BLOCKS = {"b": 128, "w": 64}  # of the backward, and of its kernel for wide heads
-FORWARD_TILES = ((128, 128), (192, 112), (128, 80))
+FORWARD_TILES = ((128, 128), (192, 96), (128, 80))
 
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory):
     """Runs requests through schedule_dump.cu: one line of answers for each."""
-    build = load_build(REPO / "hf_flashattn")
-    require_nvcc(build)
-    program = tmp_path_factory.mktemp("schedule") / "dump"
-    source = Path(__file__).with_name("schedule_dump.cu")
-    flags = build.unit_flags(build.source_root(), build.cuda_archs())
-    subprocess.run(
-        [build.find_nvcc(), *flags, source, "-o", program], check=True, capture_output=True
-    )
+    program = compile_host_program("schedule_dump.cu", tmp_path_factory.mktemp("schedule"))
 
     def run(requests: list[str]) -> list[list[str]]:
         done = subprocess.run(

@@ -9,9 +9,9 @@ or, once it is imported:
 
     model = AutoModelForCausalLM.from_pretrained("gpt2", attn_implementation="hf_flashattn")
 
-Importing registers two names with Transformers and changes nothing else: "hf_flashattn", which
+Importing registers names with Transformers and changes nothing else: "hf_flashattn", which
 counts as a flash implementation, and "hf_fused_attn", the same without Transformers' rules for
-names that contain "flash".
+names that contain "flash"; patch_model has a third for models whose masks must say what is causal.
 """
 
 from hf_flashattn import _compat, support
@@ -24,10 +24,11 @@ from hf_flashattn.functional import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from hf_flashattn.masks import attention_mask
+from hf_flashattn.masks import attention_mask, stated_mask
 from hf_flashattn.patching import (
     ALIAS_NAME,
     FLASH_NAME,
+    STATED_NAME,
     PatchError,
     attention_report,
     patch_model,
@@ -62,3 +63,4 @@ _compat.register(
     mask=attention_mask,
     flash_functions=lambda: (flash_attn_func, flash_attn_varlen_func, None),
 )
+_compat.register_masked(STATED_NAME, attention=attention_forward, mask=stated_mask)

@@ -99,6 +99,7 @@ __all__ = [
     "is_tracing",
     "missing",
     "register",
+    "register_masked",
     "registered",
     "sdpa_attention_forward",
 ]
@@ -133,9 +134,14 @@ def register(
     Additive and idempotent: what other implementations get is untouched.
     """
     for name in names:
-        AttentionInterface.register(name, attention)
-        masking_utils.AttentionMaskInterface.register(name, mask)
+        register_masked(name, attention, mask)
     _wrap_lazy_imports(frozenset(names), flash_functions)
+
+
+def register_masked(name: str, attention: Callable, mask: Callable) -> None:
+    """Adds a name without "flash" in it to both registries."""
+    AttentionInterface.register(name, attention)
+    masking_utils.AttentionMaskInterface.register(name, mask)
 
 
 def registered(name: str) -> tuple[Any, Any, tuple]:

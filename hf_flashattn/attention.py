@@ -125,11 +125,19 @@ def _why_not(call: Call) -> str | None:
         return "adds a position bias to the scores"
     if extra.get("s_aux") is not None:
         return "uses attention sinks (s_aux)"
+    if extra.get("sinks") is not None:
+        return "uses attention sinks (sinks)"
     if extra.get("cache") is not None:
         raise NotImplementedError(
             "hf_flashattn: expected a cache that the model updates, got a paged one (continuous "
             "batching), which is not there yet. Nearest supported: generate(). Next step: load the "
             'model with attn_implementation="sdpa".'
+        )
+    if extra.get("indices") is not None:
+        raise NotImplementedError(
+            f"hf_flashattn: expected attention to all keys, got the indices of chosen ones from "
+            f"{type(call.module).__name__}. Nearest supported: the model on its own masks. Next "
+            'step: load it with attn_implementation="eager".'
         )
     if mask is not None and call.found is None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"

@@ -22,8 +22,8 @@ def fall_back(call: Call, choice: str) -> tuple[Tensor, Tensor | None]:
     Raises NotImplementedError for what only an eager function can do, if the model has none.
     """
     extra = call.extra
-    needs_eager = (
-        call.weights_wanted or extra.get("softcap") is not None or extra.get("s_aux") is not None
+    needs_eager = call.weights_wanted or any(
+        extra.get(name) is not None for name in ("softcap", "s_aux", "sinks")
     )
     eager = _compat.eager_function(call.module)
     if extra.get("cu_seq_lens_q") is not None and call.found is None:

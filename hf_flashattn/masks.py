@@ -158,6 +158,22 @@ def attention_mask(
     return _padded(kept, q_length, causal=pattern.causal)
 
 
+def stated_mask(**arguments: Any) -> Tensor:
+    """attention_mask, but never None: for models whose modules do not say whether they are causal.
+
+    Models that were only ever run on eager say it in the mask alone: `is_causal` may be missing on
+    an encoder's module, or False on a decoder's.
+    """
+    carrier = attention_mask(**arguments)
+    if carrier is not None:
+        return carrier
+    mask = arguments.get("attention_mask")
+    pattern = _pattern(arguments.get("mask_function"), arguments, _compat.is_tracing(mask))
+    device = arguments.get("device", "cpu") if mask is None else mask.device
+    start = torch.zeros(arguments["batch_size"], dtype=torch.int32, device=device)
+    return encode_range(start, start + arguments["kv_length"], causal=pattern.causal)
+
+
 def _pattern(
     mask_function: Any, kwargs: dict[str, Any], tracing: bool
 ) -> _compat.MaskPattern | None:

@@ -32,6 +32,7 @@ from hf_flashattn.sites import find_sites
 
 FLASH_NAME = "hf_flashattn"
 ALIAS_NAME = "hf_fused_attn"
+STATED_NAME = "hf_fused_attn_stated"  # the alias, with masks that always say what is causal
 
 _STATE = "_hf_flashattn_patch"  # the attribute of a patched model that holds its Patch
 
@@ -137,7 +138,7 @@ def attention_report(model: nn.Module) -> Report:
         for site in sites:
             config = getattr(site.module, "config", None)
             name = getattr(config, "_attn_implementation", None)
-            if site.unsupported is None and name not in (FLASH_NAME, ALIAS_NAME):
+            if site.unsupported is None and name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME):
                 site.unsupported = f'not patched: its attention implementation is "{name}"'
     return Report(type(inner).__name__, sites)
 
@@ -363,9 +364,12 @@ def _copy_config(
 def _choose_name(owner: nn.Module | None) -> str:
     """The flash name where the model takes any flash implementation, else the alias.
 
-    No flash rule of Transformers applies to the alias.
+    No flash rule of Transformers applies to the alias. Where the model takes neither flash nor
+    SDPA, no one has relied on its modules' is_causal yet: there the masks must state it.
     """
     takes_flash = getattr(owner, "_supports_flash_attn", False)
+    if not takes_flash and not getattr(owner, "_supports_sdpa", False):
+        return STATED_NAME
     return (
         FLASH_NAME
         if takes_flash and not getattr(owner, "_compatible_flash_implementations", None)

@@ -6,6 +6,7 @@ source text, not names of models, so it holds for models written later.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -26,7 +27,11 @@ def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[
     for name, module in model.named_modules():
         dispatches = _dispatches(type(module))
         if dispatches or _looks_like_attention(module):
-            own = None if dispatches else f"{type(module).__name__} has attention code of its own"
+            own = None
+            if not dispatches:
+                own = f"{type(module).__name__} has attention code of its own"
+            elif _edits_masks(type(module)):
+                own = f"{type(module).__name__} edits its masks, which must be Transformers' own"
             plain = _WRAPPERS.sub("", name).lstrip(".")
             sites.append(Site(plain, module, own, excludes(plain), owner_of(model, name)))
     _spoil_shared_masks(sites)
@@ -43,7 +48,7 @@ def _spoil_shared_masks(sites: list[Site]) -> None:
     blockers: dict[int, str] = {}
     for site in sites:
         owner = site.owner
-        if site.unsupported is not None and owner is not None:
+        if site.unsupported is not None and owner is not None and _takes_mask(type(site.module)):
             config = getattr(site.module, "config", None)
             if type(site.module).__module__ == type(owner).__module__ or isinstance(
                 config, PreTrainedConfig
@@ -59,8 +64,18 @@ def _spoil_shared_masks(sites: list[Site]) -> None:
                 site.unsupported = "has no config to name an implementation in"
             elif id(config) in blockers:
                 site.unsupported = (
-                    f"shares its masks with {blockers[id(config)]}, which does not dispatch"
+                    f"shares its masks with {blockers[id(config)]}, which stays as it is"
                 )
+
+
+@functools.cache
+def _takes_mask(cls: type[nn.Module]) -> bool:
+    """Whether a module may be handed the (B, 1, Sq, Sk) mask of the others.
+
+    Linear attention has no softmax to mask: its mask is the tokens', (B, S), in any model.
+    """
+    masked = any("mask" in name for name in inspect.signature(cls.forward).parameters)
+    return masked and re.search(r"softmax|scaled_dot_product", _source(cls)) is not None
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
@@ -74,21 +89,34 @@ def _looks_like_attention(module: nn.Module) -> bool:
     return not any(re.search(r"Attention|Attn", type(child).__name__) for child in inside)
 
 
-@functools.cache
 def _dispatches(cls: type[nn.Module]) -> bool:
     """Whether a module class itself looks its attention function up in Transformers' registry."""
-    if issubclass(cls, PreTrainedModel):
-        return False
+    return not issubclass(cls, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in _source(cls)
+
+
+# Sparse attention narrows its mask further, merged attention joins two; some ask for the names
+# "eager" and "sdpa" first, and under any other would attend to all.
+_EDITS = re.compile(
+    r"\battention_mask\[|\battention_mask & |\battention_mask\.masked_fill|merged_attention_mask"
+    r"|\battention_mask = self\.|\bcat\(\s*\[attention_mask\b|\._attn_implementation in \("
+)
+
+
+def _edits_masks(cls: type[nn.Module]) -> bool:
+    """Whether a module class computes with its mask, which carriers are not made for."""
+    return _EDITS.search(_source(cls)) is not None
+
+
+@functools.cache
+def _source(cls: type[nn.Module]) -> str:
+    """The source of a class and of its bases, torch's left out; "" for what has none."""
+    parts = []
     for base in cls.__mro__:
         if base in (nn.Module, object) or base.__module__.startswith("torch."):
             continue
-        try:
-            source = inspect.getsource(base)
-        except (OSError, TypeError):
-            continue
-        if "ALL_ATTENTION_FUNCTIONS" in source:
-            return True
-    return False
+        with contextlib.suppress(OSError, TypeError):
+            parts.append(inspect.getsource(base))
+    return "\n".join(parts)
 
 
 def owner_of(model: nn.Module, name: str) -> PreTrainedModel | None:

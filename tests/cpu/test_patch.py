@@ -31,6 +31,8 @@ from transformers import (
     BloomForCausalLM,
     DistilBertConfig,
     DistilBertModel,
+    DogeConfig,
+    DogeForCausalLM,
     EncoderDecoderModel,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -38,8 +40,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -51,6 +57,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_flashattn
 from hf_flashattn import FallbackError, NotOnKernel, PatchError
+from hf_flashattn.report import calls_of
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB, "num_hidden_layers": 2}
 INPUTS = {"input_ids": tokens(), "attention_mask": padding("left")}
@@ -337,6 +344,74 @@ def test_a_model_without_dispatch_is_reported_and_left_alone():
     hf_flashattn.patch_model(model, strict=True, exclude="*")
     hf_flashattn.unpatch_model(model)
     assert state_of(model) == before
+
+
+def test_models_that_say_in_the_mask_alone_what_is_causal():
+    """NLLB-MoE's decoder modules say is_causal=False, and eager, all it supports, never asks."""
+    config = NllbMoeConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_experts=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        init_std=0.2,
+    )
+    model = build(NllbMoeForConditionalGeneration, config)
+    for mask in ({}, {"attention_mask": padding("right")}):
+        inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(seed=5), **mask}
+        expected = output(model, inputs)
+        with hf_flashattn.patched(model) as report:
+            assert (output(model, inputs) - expected).abs().max() < 1e-4
+            report.assert_all_on_kernel(allow_cpu=True)
+
+
+@pytest.mark.parametrize("mask", [None, padding("left")])
+def test_a_model_that_edits_its_masks_is_reported_and_left_alone(mask):
+    config = DogeConfig(**SMALL, intermediate_size=48, num_key_value_heads=2)
+    model = build(DogeForCausalLM, config)
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    expected = output(model, inputs)
+    with hf_flashattn.patched(model) as report:
+        assert torch.equal(output(model, inputs), expected)
+        assert {row.runs for row in report.rows} == {"unsupported"}
+        assert all("edits its masks" in row.why for row in report.rows), report
+
+
+def test_linear_attention_does_not_keep_the_rest_off_the_kernel():
+    """Its mask is the tokens', so the layers with a softmax can have one in our form."""
+    config = MiniMaxConfig(
+        **SMALL,
+        intermediate_size=48,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    model = build(MiniMaxForCausalLM, config)
+    expected, weight = output(model, INPUTS), padding("left").bool()
+    with hf_flashattn.patched(model) as report:
+        assert (output(model, INPUTS) - expected)[weight].abs().max() < 1e-4
+        assert [row.runs for row in report.rows] == ["unsupported", "cpu implementation"]
+
+
+@pytest.mark.parametrize("name", ["s_aux", "sinks"])
+def test_sinks_go_to_the_eager_function(name):
+    module = gpt2().transformer.h[0].attn
+    q = torch.randn(1, 4, 5, 8)
+    extra = {name: torch.zeros(4)}
+    hf_flashattn.attention_forward(module, q, q, q, None, **extra)
+    assert calls_of(module).reasons == {f"uses attention sinks ({name})": 1}
+
+
+def test_indices_of_sparse_attention_are_not_ignored():
+    q = torch.randn(1, 2, 4, 8)
+    module = gpt2().transformer.h[0].attn
+    with pytest.raises(NotImplementedError, match="indices"):
+        hf_flashattn.attention_forward(module, q, q, q, None, indices=torch.zeros(1, 4, 2))
 
 
 def test_include_and_exclude():

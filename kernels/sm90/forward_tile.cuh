@@ -119,7 +119,8 @@ struct ConsumerTile {
     return idle ? first - 1 : min(max(own.last(), first), block);
   }
 
-  // Tells ptxas again what it loses track of across tiles: it then needs fewer registers.
+  // Tells ptxas again what it loses track of across tiles. With dropout it then spills less, or not
+  // at all; without, more.
   __device__ __forceinline__ void make_uniform() {
     for (int* value : {&work.row_block, &work.head, &work.index, &own_row, &first, &block,
                        &own.unmasked_begin, &own.unmasked_end})

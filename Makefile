@@ -74,6 +74,7 @@ results:  ## on a Hopper GPU: the JSON files in benchmarks/results, the plot and
 	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --steps 30 --overlay-steps 300 --json $(RESULTS)/training_step.json
 	PYTHONPATH=. $(GPU_PY) docs/tables.py --grid $(RESULTS)/attention_grid.json --steps $(RESULTS)/training_step.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/plot_grid.py $(RESULTS)/attention_grid.json
+	PYTHONPATH=. $(GPU_PY) examples/plots.py $(RESULTS)/training_step.json --out $(RESULTS)/loss_overlay.png
 	PYTHONPATH=. $(GPU_PY) benchmarks/plot_grid.py $(RESULTS)/attention_grid_more.json
 
 clean:  ## remove what builds and tools left (not .venv, not the kernel cache)

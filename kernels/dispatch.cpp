@@ -21,7 +21,7 @@ struct Entry {
   Status (*forward)(ForwardParams const&, void*);
   Status (*backward)(BackwardParams const&);
   size_t (*forward_workspace_bytes)(Problem const&);
-  size_t (*backward_workspace_bytes)(Problem const&);
+  size_t (*backward_workspace_bytes)(BackwardParams const&);
 };
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
@@ -156,9 +156,9 @@ size_t forward_workspace_bytes(Problem const& problem) {
   return entry == nullptr ? 0 : entry->forward_workspace_bytes(problem);
 }
 
-size_t backward_workspace_bytes(Problem const& problem) {
-  Entry const* const entry = find(problem);
-  return entry == nullptr ? 0 : entry->backward_workspace_bytes(problem);
+size_t backward_workspace_bytes(BackwardParams const& params) {
+  Entry const* const entry = find(params.problem);
+  return entry == nullptr ? 0 : entry->backward_workspace_bytes(params);
 }
 
 }  // namespace hf_flashattn

@@ -57,7 +57,7 @@ struct BackwardParams {
   TensorView dout, q, k, v, out;
   TensorView dq, dk, dv;
   float const* lse;
-  void* workspace;  // backward_workspace_bytes(problem) bytes, 256-byte aligned, contents undefined
+  void* workspace;  // backward_workspace_bytes(params) bytes, 256-byte aligned, contents undefined
   bool deterministic;
 };
 
@@ -73,8 +73,8 @@ struct Status {
 // anything.
 Status launch_forward(ForwardParams const& params, void* workspace);
 Status launch_backward(BackwardParams const& params);
-size_t forward_workspace_bytes(Problem const& problem);  // 0: none is needed
-size_t backward_workspace_bytes(Problem const& problem);
+size_t forward_workspace_bytes(Problem const& problem);         // 0: none is needed
+size_t backward_workspace_bytes(BackwardParams const& params);  // params.workspace is not read
 // Whether there is a kernel of this head dim and dtype for this device; asked where nothing is
 // launched.
 Status check_supported(Problem const& problem);

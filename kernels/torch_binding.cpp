@@ -421,7 +421,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   params.lse = static_cast<float const*>(lse.data_ptr());
   params.deterministic = deterministic;
   // torch's allocations are aligned to 512 bytes, more than the kernels ask for.
-  int64_t const bytes = static_cast<int64_t>(backward_workspace_bytes(call.problem));
+  int64_t const bytes = static_cast<int64_t>(backward_workspace_bytes(params));
   Tensor const workspace = empty({bytes}, aoti_torch_dtype_uint8(), call.device);
   params.workspace = workspace.data_ptr();
   raise_if_failed(launch_backward(params));

@@ -1,4 +1,4 @@
-// Before the backward: delta = rowsum(dO * O), LSE in base 2, and a cleared dQ accumulator.
+// Before the backward: delta = rowsum(dO * O), LSE in base 2, cleared sums of dQ and counters.
 #pragma once
 
 #include <bit>
@@ -45,17 +45,27 @@ __global__ void __launch_bounds__(kPreprocessThreads)
                                BackwardWorkspace const __grid_constant__ workspace) {
   constexpr int kLanes = std::bit_ceil(HeadDim / 8u);  // 16 bytes a lane
   constexpr int kRows = kPreprocessThreads / kLanes;
+  launch_dependents();
   Sequence const s(p.problem, blockIdx.z);
   int const first_row = blockIdx.x * BlockM;
+  int const stream = workspace.stream(s, blockIdx.y / workspace.group());
+  if (threadIdx.x == 0 && blockIdx.x == 0) {
+    if (blockIdx.y % workspace.group() == 0)
+      workspace.added[stream] = workspace.rounded[stream] = 0;
+    if (blockIdx.y == 0 && blockIdx.z == 0) workspace.claimed[0] = workspace.claimed[1] = 0;
+  }
   if (first_row >= s.length_q) return;
   int64_t const slot = workspace.first_slot(s, blockIdx.y) + first_row;
   int64_t const lse_row = lse_offset(p.problem, s, blockIdx.y);
 
-  auto* accumulator = reinterpret_cast<float4*>(workspace.dq + slot * HeadDim);
+  if (workspace.first_user(stream)) {
+    int64_t const sum = workspace.first_sum(s, blockIdx.y) + first_row;
+    auto* accumulator = reinterpret_cast<float4*>(workspace.dq + sum * HeadDim);
 #pragma unroll
-  for (int i = threadIdx.x; i < BlockM * HeadDim / 4; i += kPreprocessThreads)
-    accumulator[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (threadIdx.x == 0) workspace.turn[slot / BlockM] = 0;
+    for (int i = threadIdx.x; i < BlockM * HeadDim / 4; i += kPreprocessThreads)
+      accumulator[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (threadIdx.x == 0) workspace.turn[sum / BlockM] = 0;
+  }
 
   int const lane = threadIdx.x % kLanes;
 #pragma unroll

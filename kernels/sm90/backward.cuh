@@ -1,16 +1,19 @@
-// Backward attention on Hopper: one CTA a block of 128 keys, warp-specialised.
+// Backward attention on Hopper: a persistent, warp-specialised kernel. A tile is a block of 128
+// keys.
 //
-//   producer warp   K and V once; then Q, LSE and dO, delta of each row block, two stages each
-//   writer warp     adds each finished dQ block to the fp32 accumulator in global memory
-//   2 consumers     64 keys each, for every row block:
-//                     S^T = K Q^T and dP^T = V dO^T, P^T and dS^T in registers,
-//                     dV += P^T dO, dK += dS^T Q from registers, dQ = dS K through shared memory
+//   producer warp    claims a tile; K and V; then Q, LSE and dO, delta of each row block, in two
+//   stages 2 consumers      64 keys each, for every row block:
+//                      S^T = K Q^T and dP^T = V dO^T, P^T and dS^T in registers,
+//                      dV += P^T dO, dK += dS^T Q from registers, dQ = dS K through shared memory
+//   writer warp      adds each dQ of a row block to its fp32 sums in global memory
+//   2 rounding warps turn sums that are complete into dQ, where their memory is recycled
 //
-// With grouped query heads the loop runs over all heads of the group, so that dK and dV stay in
+// With grouped query heads a tile goes over all heads of the group, so that dK and dV stay in
 // registers.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
+#include "sm90/backward_dq.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -23,80 +26,93 @@ __device__ __forceinline__ void load_statistics(BackwardWorkspace const& workspa
   bulk_load(workspace.delta + slot, full, smem_address(statistics.delta), kBytes);
 }
 
+// Claims tiles and hands them to the writer and the consumers. Every tile comes from the counter,
+// so that those before it belong to CTAs that run: some wait for them (deterministic; recycled
+// sums).
+template <class P>
+class TileClaims {
+  Problem const& problem_;
+  int32_t* const claimed_;
+  TileHandover<kBackwardTileReaders<P>>& handover_;
+  int const key_blocks_;
+  bool const last_first_;
+  PipelineState<kTileSlots> ring_;
+
+ public:
+  __device__ __forceinline__ TileClaims(BackwardParams const& p, int32_t* claimed,
+                                        BackwardSmem<P>& s)
+      : problem_(p.problem), claimed_(claimed), handover_(s.tiles),
+        key_blocks_(ceil_div(p.problem.seqlen_k, P::kBlockN)), last_first_(p.deterministic) {}
+
+  // For the whole warp, when the loads of the tile before are issued: then the consumers have at
+  // most two row blocks to go, which hides the way to the counter. A tile that is claimed earlier
+  // would keep others waiting.
+  __device__ __forceinline__ bool next(Work& work) {
+    int const tiles = key_blocks_ * problem_.heads_k * problem_.batch;
+    bool found = false;
+    for (int tile; !found && (tile = warp_uniform(claim_next(claimed_))) < tiles;) {
+      int const stream = tile / key_blocks_, place = tile % key_blocks_;
+      work.index = stream / problem_.heads_k;
+      work.head = stream % problem_.heads_k;
+      work.block = last_first_ ? key_blocks_ - 1 - place : place;
+      found = work.block * P::kBlockN < Sequence(problem_, work.index).length_k;
+    }
+    handover_.empty[ring_.stage].wait(ring_.parity() ^ 1);
+    if (threadIdx.x % kWarpThreads == 0) {
+      handover_.slot[ring_.stage] = make_int4(found ? work.block : -1, work.head, work.index, 0);
+      handover_.full[ring_.stage].arrive();
+    }
+    __syncwarp();
+    ring_.next();
+    return found;
+  }
+};
+
 template <class P>
 __device__ void produce(BackwardParams const& p, BackwardWorkspace const& workspace,
-                        BackwardMaps const& maps, BackwardSmem<P>& s, KeyWork<P> const& work) {
-  Sequence const& sequence = work.sequence;
+                        BackwardMaps const& maps, BackwardSmem<P>& s) {
   PipelineState<P::kStages> pipe;
-  uint32_t staging_phase = 0;
-  int begin, end;
-  sequence.visible_keys(work.first_key, P::kBlockN, begin, end);
-  int const key_row = sequence.first_k + work.first_key;
-  load_tile_zero_outside(maps.k, s.k_full, s.staging, staging_phase, s.k, key_row, work.head_k,
-                         sequence.batch, begin, end);
-  load_tile_zero_outside(maps.v, s.v_full, s.staging, staging_phase, s.v, key_row, work.head_k,
-                         sequence.batch, begin, end);
+  uint32_t staging_phase = 0, keys_phase = 0;
+  TileClaims<P> tiles(p, workspace.claimed, s);
+  for (Work tile{}; tiles.next(tile);) {
+    KeyWork<P> const work(p, tile);
+    if (work.rows.count <= 0) continue;
+    Sequence const& sequence = work.sequence;
+    int begin, end;
+    sequence.visible_keys(work.first_key, P::kBlockN, begin, end);
+    int const key_row = sequence.first_k + work.first_key;
+    s.keys_empty.wait(keys_phase ^ 1);
+    keys_phase ^= 1;
+    load_tile_zero_outside(maps.k, s.k_full, s.staging, staging_phase, s.k, key_row, work.head_k,
+                           sequence.batch, begin, end);
+    load_tile_zero_outside(maps.v, s.v_full, s.staging, staging_phase, s.v, key_row, work.head_k,
+                           sequence.batch, begin, end);
 
-  for (int head = work.first_head; head < work.first_head + work.group; ++head) {
-    int64_t const first_slot = workspace.first_slot(sequence, head);
-    for (int block = work.rows.first; block < work.rows.first + work.rows.count;
-         ++block, pipe.next()) {
-      int const row = block * P::kBlockM;
-      // Rows of a tile that see no key, or that are another sequence's, come as zeros.
-      int const rows_begin = max(sequence.first_seeing_row(P::kCausal) - row, 0);
-      int const rows_end =
-          sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM;
-      s.statistics_empty[pipe.stage].wait(pipe.parity() ^ 1);
-      if (elect_one())
-        load_statistics(workspace, first_slot + row, s.statistics_full[pipe.stage],
-                        s.statistics[pipe.stage]);
-      __syncwarp();
-      s.q_empty[pipe.stage].wait(pipe.parity() ^ 1);
-      load_tile_zero_outside(maps.q, s.q_full[pipe.stage], s.staging, staging_phase,
-                             s.q[pipe.stage], sequence.first_q + row, head, sequence.batch,
-                             rows_begin, rows_end);
-      s.dout_empty[pipe.stage].wait(pipe.parity() ^ 1);
-      load_tile_zero_outside(maps.dout, s.dout_full[pipe.stage], s.staging, staging_phase,
-                             s.dout[pipe.stage], sequence.first_q + row, head, sequence.batch,
-                             rows_begin, rows_end);
-    }
-  }
-}
-
-// Adds the consumers' parts of dQ to global memory. Deterministic: key blocks take turns, the last
-// one that a row block sees first, which is also the order in which they are launched.
-template <class P>
-__device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& workspace,
-                         BackwardSmem<P>& s, KeyWork<P> const& work) {
-  constexpr int kPartFloats = 64 * P::kPartColumns;
-  bool const leader = threadIdx.x % kWarpThreads == 0;
-  for (int head = work.first_head; head < work.first_head + work.group; ++head) {
-    int64_t const first_slot = workspace.first_slot(work.sequence, head);
-    for (int block = work.rows.first; block < work.rows.first + work.rows.count; ++block) {
-      int64_t const slot = first_slot + block * P::kBlockM;
-      int32_t* const turn = workspace.turn + slot / P::kBlockM;
-      if (leader) bulk_wait_read<0>();
-      __syncwarp();
-#pragma unroll
-      for (int part = 0; part < P::kConsumers; ++part)
-        barrier_arrive(kQueryGradientEmpty + part, kWarpgroupThreads + kWarpThreads);
-      if (p.deterministic && leader) wait_turn(turn, work.earlier_key_blocks(block));
-#pragma unroll
-      for (int part = 0; part < P::kConsumers; ++part) {
-        barrier_sync(kQueryGradientFull + part, kWarpgroupThreads + kWarpThreads);
-        if (leader) {
-          bulk_reduce_add(workspace.dq + slot * P::kHeadDim + part * kPartFloats,
-                          smem_address(s.dq[part]), kPartFloats * sizeof(float));
-          bulk_commit();
-        }
-      }
-      if (p.deterministic && leader) {
-        bulk_wait<0>();
-        pass_turn(turn);
+    for (int head = work.first_head; head < work.first_head + work.group; ++head) {
+      int64_t const first_slot = workspace.first_slot(sequence, head);
+      for (int block = work.rows.first; block < work.rows.first + work.rows.count;
+           ++block, pipe.next()) {
+        int const row = block * P::kBlockM;
+        // Rows of a tile that see no key, or that are another sequence's, come as zeros.
+        int const rows_begin = max(sequence.first_seeing_row(P::kCausal) - row, 0);
+        int const rows_end =
+            sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM;
+        s.statistics_empty[pipe.stage].wait(pipe.parity() ^ 1);
+        if (elect_one())
+          load_statistics(workspace, first_slot + row, s.statistics_full[pipe.stage],
+                          s.statistics[pipe.stage]);
+        __syncwarp();
+        s.q_empty[pipe.stage].wait(pipe.parity() ^ 1);
+        load_tile_zero_outside(maps.q, s.q_full[pipe.stage], s.staging, staging_phase,
+                               s.q[pipe.stage], sequence.first_q + row, head, sequence.batch,
+                               rows_begin, rows_end);
+        s.dout_empty[pipe.stage].wait(pipe.parity() ^ 1);
+        load_tile_zero_outside(maps.dout, s.dout_full[pipe.stage], s.staging, staging_phase,
+                               s.dout[pipe.stage], sequence.first_q + row, head, sequence.batch,
+                               rows_begin, rows_end);
       }
     }
   }
-  if (leader) bulk_wait<0>();
 }
 
 template <class P>
@@ -106,19 +122,19 @@ __global__ void __launch_bounds__(P::kThreads, 1)
                     BackwardMaps const __grid_constant__ maps) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<BackwardSmem<P>*>(smem_bytes);
-  KeyWork<P> const work(p);
-  if (work.first_key >= work.sequence.length_k) return;
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();
+  wait_for_previous_kernel();
 
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
-    if (work.rows.count > 0 && warp == 0) produce(p, workspace, maps, s, work);
-    if (work.rows.count > 0 && warp == 1) write_dq(p, workspace, s, work);
+    if (warp == 0) produce(p, workspace, maps, s);
+    else if (warp == 1) write_dq(p, workspace, s);
+    else if (workspace.recycled > 0) round_dq(p, workspace, s, warp - 2);
   } else {
     grow_registers<P::Registers::kConsumer>();
-    consume(p, s, work);
+    consume(p, s);
   }
 }
 

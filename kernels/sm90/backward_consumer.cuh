@@ -130,6 +130,7 @@ struct KeyGradients {
 template <class P>
 __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams const& p,
                                            BackwardSmem<P>& s, KeyWork<P> const& work,
+                                           PipelineState<P::kStages>& pipe, uint32_t keys_phase,
                                            int warpgroup, Lane const& lane) {
   constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
   Problem const& problem = p.problem;
@@ -137,9 +138,8 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   float const keep = P::kDropout ? keep_scale(problem.dropout_p) : 1.f;
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
   FirstRows const first_rows(work.sequence, P::kCausal, warp_key + lane.group);
-  PipelineState<P::kStages> pipe;
-  s.k_full.wait(0);
-  s.v_full.wait(0);
+  s.k_full.wait(keys_phase);
+  s.v_full.wait(keys_phase);
 
   for (int head = work.first_head; head < work.first_head + work.group; ++head)
     for (int block = work.rows.first; block < work.rows.first + work.rows.count;
@@ -199,30 +199,56 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
     }
 }
 
+// Rounds 64 keys of dK or dV and writes them, 64 columns (or 32, where 64 do not divide them) at a
+// time. `scratch`: the bytes of dS that this consumer itself writes and that nobody reads now.
 template <class P>
-__device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>& s,
-                                        KeyWork<P> const& work) {
+__device__ __forceinline__ void store_gradient(TensorView const& view, KeyWork<P> const& work,
+                                               float (&acc)[P::kHeadDim / 2], float scale,
+                                               void* scratch, int warpgroup, Lane const& lane,
+                                               int head_dim) {
   using Element = typename P::Element;
+  constexpr int kColumns = P::kHeadDim % 64 == 0 ? 64 : 32;
+  auto const& tile = *static_cast<SmemTile<Element, 64, kColumns> const*>(scratch);
+  Sequence const& sequence = work.sequence;
+  int const key = work.first_key + warpgroup * 64 + lane.warp * 16;
+  Element* const global = row_pointer<Element>(view, sequence, sequence.first_k, key, work.head_k);
+#pragma unroll
+  for (int column = 0; column < P::kHeadDim; column += kColumns) {
+    float part[kColumns / 2];
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) part[i] = acc[column / 2 + i];
+    store_rows(tile, lane.warp * 16, part, scale, scale, global + column, view.stride_seq,
+               sequence.length_k - key, head_dim - column);
+  }
+}
+
+template <class P>
+__device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>& s) {
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
+  PipelineState<P::kStages> pipe;
+  uint32_t keys_phase = 0;
   KeyGradients<P> grad;
-  fill_zero(grad.dk);
-  fill_zero(grad.dv);
-  if (work.rows.count > 0) accumulate(grad, p, s, work, warpgroup, lane);
-
-  // V's memory becomes scratch: nobody reads it any more.
-  barrier_sync(kEpilogue, P::kConsumers * kWarpgroupThreads);
-  int const tile_row = warpgroup * 64 + lane.warp * 16;
-  int const key = work.first_key + tile_row;
-  Sequence const& sequence = work.sequence;
-  auto const store = [&](TensorView const& view, auto const& acc, float scale) {
-    Element* const global =
-        row_pointer<Element>(view, sequence, sequence.first_k, key, work.head_k);
-    store_rows(s.v, tile_row, acc, scale, scale, global, view.stride_seq, sequence.length_k - key,
-               p.problem.head_dim);
-  };
-  store(p.dv, grad.dv, P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f);
-  store(p.dk, grad.dk, p.problem.softmax_scale);
+  ListedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
+  for (Work tile; tiles.next(tile);) {
+    KeyWork<P> const work(p, tile);
+    fill_zero(grad.dk);
+    fill_zero(grad.dv);
+    if (work.rows.count > 0) {
+      accumulate(grad, p, s, work, pipe, keys_phase, warpgroup, lane);
+      release(s.keys_empty);
+      keys_phase ^= 1;
+    }
+    // The other consumer may still read the dS of the last row block, but not the one before it.
+    static_assert(P::kStages == 2, "the next stage is the one before the last");
+    void* const scratch = s.ds[pipe.stage].data + warpgroup * 64 * 64;
+    store_gradient(p.dv, work, grad.dv, P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f,
+                   scratch, warpgroup, lane, p.problem.head_dim);
+    store_gradient(p.dk, work, grad.dk, p.problem.softmax_scale, scratch, warpgroup, lane,
+                   p.problem.head_dim);
+  }
+  // The writer's last word, so that the barrier ends as it began.
+  barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
 }
 
 }  // namespace hf_flashattn::sm90

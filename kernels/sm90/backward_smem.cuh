@@ -7,6 +7,7 @@
 #include "sm90/barriers.cuh"
 #include "sm90/policy.cuh"
 #include "sm90/producer.cuh"
+#include "sm90/scheduler.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -22,13 +23,9 @@ struct KeyWork {
   Sequence sequence;
   RowBlocks<P::kBlockM, P::kBlockN> rows;
 
-  // Grid (key blocks, key heads, sequences). Causal: block 0 sees the most rows and comes first.
-  // Deterministic: later blocks come first, since the earlier ones wait for them; this relies on
-  // CTAs starting in the order of blockIdx, as they do.
-  __device__ __forceinline__ explicit KeyWork(BackwardParams const& p)
-      : head_k(blockIdx.y), group(p.problem.heads_q / p.problem.heads_k),
-        key_block(p.deterministic ? gridDim.x - 1 - blockIdx.x : blockIdx.x),
-        sequence(p.problem, blockIdx.z), rows(sequence, P::kCausal, key_block * P::kBlockN) {
+  __device__ __forceinline__ KeyWork(BackwardParams const& p, Work const& work)
+      : head_k(work.head), group(p.problem.heads_q / p.problem.heads_k), key_block(work.block),
+        sequence(p.problem, work.index), rows(sequence, P::kCausal, key_block * P::kBlockN) {
     first_head = head_k * group;
     first_key = key_block * P::kBlockN;
   }
@@ -40,12 +37,32 @@ struct KeyWork {
   }
 };
 
+// The next number from a counter in global memory, in lane 0 of the warp.
+__device__ __forceinline__ int claim_next(int32_t* counter) {
+  int number = 0;
+  if (threadIdx.x % kWarpThreads == 0) number = atomicAdd(counter, 1);
+  return number;
+}
+
 // What the rows of a block bring besides Q and dO; both are bulk copies from the workspace.
 template <class P>
 struct RowStatistics {
   alignas(128) float lse[P::kBlockM];
   float delta[P::kBlockM];
 };
+
+// Sums of dQ on their way to a rounding warp: pieces of 64 rows x 16 columns, in the consumers'
+// order.
+struct DqPieces {
+  static constexpr int kFloats = 64 * 16, kStages = 2;
+  alignas(128) float data[kStages][kFloats];
+  Mbarrier full[kStages];  // TMA; the rounding warp waits
+};
+constexpr int kRoundingWarps = 2;
+
+// The tiles are read by the writer and the consumer warps.
+template <class P>
+constexpr int kBackwardTileReaders = 1 + P::kConsumers * 4;
 
 template <class P>
 struct BackwardSmem {
@@ -55,23 +72,31 @@ struct BackwardSmem {
   using ValueTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
   using RowTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
   KeyTile k;
-  ValueTile v;  // scratch for dK and dV in the end
+  ValueTile v;
   RowTile q[P::kStages];
   RowTile dout[P::kStages];
-  SmemTile<Element, P::kBlockN, P::kBlockM> ds[2];             // (key, row): dS^T
+  // (key, row): dS^T. Between two tiles the one that nobody reads is scratch for dK and dV.
+  SmemTile<Element, P::kBlockN, P::kBlockM> ds[P::kStages];
   alignas(128) float dq[P::kConsumers][64 * P::kPartColumns];  // (float4, thread) of each consumer
+  DqPieces dq_pieces[kRoundingWarps];
   RowStatistics<P> statistics[P::kStages];
+  TileHandover<kBackwardTileReaders<P>> tiles;
   Mbarrier k_full, v_full;
-  Mbarrier q_full[P::kStages], q_empty[P::kStages];                    // empty: every consumer warp
-  Mbarrier dout_full[P::kStages], dout_empty[P::kStages];              // the same
+  Mbarrier keys_empty;                                     // every consumer warp, done with K and V
+  Mbarrier q_full[P::kStages], q_empty[P::kStages];        // empty: every consumer warp
+  Mbarrier dout_full[P::kStages], dout_empty[P::kStages];  // the same
   Mbarrier statistics_full[P::kStages], statistics_empty[P::kStages];  // empty: consumer threads
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
 };
 
 template <class P>
 __device__ void init_barriers(BackwardSmem<P>& s) {
+  s.tiles.init();
+  for (DqPieces& pieces : s.dq_pieces)
+    for (Mbarrier& full : pieces.full) full.init(1);
   s.k_full.init(1);
   s.v_full.init(1);
+  s.keys_empty.init(P::kConsumers * 4);
   s.staging.init(1);
   for (int stage = 0; stage < P::kStages; ++stage) {
     s.q_full[stage].init(1);
@@ -84,20 +109,24 @@ __device__ void init_barriers(BackwardSmem<P>& s) {
   fence_mbarrier_init();
 }
 
-// Waits until `earlier` key blocks have added to a dQ block, and sees what they wrote.
-__device__ __forceinline__ void wait_turn(int32_t const* turn, int earlier) {
-  int32_t done;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(done) : "l"(turn) : "memory");
-  } while (done < earlier);
-  asm volatile("fence.proxy.async;\n" ::: "memory");
+// Waits until a counter in global memory has come to `count`, and sees what those wrote who
+// counted, by bulk copies too.
+// `nanoseconds`: between two looks, where nobody is in a hurry.
+__device__ __forceinline__ void wait_count(int32_t const* counter, int count,
+                                           uint32_t nanoseconds = 0) {
+  while (true) {
+    int32_t now;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(now) : "l"(counter) : "memory");
+    if (now >= count) break;
+    if (nanoseconds > 0) __nanosleep(nanoseconds);
+  }
+  fence_proxy_async_all();
 }
 
-// After bulk_wait<0>, or a barrier with the threads that added: the sums are in global memory for
-// whoever sees the turn, the next key block may add to them.
-__device__ __forceinline__ void pass_turn(int32_t* turn) {
-  asm volatile("fence.proxy.async;\n" ::: "memory");
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");
+// After bulk_wait<0>, or a barrier with the threads that wrote: whoever sees the count sees that.
+__device__ __forceinline__ void add_count(int32_t* counter) {
+  fence_proxy_async_all();
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
 }
 
 }  // namespace hf_flashattn::sm90

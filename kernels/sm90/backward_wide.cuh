@@ -58,7 +58,9 @@ __global__ void __launch_bounds__(P::kThreads, 1)
                          BackwardMaps const __grid_constant__ maps) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<BackwardWideSmem<P>*>(smem_bytes);
-  KeyWork<P> const work(p);
+  // Grid (key blocks, key heads, sequences); CTAs start in the order of blockIdx.
+  int const key_block = p.deterministic ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  KeyWork<P> const work(p, Work{key_block, int(blockIdx.y), int(blockIdx.z)});
   if (work.first_key >= work.sequence.length_k) return;
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();

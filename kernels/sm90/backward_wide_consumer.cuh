@@ -102,7 +102,7 @@ struct WideConsumer {
     int32_t* const turn = workspace.turn + slot / P::kBlockM;
     float* const global = workspace.dq + slot * P::kHeadDim + thread * 4;
     if (p.deterministic) {
-      if (thread == 0) wait_turn(turn, work.earlier_key_blocks(walk.block));
+      if (thread == 0) wait_count(turn, work.earlier_key_blocks(walk.block));
       barrier_sync(kTurn + W, kWarpgroupThreads);
     }
 #pragma unroll
@@ -120,7 +120,7 @@ struct WideConsumer {
     }
     if (p.deterministic) {
       barrier_sync(kTurn + W, kWarpgroupThreads);
-      if (thread == 0) pass_turn(turn);
+      if (thread == 0) add_count(turn);
     }
   }
 

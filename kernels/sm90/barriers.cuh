@@ -14,8 +14,9 @@ enum ForwardBarrier : int {
 enum BackwardBarrier : int {
   // Both consumer warpgroups arrive and wait: dS is complete in shared memory.
   kScoreGradients = 1,
-  // Both consumer warpgroups arrive and wait: nobody reads V any more (wide heads: K and V), its
-  // memory becomes scratch.
+  // Wide heads: both consumer warpgroups arrive and wait: nobody reads K and V any more, their
+  // memory
+  // becomes scratch.
   kEpilogue = 2,
   // + warpgroup: the consumers arrive when they have written their part of dQ; the writer waits.
   kQueryGradientFull = 3,  // 3, 4

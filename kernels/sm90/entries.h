@@ -15,6 +15,6 @@ Status backward(BackwardParams const& params);
 size_t forward_workspace_bytes(Problem const& problem);
 
 template <int HeadDim>
-size_t backward_workspace_bytes(Problem const& problem);
+size_t backward_workspace_bytes(BackwardParams const& params);
 
 }  // namespace hf_flashattn::sm90

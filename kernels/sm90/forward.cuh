@@ -80,7 +80,7 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
   Work work;
   for (auto tiles = tiles_of_warp(s, scheduler); tiles.next(work);) {
     Sequence const sequence(problem, work.index);
-    int const first_row = work.row_block * P::kBlockM;
+    int const first_row = work.block * P::kBlockM;
     if (first_row >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
     if (blocks.count <= 0) continue;

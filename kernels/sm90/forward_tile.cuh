@@ -96,7 +96,7 @@ struct ConsumerTile {
                                        Lane const& lane) {
     while (tiles.next(work)) {
       Sequence const sequence(p.problem, work.index);
-      int const first_row = work.row_block * P::kBlockM;
+      int const first_row = work.block * P::kBlockM;
       if (first_row >= sequence.length_q) continue;
       ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
       own_row = first_row + warpgroup * 64;
@@ -122,7 +122,7 @@ struct ConsumerTile {
   // Tells ptxas again what it loses track of across tiles. With dropout it then spills less, or not
   // at all; without, more.
   __device__ __forceinline__ void make_uniform() {
-    for (int* value : {&work.row_block, &work.head, &work.index, &own_row, &first, &block,
+    for (int* value : {&work.block, &work.head, &work.index, &own_row, &first, &block,
                        &own.unmasked_begin, &own.unmasked_end})
       *value = warp_uniform(*value);
   }

@@ -1,6 +1,8 @@
 // Tile shapes and register budgets per head dim and direction, and why.
 #pragma once
 
+#include <type_traits>
+
 #include "common/ptx.cuh"
 #include "params.h"
 
@@ -27,6 +29,10 @@ struct RegisterBudget {
                 "the register file fits 2 or 3 consumer warpgroups");
   static constexpr int kProducer = Consumers == 2 ? 24 : 32;
   static constexpr int kConsumer = Consumers == 2 ? 240 : 160;
+};
+
+struct BackwardRegisterBudget {
+  static constexpr int kProducer = 40, kConsumer = 232;
 };
 
 // HeadDim: of the kernel. It serves every smaller multiple of 8 too: TMA fills up with zeros, and
@@ -103,7 +109,9 @@ struct ListedPolicy : P {
 template <int HeadDim, DType Type, bool Causal, bool Dropout, int BlockM>
 struct BackwardTile {
   using Element = typename ElementOf<Type>::type;
-  using Registers = RegisterBudget<2>;
+  // The rounding warps want more than 24; d128 with dropout cannot spare any.
+  using Registers =
+      std::conditional_t<HeadDim == 128 && Dropout, RegisterBudget<2>, BackwardRegisterBudget>;
   static constexpr int kHeadDim = HeadDim;
   static constexpr bool kCausal = Causal;
   static constexpr bool kDropout = Dropout;
@@ -158,5 +166,10 @@ struct BackwardPolicy<256, Type, Causal, Dropout> : BackwardWideTile<256, Type, 
 // Rows of a dQ block: the workspace is laid out in these.
 template <int HeadDim>
 constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockM;
+
+// Keys of a tile where the backward may recycle its sums of dQ (see common/workspace.cuh).
+template <int HeadDim>
+constexpr int kRecyclingKeys =
+    HeadDim > 128 ? 0 : BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockN;
 
 }  // namespace hf_flashattn::sm90

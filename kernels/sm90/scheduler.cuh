@@ -8,7 +8,7 @@
 namespace hf_flashattn::sm90 {
 
 struct Work {
-  int row_block, head, index;  // index: of the sequence in the batch
+  int block, head, index;  // block: of rows, in the backward of keys; index: of the sequence
 };
 
 // Tiles in the order in which the CTAs take them, one each in a step.
@@ -46,7 +46,7 @@ struct TileScheduler {
         int const first = tile / (chunk * row_blocks) * chunk;
         int const size = min(chunk, streams - first), rest = tile - first * row_blocks;
         stream = first + rest % size;
-        work.row_block = row_blocks - 1 - rest / size;
+        work.block = row_blocks - 1 - rest / size;
       } else if constexpr (CanFold) {
         int const half = row_blocks / 2, folded = streams * half;
         int const own = folded > cta ? (folded - cta - 1) / grid + 1 : 0;
@@ -55,12 +55,12 @@ struct TileScheduler {
         if (unit >= folded + streams * (row_blocks % 2)) continue;
         stream = pair ? unit / half : unit - folded;
         int const shorter = pair ? unit % half : half;
-        work.row_block = pair && step % 2 == 0 ? row_blocks - 1 - shorter : shorter;
+        work.block = pair && step % 2 == 0 ? row_blocks - 1 - shorter : shorter;
       } else {
         int const tile = step * grid + cta;
         if (tile >= tiles()) continue;
         stream = tile / row_blocks;
-        work.row_block = tile % row_blocks;
+        work.block = tile % row_blocks;
       }
       work.head = stream % heads;
       work.index = stream / heads;
@@ -90,7 +90,7 @@ constexpr int kTileSlots = 1;
 
 template <int Readers>
 struct TileHandover {
-  alignas(16) int4 slot[kTileSlots];             // row block (-1: no more tiles), head, index
+  alignas(16) int4 slot[kTileSlots];             // block (-1: no more tiles), head, index
   Mbarrier full[kTileSlots], empty[kTileSlots];  // full: the claiming thread; empty: readers
 
   __device__ __forceinline__ void init() {
@@ -138,7 +138,7 @@ struct ListedTiles {
     if (threadIdx.x % kWarpThreads == 0) message = handover.slot[ring.stage];
     // Shuffles and a vote, so that ptxas sees that the whole warp agrees and keeps uniform
     // registers around the loop: without the vote the kernel spills into its main loop at d64.
-    work.row_block = warp_uniform(message.x);
+    work.block = warp_uniform(message.x);
     work.head = warp_uniform(message.y);
     work.index = warp_uniform(message.z);
     release(handover.empty[ring.stage]);

@@ -15,15 +15,16 @@ size_t forward_workspace_bytes(Problem const& p) {
 }
 
 template <int HeadDim>
-size_t backward_workspace_bytes(Problem const& problem) {
-  return BackwardWorkspace(problem, HeadDim, kBackwardBlockM<HeadDim>, nullptr).bytes();
+size_t backward_workspace_bytes(BackwardParams const& params) {
+  return BackwardWorkspace(params, HeadDim, kBackwardBlockM<HeadDim>, kRecyclingKeys<HeadDim>)
+      .bytes();
 }
 
-template size_t backward_workspace_bytes<32>(Problem const&);
-template size_t backward_workspace_bytes<64>(Problem const&);
-template size_t backward_workspace_bytes<96>(Problem const&);
-template size_t backward_workspace_bytes<128>(Problem const&);
-template size_t backward_workspace_bytes<192>(Problem const&);
-template size_t backward_workspace_bytes<256>(Problem const&);
+template size_t backward_workspace_bytes<32>(BackwardParams const&);
+template size_t backward_workspace_bytes<64>(BackwardParams const&);
+template size_t backward_workspace_bytes<96>(BackwardParams const&);
+template size_t backward_workspace_bytes<128>(BackwardParams const&);
+template size_t backward_workspace_bytes<192>(BackwardParams const&);
+template size_t backward_workspace_bytes<256>(BackwardParams const&);
 
 }  // namespace hf_flashattn::sm90

@@ -24,7 +24,7 @@ Status backward(BackwardParams const&) {
 size_t forward_workspace_bytes(Problem const&) { return 0; }
 
 template <int HeadDim>
-size_t backward_workspace_bytes(Problem const&) {
+size_t backward_workspace_bytes(BackwardParams const&) {
   return HeadDim;
 }
 
@@ -41,7 +41,7 @@ void serve() {
     bool const forward = std::strcmp(direction, "forward") == 0;
     Status const status =
         forward ? launch_forward({.problem = p}, nullptr) : launch_backward({.problem = p});
-    std::printf("%s (workspace %zu)\n", status.message, backward_workspace_bytes(p));
+    std::printf("%s (workspace %zu)\n", status.message, backward_workspace_bytes({.problem = p}));
   }
 }
 

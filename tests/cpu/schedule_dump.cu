@@ -4,10 +4,12 @@
 //   tiles SEQLEN_Q HEADS BATCH SMS BLOCK_M CAUSAL FOLD     "row_block,head,index" of each tile
 //   blocks ROWS KEYS CAUSAL KEY_START KEY_LEN              see print_blocks
 //   list UNITS HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS  heads a chunk, "unit,head" of each tile
+//   sums BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC    see print_sums
 //   costs ROWS KEYS CAUSAL                                 "cost,bucket" of each row block
 #include <cstdio>
 #include <cstring>
 
+#include "common/workspace.cuh"
 #include "sm90/scheduler.cuh"
 
 namespace hf_flashattn {
@@ -19,7 +21,7 @@ void print_tiles(Problem const& p, int block_m) {
   for (int cta = 0; cta < grid; ++cta) {
     sm90::Work work;
     for (int step = 0; scheduler.next(step, work, cta, grid);)
-      std::printf("%d,%d,%d ", work.row_block, work.head, work.index);
+      std::printf("%d,%d,%d ", work.block, work.head, work.index);
   }
   std::printf("\n");
 }
@@ -83,6 +85,22 @@ void print_costs(Problem const& p) {
   std::printf("\n");
 }
 
+// "recycled,slots,bytes", then "first sum,first user,last user" of each head of each sequence.
+void print_sums(BackwardParams const& params, int block_m, int block_n) {
+  Problem const& p = params.problem;
+  BackwardWorkspace const workspace(params, 64, block_m, block_n);
+  std::printf("%d,%lld,%zu ", workspace.recycled, (long long)workspace.sum_slots,
+              workspace.bytes());
+  for (int index = 0; index < p.batch; ++index)
+    for (int head = 0; head < p.heads_q; ++head) {
+      Sequence const s(p, index);
+      int const stream = workspace.stream(s, head / workspace.group());
+      std::printf("%lld,%d,%d ", (long long)workspace.first_sum(s, head),
+                  workspace.first_user(stream), workspace.last_user(stream));
+    }
+  std::printf("\n");
+}
+
 void serve() {
   char kind[16];
   while (std::scanf("%15s", kind) == 1) {
@@ -103,6 +121,12 @@ void serve() {
                         &p.total_q, &p.total_k, &p.num_sms);
       p.seqlen_q = p.total_q;
       if (read == 7) print_list(p, units);
+    } else if (std::strcmp(kind, "sums") == 0) {
+      int block_m = 0, block_n = 0, deterministic = 0;
+      read = std::scanf("%d %d %d %d %d %d %d %d %d", &p.batch, &p.heads_q, &p.heads_k, &p.seqlen_q,
+                        &p.seqlen_k, &block_m, &block_n, &p.num_sms, &deterministic);
+      if (read == 9)
+        print_sums({.problem = p, .deterministic = deterministic != 0}, block_m, block_n);
     } else if (std::strcmp(kind, "costs") == 0) {
       read = std::scanf("%d %d %d", &p.seqlen_q, &p.seqlen_k, &causal);
       p.causal = causal;

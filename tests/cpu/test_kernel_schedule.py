@@ -171,3 +171,49 @@ def check_backward(case, key_block: int, backward: list[list[str]]):
     # The last key block of a row block goes first and everyone knows how many came before.
     for block, order in turns.items():
         assert order == list(range(len(order)))[::-1], (case, block, order)
+
+
+def test_sums_of_dq_are_recycled_by_streams_that_are_far_apart(dump):
+    cases = list(
+        itertools.product(
+            (1, 7, 64), ((1, 1), (12, 12), (8, 2)), (1, 130, 1024), (1, 130, 1024), (64, 128),
+            (4, 132),
+        )
+    )  # fmt: skip
+    requests = [
+        f"sums {batch} {heads} {heads_k} {rows} {keys} {block_m} 128 {sms} 0"
+        for batch, (heads, heads_k), rows, keys, block_m, sms in cases
+    ]
+    some_recycled = False
+    for case, (facts, *heads) in zip(cases, dump(requests), strict=True):
+        batch, (heads_q, heads_k), rows, keys, block_m, sms = case
+        recycled, slots, total = map(int, facts.split(","))
+        some_recycled |= recycled > 0
+        padded, group = -(-rows // block_m) * block_m, heads_q // heads_k
+        streams, key_blocks = batch * heads_k, -(-keys // 128)
+        together = recycled or streams
+        assert slots == together * group * padded
+        # Every CTA has a tile of a newer stream, and another, before memory is needed again.
+        assert recycled == 0 or (recycled - 1) * key_blocks >= 4 * sms, case
+        assert total >= 4 * (slots * 64 + 2 * streams * group * padded)
+        first, users = {}, {}
+        for number, text in enumerate(heads):
+            start, is_first, is_last = map(int, text.split(","))
+            stream = number // group  # heads of a sequence, sequence by sequence
+            assert start % padded == 0 and start + padded <= slots
+            assert is_first == (stream < together) and is_last == (stream + together >= streams)
+            users.setdefault(start, []).append(stream)
+            first[number] = start
+        assert len(set(first.values())) == together * group
+        for of_same_memory in users.values():
+            gaps = {b - a for a, b in itertools.pairwise(of_same_memory)}
+            assert gaps <= {together}, case
+    assert some_recycled
+
+
+def test_sums_are_not_recycled_when_they_take_turns(dump):
+    (facts, *_), (taking_turns, *_) = dump(
+        [f"sums 64 12 12 512 512 128 128 132 {flag}" for flag in (0, 1)]
+    )
+    assert int(facts.split(",")[0]) == 133
+    assert taking_turns.split(",")[:2] == ["0", str(64 * 12 * 512)]

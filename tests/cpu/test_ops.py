@@ -276,7 +276,7 @@ namespace hf_flashattn {
 Status launch_forward(ForwardParams const&, void*) { return {"stub"}; }
 Status launch_backward(BackwardParams const&) { return {"stub"}; }
 size_t forward_workspace_bytes(Problem const&) { return 0; }
-size_t backward_workspace_bytes(Problem const&) { return 0; }
+size_t backward_workspace_bytes(BackwardParams const&) { return 0; }
 Status check_supported(Problem const&) { return {""}; }
 }  // namespace hf_flashattn
 """

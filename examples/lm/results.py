@@ -21,6 +21,7 @@ PACKAGES = (
     "datasets",
     "evaluate",
     "tokenizers",
+    "liger_kernel",
 )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -34,12 +36,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = _parser().parse_args(argv)
     args.on_gpu = torch.cuda.is_available() and not args.cpu
     args.attentions = options.attentions_of(args)
-    options.fill(
-        args,
-        _on_gpu(args) if args.on_gpu else {},
-        CPU_DEFAULTS,
-        GPU_DEMO if args.on_gpu else CPU_DEMO,
-    )
+    demo = (GPU_DEMO if args.on_gpu else CPU_DEMO) if args.demo else None
+    options.fill(args, _on_gpu(args) if args.on_gpu else {}, CPU_DEFAULTS, demo)
     options.check(args, ("tokens", "tokens_per_step", "eval_window"))
     if args.context < 2:
         raise bad("context", "at least 2 tokens", args.context)
@@ -50,7 +48,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.eval_window and args.eval_window % args.context:
         raise bad("eval_window", f"a multiple of --context {args.context}", args.eval_window)
     if args.output is None:
-        args.output = options.default_output(args)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args.output = Path(f"runs/demo-{stamp}") if args.demo else options.default_output(args)
     return args
 
 
@@ -121,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         help="over all processes; --accumulate and, if need be, --batch-size follow from it",
     )
     add = options.add_output(parser, "blocks")
+    add("--demo", action="store_true", help="two minutes that show everything")
     add(
         "--eval-window",
         type=int,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,6 @@ def add_output(parser: argparse.ArgumentParser, rows: str) -> Any:
         help="go on from the newest checkpoint in --output, or from this one",
     )
     add("--overwrite", action="store_true", help="replace an earlier run in --output")
-    add("--demo", action="store_true", help="two minutes that show everything")
     return add
 
 
@@ -131,7 +129,7 @@ def fill(
     args: argparse.Namespace,
     on_gpu: Mapping[str, Any],
     on_cpu: Mapping[str, Any],
-    demo: Mapping[str, Any],
+    demo: Mapping[str, Any] | None = None,
 ) -> None:
     """Gives every option that was not given its default, which may depend on the device."""
     defaults = dict(on_gpu if args.on_gpu else on_cpu)
@@ -139,7 +137,7 @@ def fill(
     defaults["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION") or (
         "bf16" if args.on_gpu else "no"
     )
-    if args.demo and args.steps is None:
+    if demo and args.steps is None:
         defaults |= demo
     timed = args.max_seconds or defaults.get("max_seconds")
     defaults["steps"] = UNLIMITED if timed and not args.compare else 50 if args.compare else 300
@@ -180,9 +178,7 @@ def attentions_of(args: argparse.Namespace) -> list[str]:
 
 def default_output(args: argparse.Namespace) -> Path:
     name = "-vs-".join(args.attentions)
-    return Path("runs") / (
-        f"demo-{time.strftime('%Y%m%d-%H%M%S')}" if args.demo else f"{args.size}-{name}"
-    )
+    return Path("runs") / f"{args.size}-{name}"
 
 
 def size_of(args: argparse.Namespace, sizes: Mapping[str, Size]) -> Size:

@@ -128,9 +128,13 @@ class BatchOrder:
 
     def step(self, step: int) -> np.ndarray:
         """Block numbers of `step`, int64, shape (per_step,)."""
-        positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
-        epochs, offsets = np.divmod(positions, self.blocks)
-        return np.array([self._epoch(e)[o] for e, o in zip(epochs, offsets, strict=True)])
+        first = step * self.per_step
+        return np.array([self.at(position) for position in range(first, first + self.per_step)])
+
+    def at(self, position: int) -> int:
+        """The block number at a position of the whole run."""
+        epoch, offset = divmod(int(position), self.blocks)
+        return int(self._epoch(epoch)[offset])
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:

@@ -175,8 +175,6 @@ class Run:
         )
         if self.checkpoint:
             self.say(f"resumed    {self.checkpoint.name}, step {self.resumed_at}")
-        else:
-            trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         for callback in trainer.callback_handler.callbacks:
             report = getattr(callback, "report", report)
@@ -184,7 +182,6 @@ class Run:
         if watch.evaluations[-1]["step"] != steps:
             trainer.evaluate()
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-        _require_finite(logged)
         seconds = watch.progress.seconds_per_step()
         rows = recipe.per_step(self.processes)
         per_row = self.rows.statistics["train_tokens"] / self.rows.statistics["train_rows"]
@@ -260,8 +257,12 @@ class Run:
                 remove_unused_columns=False,
                 dataloader_num_workers=args.workers,
                 logging_steps=args.log_every,
+                logging_nan_inf_filter=False,  # Watch stops at such a loss
                 eval_strategy="steps" if every else "no",
                 eval_steps=every,
+                # evaluate() before train() would prepare the model without DDP, and training would
+                # leave it so: each process for itself.
+                eval_on_start=self.checkpoint is None,
                 save_strategy="steps" if args.save_every else "no",
                 save_steps=args.save_every or 500,
                 save_total_limit=checkpoints.KEEP,
@@ -336,16 +337,6 @@ def _metrics(prediction: EvalPrediction) -> dict[str, float]:
         "accuracy": correct / tokens,
         "tokens": int(tokens),
     }
-
-
-def _require_finite(logged: list[dict[str, float]]) -> None:
-    for entry in logged:
-        if not math.isfinite(entry["loss"]):
-            raise UsageError(
-                "a finite loss",
-                f"{entry['loss']} at step {entry['step']}",
-                "a lower --lr, more --warmup, or --mixed-precision bf16 instead of fp16",
-            )
 
 
 if __name__ == "__main__":

@@ -224,9 +224,10 @@ class Run:
             else "all of them"
         )
         self.say("\n" + "\n".join(results.training_lines(run, ran, stopped)))
+        weights = accelerator.get_state_dict(trainee.model)  # of all processes, if it is cut up
         if accelerator.is_main_process:
             model = accelerator.unwrap_model(trainee.model, keep_torch_compile=False)
-            model.save_pretrained(args.output / command.MODEL)
+            model.save_pretrained(args.output / command.MODEL, state_dict=weights)
             self.tokenizer.save_pretrained(args.output / command.MODEL)
         accelerator.free_memory()
         return {"kind": "training", "runs": {attention: run}}

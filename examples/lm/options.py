@@ -231,6 +231,12 @@ def check(args: argparse.Namespace, more_positive: Iterable[str] = ()) -> None:
             "both",
             "compare in one go, or train one --attention with checkpoints",
         )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not args.on_gpu:
+        raise UsageError(
+            "GPUs for FSDP: on CPUs accelerate ignores it, and trains by DDP in silence",
+            "--cpu" if args.cpu else "no GPU",
+            "examples/accelerate/ddp.yaml on a CPU",
+        )
     if args.liger and not args.on_gpu:
         raise UsageError(
             "a GPU for --liger, whose kernels are Triton's",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ def held_out_perplexity(
     width = held_out.shape[1] - 1 if whole else context - 1
     numbers = np.arange(min(limit, len(held_out)))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    # DDP and FSDP communicate in a forward: all processes do as many, some of them for nothing.
+    share = math.ceil(len(numbers) / accelerator.num_processes)
+    real, mine = len(mine), np.concatenate([mine, numbers[: share - len(mine)]])
     sums, rows = np.zeros(width), 0  # of the loss at each position
     nll: list[float] = []
     for start in range(0, len(mine), batch_size):
@@ -48,11 +52,8 @@ def held_out_perplexity(
             if whole
             else fetch(held_out, chosen, accelerator.device)
         )  # (B, width + 1)
-        losses = (
-            torch.cat([_losses(model, *part) for part in _blocks(tokens, context)], 1)
-            .double()
-            .cpu()
-        )
+        losses = torch.cat([_losses(model, *part) for part in _blocks(tokens, context)], 1)
+        losses = losses[: max(real - start, 0)].double().cpu()
         nll += losses.sum(1).tolist()
         sums += losses.sum(0).numpy()
         rows += len(losses)

@@ -69,12 +69,7 @@ class Progress:
             UsageError: a loss is not finite.
         """
         for loss in (loss.item() for loss in self.pending):
-            if not math.isfinite(loss):
-                raise UsageError(
-                    "a finite loss",
-                    f"{loss} at step {len(self.losses) + 1}",
-                    "a lower --lr, more --warmup, or --mixed-precision bf16 instead of fp16",
-                )
+            require_finite(loss, len(self.losses) + 1)
             self.losses.append(loss)
         self.pending.clear()
 
@@ -84,6 +79,16 @@ class Progress:
             (first, start), (last, end) = self.marks[0], self.marks[-1]
             return (end - start) / (last - first)
         return self.seconds / max(self.step, 1)
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Raises UsageError for infinity and NaN."""
+    if not math.isfinite(loss):
+        raise UsageError(
+            "a finite loss",
+            f"{loss} at step {step}",
+            "a lower --lr, more --warmup, or --mixed-precision bf16 instead of fp16",
+        )
 
 
 @dataclass

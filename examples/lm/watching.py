@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lm import checkpoints
-from lm.training import FLUSH_EVERY, Progress
+from lm.training import FLUSH_EVERY, Progress, require_finite
 
 
 class Watch(TrainerCallback):
@@ -65,6 +65,16 @@ class Watch(TrainerCallback):
         # At synchronised steps alone: all processes ask at the same one.
         if synced and self.max_seconds and self.slowest(progress.seconds) >= self.max_seconds:
             control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        require_finite((logs or {}).get("loss", 0.0), state.global_step)
 
     def on_evaluate(
         self,

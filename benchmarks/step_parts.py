@@ -14,7 +14,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,15 @@ def mark(model: nn.Module) -> list[Any]:
 
 def time_parts(events: Sequence[FunctionEvent], on_gpu: bool) -> dict[str, float]:
     """Milliseconds of each part, from the profiler's events of any number of steps."""
+    times: dict[str, float] = defaultdict(float)
+    for event, part in parts_of(events):
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        times[part] += spent / 1e3
+    return {part: times.get(part, 0.0) for part in PARTS}
+
+
+def parts_of(events: Sequence[FunctionEvent]) -> Iterator[tuple[FunctionEvent, str]]:
+    """Every operator with the part it belongs to."""
     cpu = [event for event in events if event.device_type == DeviceType.CPU]
     forward: dict[int, str] = {}
     # Operators without a gradient bear the number of the next one that has one: the last counts.
@@ -108,17 +117,14 @@ def time_parts(events: Sequence[FunctionEvent], on_gpu: bool) -> dict[str, float
         part = _mark_around(event)
         if event.sequence_nr >= 0 and part is not None and not _backward_around(event):
             forward[event.sequence_nr] = part
-    times: dict[str, float] = defaultdict(float)
     for event in cpu:
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if not spent or event.name.startswith((MARK, "ProfilerStep")):
+        if event.name.startswith((MARK, "ProfilerStep")):
             continue
         part = _mark_around(event)
-        if part is None:
-            engine = _backward_around(event)
-            part = forward.get(engine.sequence_nr) if engine is not None else None
-        times[part or "other"] += spent / 1e3
-    return {part: times.get(part, 0.0) for part in PARTS}
+        engine = _backward_around(event)
+        if part is None and engine is not None:
+            part = forward.get(engine.sequence_nr)
+        yield event, part or "other"
 
 
 def _mark_around(event: FunctionEvent) -> str | None:

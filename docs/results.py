@@ -2,9 +2,9 @@
 
     python docs/results.py
 
-A row is a claim, a command and the JSON files that it leaves in benchmarks/results. Rows whose files
-are not there say so. The numbers come from the files alone; this script has none of its own but the
-paper's (Dao et al. 2022, arXiv:2205.14135).
+A row is a claim, a command and the JSON files that it leaves in benchmarks/results. Rows whose
+files are not there say so. The numbers come from the files alone; this script has none of its own
+but the paper's (Dao et al. 2022, arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Row:
     """`measured` makes a cell of the files that exist; None where they lack what it needs."""
 
     claim: str
-    pattern: str  # of the JSON files
+    patterns: str  # of the JSON files, with spaces between
     command: str
     measured: Callable[[list[Json]], str | None]
 
@@ -84,16 +84,20 @@ def overlay(files: list[Json]) -> str | None:
 
 
 def perplexity_by_context(files: list[Json]) -> str | None:
-    found: dict[int, dict[int, float]] = defaultdict(dict)
+    """Mean and standard deviation over the seeds, for every size and context."""
+    found: dict[tuple, dict[int, float]] = defaultdict(dict)
     for file in files:
+        settings = file["settings"]
+        key = tuple(settings[name] for name in ("layers", "hidden", "context"))
         for run in file["runs"].values():
-            settings = file["settings"]
-            found[settings["context"]][settings["seed"]] = run["perplexities"][-1]["perplexity"]
+            found[key][settings["seed"]] = run["perplexities"][-1]["perplexity"]
     lines = []
-    for context, scores in sorted(found.items()):
+    for (layers, hidden, context), scores in sorted(found.items()):
         spread = f" +- {statistics.stdev(scores.values()):.2f}" if len(scores) > 1 else ""
         mean = statistics.fmean(scores.values())
-        lines.append(f"{context}: {mean:.2f}{spread} ({len(scores)} seed(s))")
+        lines.append(
+            f"{layers} x {hidden}, context {context}: {mean:.2f}{spread}, {len(scores)} seed(s)"
+        )
     return _lines(lines)
 
 
@@ -198,12 +202,12 @@ GRID = (
 )
 GPT2 = (
     "python examples/train_gpt2.py --corpus DIR --tokenizer DIR/gpt2 --size mini --context {N} "
-    "--tokens 105000000 --tokens-per-step 65536 --eval-window 8192 --lr 1e-3 --liger --seed {S} "
+    "--tokens 105000000 --tokens-per-step 65536 --eval-window 8192 --lr 1e-3 --seed {S} "
     "--json benchmarks/results/gpt2_context_{N}_seed_{S}.json"
 )
 BERT = (
-    "python examples/train_bert.py --corpus DIR --attention {A} --batching {B} --steps 20000 "
-    "--eval-every 200 --target-accuracy 0.5 --max-seconds 500 "
+    "python examples/train_bert.py --corpus DIR --size mini --attention {A} --batching {B} "
+    "--steps 5000 --eval-every 100 --eval-blocks 512 --target-accuracy 0.5 --max-seconds 500 "
     "--json benchmarks/results/bert_accuracy_{A}_{B}.json"
 )
 ROWS = (
@@ -228,7 +232,7 @@ ROWS = (
     ),
     Row(
         "BERT-large trains 15 % faster than MLPerf 1.1's record (table 1)",
-        "bert_large.json",
+        "training_step.json bert_large.json",
         f"{STEP} --models bert-large --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad "
         "--json benchmarks/results/bert_large.json",
         speed("bert-large"),
@@ -240,7 +244,7 @@ ROWS = (
         time_to_accuracy,
     ),
     Row(
-        "the same perplexity and loss curve as the baseline (table 2, figure 4)",
+        "the same perplexity and loss curve as the baseline (table 2, appendix E)",
         "training_step.json",
         f"{STEP} --overlay-steps 300 --json benchmarks/results/training_step.json",
         overlay,
@@ -265,7 +269,7 @@ ROWS = (
         memory,
     ),
     Row(
-        "sequences of 64k tokens (section 4.2, Path-256)",
+        "sequences of 64k tokens (section 4.3)",
         "limits.json",
         "python benchmarks/limits.py --json benchmarks/results/limits.json",
         longest_sequence,
@@ -305,7 +309,7 @@ def page(folder: Path) -> str:
 
 
 def _table_row(row: Row, folder: Path) -> str:
-    paths = sorted(folder.glob(row.pattern))
+    paths = sorted(path for pattern in row.patterns.split() for path in folder.glob(pattern))
     files, cell = [], None
     for path in paths:
         try:
@@ -317,7 +321,7 @@ def _table_row(row: Row, folder: Path) -> str:
             cell = row.measured(files)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"expected in {row.pattern} what {row.command} writes, got "
+                f"expected in {row.patterns} what {row.command} writes, got "
                 f"{type(error).__name__}: {error}; run it again"
             ) from error
     if cell is None:

@@ -165,7 +165,7 @@ class Run:
     def _train(self, attention: str) -> dict[str, Any]:
         args, recipe = self.args, self.recipe
         model = self._model(attention)
-        trainer, report, watch = self._trainer(attention, model)
+        trainer, watch = self._trainer(attention, model)
         trainer.accelerator.wait_for_everyone()  # an earlier run is removed
         self.say(
             f"model      BERT with {parameter_count(model) / 1e6:.1f} M parameters,"
@@ -176,8 +176,8 @@ class Run:
         if self.checkpoint:
             self.say(f"resumed    {self.checkpoint.name}, step {self.resumed_at}")
         trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        for callback in trainer.callback_handler.callbacks:
-            report = getattr(callback, "report", report)
+        callbacks = trainer.callback_handler.callbacks
+        report = next((c.report for c in callbacks if hasattr(c, "report")), None)
         steps = trainer.state.global_step
         if watch.evaluations[-1]["step"] != steps:
             trainer.evaluate()
@@ -219,18 +219,17 @@ class Run:
 
     def _trainer(
         self, attention: str, model: transformers.BertForMaskedLM
-    ) -> tuple[transformers.Trainer, Any, Watch]:
-        """The Trainer, the report where it is known already, and the callback that watches."""
-        args, recipe, report = self.args, self.recipe, None
+    ) -> tuple[transformers.Trainer, Watch]:
+        args, recipe = self.args, self.recipe
         options: dict[str, Any] = {}
         kind, arguments = transformers.Trainer, transformers.TrainingArguments
-        if attention == "hf_flashattn" and args.batching == "unpadded":
-            report = with_attention(model, attention, args.strict, unpad=True)
-        elif attention == "hf_flashattn":
+        if attention == "hf_flashattn":
             from hf_flashattn.trainer import Trainer as kind
             from hf_flashattn.trainer import TrainingArguments as arguments
 
             options["flash_attention"] = "strict" if args.strict else "on"
+            if args.batching == "unpadded":
+                options["flash_attention_unpad"] = True
         every = args.eval_every
         packed = args.batching == "packed"
         watch = Watch(self.settings, args.max_seconds, args.target_accuracy, self.evaluations)
@@ -283,7 +282,7 @@ class Run:
         watch.slowest = lambda seconds: max(gather_object([seconds]))
         if trainer.pop_callback(transformers.ProgressCallback):
             trainer.add_callback(Bar)
-        return trainer, report, watch
+        return trainer, watch
 
     # ---- comparison ------------------------------------------------------------------------------
 

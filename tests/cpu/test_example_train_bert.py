@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 torch = pytest.importorskip("torch")
 datasets = pytest.importorskip("datasets")
+hf_flashattn = pytest.importorskip("hf_flashattn")
 pytest.importorskip("evaluate")
 
 import numpy as np  # noqa: E402
@@ -24,6 +27,10 @@ from example_helpers import refused, results, write_documents  # noqa: E402
 from lm import model as lm_model  # noqa: E402
 from lm.bert import IGNORED, SIZES, bert_config, make_bert, score_rows  # noqa: E402
 from lm.corpus import local_files, split_documents  # noqa: E402
+from lm.failures import UsageError  # noqa: E402
+from lm.fused_loss import require_liger  # noqa: E402
+from lm.gpt2 import SIZES as GPT2_SIZES  # noqa: E402
+from lm.gpt2 import gpt2_config, make_gpt2  # noqa: E402
 from lm.masking import (  # noqa: E402
     Collator,
     MaskedRows,
@@ -37,6 +44,9 @@ from lm.tokenizer import get_masking_tokenizer  # noqa: E402
 from transformers import BertForMaskedLM  # noqa: E402
 
 CONTEXT = 32
+BATCHINGS = ["padded", "packed"]
+if "unpad" in inspect.signature(hf_flashattn.patch_model).parameters:
+    BATCHINGS.append("unpadded")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +157,6 @@ def test_masks_are_those_of_bert_and_depend_on_seed_and_row_alone(rows, tokenize
 def test_packed_pieces_do_not_see_each_other(rows, tokenizer):
     """Logits of a packed batch, by position_ids and by a mask, are those of the pieces alone."""
     batch = batch_of(rows, tokenizer, packed=True)
-    hf_flashattn = pytest.importorskip("hf_flashattn")
     model = tiny_bert(tokenizer).eval()
     expected = []
     for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
@@ -161,6 +170,54 @@ def test_packed_pieces_do_not_see_each_other(rows, tokenizer):
     hf_flashattn.patch_model(model, strict=True)
     read = {k: batch[k] for k in keys[:2]}
     assert (model(**read).logits.flatten(0, 1) - expected).abs().max() < 1e-4
+
+
+def liger_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Its call, by PyTorch, as its kernels need a GPU. Returns the shapes it will have seen."""
+    seen = []
+
+    class Loss:
+        def __init__(self, accum_dtype):
+            assert accum_dtype == torch.float32
+
+        def __call__(self, weight, hidden, labels, bias=None):
+            seen.append(tuple(hidden.shape))
+            logits = torch.nn.functional.linear(hidden, weight, bias)
+            return torch.nn.functional.cross_entropy(logits, labels)
+
+    module = types.ModuleType("liger_kernel.transformers")
+    module.LigerFusedLinearCrossEntropyLoss = Loss
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+    return seen
+
+
+def test_ligers_loss_is_the_models_own(rows, tokenizer, monkeypatch):
+    seen = liger_on_a_cpu(monkeypatch)
+    batch = batch_of(rows, tokenizer, packed=False)
+    config = gpt2_config(GPT2_SIZES["tiny"], 200, CONTEXT, 0.0)
+    ids = batch["input_ids"]
+    for make, given, of, tokens in (
+        (make_bert, batch, tiny_bert(tokenizer).config, len(batch["label_positions"])),
+        (make_gpt2, {"input_ids": ids, "labels": ids}, config, ids[:, 1:].numel()),
+    ):
+        losses, gradients = [], []
+        for liger in (False, True):
+            model = lm_model.random_model(lambda c, m=make, f=liger: m(c, f), of, "sdpa", 0).train()
+            output = model(**given)
+            output.loss.backward()
+            losses.append(output.loss.item())
+            gradients.append([p.grad for p in model.parameters()])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5) and output.logits is None
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(*gradients, strict=True))
+        assert seen.pop() == (tokens, 64) and not seen
+        assert model.eval()(input_ids=ids).logits.shape[:2] == ids.shape
+
+
+def test_without_liger_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(UsageError, match="pip install liger-kernel"):
+        require_liger()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -201,7 +258,7 @@ def test_scores_are_summed_by_row():
 # ---- the command line ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batching", ["padded", "packed"])
+@pytest.mark.parametrize("batching", BATCHINGS)
 def test_a_run_learns_and_leaves_its_results(run, tmp_path: Path, batching, capsys):
     options = ("--steps", 60, "--lr", 5e-3, "--eval-every", 30, "--batching", batching)
     assert run(tmp_path / "out", *options, "--attention", "hf_flashattn") == 0
@@ -219,11 +276,12 @@ def test_a_run_learns_and_leaves_its_results(run, tmp_path: Path, batching, caps
     assert model.config.architectures == ["BertForMaskedLM"]
 
 
-@pytest.mark.parametrize("batching", ["padded", "packed"])
+@pytest.mark.parametrize("batching", BATCHINGS)
 def test_attentions_train_alike(run, tmp_path: Path, batching):
     losses = []
     for attention in ("eager", "hf_flashattn"):
-        options = ("--attention", attention, "--batching", batching, "--accumulate", 2)
+        own = "padded" if (attention, batching) == ("eager", "unpadded") else batching
+        options = ("--attention", attention, "--batching", own, "--accumulate", 2)
         assert run(tmp_path / attention, *options) == 0
         losses.append(results(tmp_path / attention)["runs"][attention]["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -254,7 +312,7 @@ def test_resume_reaches_the_same_loss(run, tmp_path: Path, capsys):
     assert "a complete checkpoint" in refused(capsys, run(halves, *options, "--resume"))
 
 
-@pytest.mark.parametrize("batching", ["padded", "packed"])
+@pytest.mark.parametrize("batching", BATCHINGS)
 def test_comparison_writes_ratios_and_a_plot(run, tmp_path: Path, batching):
     options = ("--compare", "eager,sdpa,hf_flashattn", "--batching", batching, "--dropout", 0)
     assert run(tmp_path / "out", *options) == 0
@@ -305,7 +363,6 @@ def test_refuses(run, tmp_path: Path, capsys, options, expected):
 
 
 def test_refuses_to_unpad_with_a_package_that_can_not(run, tmp_path: Path, capsys, monkeypatch):
-    hf_flashattn = pytest.importorskip("hf_flashattn")
     monkeypatch.setattr(hf_flashattn, "patch_model", lambda model, *, strict=False: None)
     code = run(tmp_path / "out", "--batching", "unpadded", "--attention", "hf_flashattn")
     assert "has no such argument" in refused(capsys, code)

@@ -168,7 +168,11 @@ def measure(current: Contender, batches: list[dict[str, Any]], warmup: int) -> d
     steps = len(batches) - warmup
     events = profiler.events()
     parts = {part: ms / steps for part, ms in time_parts(events, on_gpu).items()}
-    kernels = sum(e.self_device_time_total for e in events if e.device_type == DeviceType.CUDA)
+    kernels = sum(
+        event.self_device_time_total
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(MARK)
+    )
     return {
         "parts_ms": parts,
         "sum_ms": sum(parts.values()),

@@ -10,8 +10,12 @@ warm-up, by CUDA events around the whole step (forward, loss, backward, clip, op
 memory is that of one attention alone: its weights and optimizer state plus what its step allocates.
 
 gpt2         GPT-2 small, 16 x 1024 random tokens, next-token loss
+gpt2-medium  the same, 24 layers of 1024
 bert-large   BERT-large, 32 x 512 with lengths uniform in 128..512, right-padded, masked-token loss
              on 15 % of the real tokens; tokens/s counts real tokens
+
+--contexts 512,1024,2048,4096,8192 measures the GPT-2 models at each of these lengths, at --tokens a
+step; an attention that runs out of memory is left out there, and the JSON says so.
 
 --overlay-steps N trains GPT-2 small for N steps with eager and hf_flashattn, same weights, same
 batches: the bytes of the standard library's .py files as tokens, so that nothing but Python is
@@ -30,7 +34,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,10 +65,12 @@ class Shape:
 
 SHAPES = {
     "gpt2": Shape(12, 768, 12, 50257, 16, 1024, 1024),
+    "gpt2-medium": Shape(24, 1024, 16, 50257, 16, 1024, 1024),
     "bert-large": Shape(24, 1024, 16, 30522, 32, 512, 128),
 }
 TINY = {  # same code on a CPU within seconds
     "gpt2": Shape(2, 64, 1, 512, 2, 32, 32),
+    "gpt2-medium": Shape(3, 64, 1, 512, 2, 32, 32),
     "bert-large": Shape(2, 64, 1, 512, 2, 32, 8),
 }
 
@@ -102,7 +108,7 @@ class Contender:
 def make_model(name: str, shape: Shape, attention: str, seed: int) -> torch.nn.Module:
     """Random weights that depend on the seed alone; `attention` is one of Transformers' own."""
     torch.manual_seed(seed)
-    if name == "gpt2":
+    if name.startswith("gpt2"):
         config = GPT2Config(
             vocab_size=shape.vocab,
             n_positions=shape.length,
@@ -160,7 +166,7 @@ def random_batch(name: str, shape: Shape, generator: torch.Generator) -> Batch:
     """Token ids (batch, length), and for BERT the padding mask and the labels, on the CPU."""
     size = (shape.batch, shape.length)
     ids = torch.randint(5, shape.vocab, size, generator=generator)
-    if name == "gpt2":
+    if name.startswith("gpt2"):
         return {"input_ids": ids, "labels": ids.clone()}
     lengths = torch.randint(shape.shortest, shape.length + 1, (shape.batch, 1), generator=generator)
     real = torch.arange(shape.length) < lengths  # (batch, length)
@@ -235,6 +241,13 @@ def benchmark(
         contender(name, shape, attention, args.seed, device, compiled) for attention in attentions
     ]
     generator = torch.Generator().manual_seed(args.seed)
+    missing: dict[str, dict[str, Any]] = {}
+    if args.contexts:
+        contenders, missing = leave_out_what_does_not_fit(
+            contenders, random_batch(name, shape, generator), device
+        )
+    if not contenders:
+        return missing
     tokens = measure(
         contenders,
         lambda: random_batch(name, shape, generator),
@@ -244,7 +257,37 @@ def benchmark(
         args.seed,
     )
     baseline = statistics.median(contenders[0].milliseconds)
-    return {c.name: _summary(c, tokens, shape.batch, baseline) for c in contenders}
+    return {c.name: _summary(c, tokens, shape.batch, baseline) for c in contenders} | missing
+
+
+def leave_out_what_does_not_fit(
+    contenders: list[Contender], batch: Batch, device: torch.device
+) -> tuple[list[Contender], dict[str, dict[str, Any]]]:
+    """Those that can make a step beside the others, and a record of those that can not."""
+    fitting, missing = [], {}
+    batch = {key: value.to(device) for key, value in batch.items()}
+    while contenders:
+        current = contenders.pop(0)
+        try:
+            current.step(batch)
+            fitting.append(current)
+        except torch.cuda.OutOfMemoryError as error:
+            missing[current.name] = {"out_of_memory": str(error).splitlines()[0]}
+        if current.name in missing:  # outside of except: the traceback holds the activations
+            del current
+            _free(device)
+    return fitting, missing
+
+
+def shapes_of(name: str, args: argparse.Namespace) -> list[Shape]:
+    """One, or for GPT-2 one for each of --contexts."""
+    shape = (TINY if args.tiny else SHAPES)[name]
+    if not args.contexts or not name.startswith("gpt2"):
+        return [shape]
+    return [
+        replace(shape, batch=max(1, args.tokens // context), length=context, shortest=context)
+        for context in args.contexts
+    ]
 
 
 def standard_library_bytes(limit: int = 2**25) -> torch.Tensor:
@@ -320,13 +363,18 @@ def table(name: str, shape: Shape, compiled: bool, runs: dict[str, dict[str, Any
         f"{'x ' + first:>10}",
     ]
     for label, run in runs.items():
+        if "out_of_memory" in run:
+            rows.append(f"  {label:<14}out of memory")
+            continue
         times = run["step_ms"]
         rows.append(
             f"  {label:<14}{times['median']:>9.1f}{times['p10']:>9.1f}{times['p90']:>9.1f}"
             f"{run['tokens_per_second']:>12,.0f}{run['peak_memory_gib'] or 0:>10.1f}"
             f"{run['speedup']:>10.2f}"
         )
-    rows += [f"  {label} ran on {run['ran_on']}" for label, run in runs.items() if run["ran_on"]]
+    rows += [
+        f"  {label} ran on {run['ran_on']}" for label, run in runs.items() if run.get("ran_on")
+    ]
     return "\n".join(rows)
 
 
@@ -379,6 +427,10 @@ def _names(given: str, known: Sequence[str], flag: str) -> list[str]:
     return names
 
 
+def _integers(given: str) -> list[int]:
+    return [int(part) for part in given.split(",")]
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="gpt2,bert-large")
@@ -386,6 +438,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", choices=("no", "yes", "both"), default="no")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
     parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument(
+        "--contexts", type=_integers, default=[], metavar="N,N,...", help="lengths of GPT-2"
+    )
+    parser.add_argument("--tokens", type=int, default=2**15, help="of a step, with --contexts")
     parser.add_argument("--overlay-steps", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: for tests")
@@ -405,7 +461,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     on_gpu = torch.cuda.is_available() and not args.cpu
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    shapes = TINY if args.tiny else SHAPES
     outcome: dict[str, Any] = environment(device) | {
         "kind": "training_step",
         "seed": args.seed,
@@ -415,17 +470,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "models": [],
         "runs": {},
     }
-    for name in args.models:
+    shapes = [(name, shape) for name in args.models for shape in shapes_of(name, args)]
+    for name, shape in shapes:
         for compiled in {"no": [False], "yes": [True], "both": [False, True]}[args.compile]:
-            runs = benchmark(name, shapes[name], args.attention, compiled, args, device)
-            print(table(name, shapes[name], compiled, runs), flush=True)
+            runs = benchmark(name, shape, args.attention, compiled, args, device)
+            print(table(name, shape, compiled, runs), flush=True)
             outcome["models"].append(
-                {"name": name, "shape": asdict(shapes[name]), "compile": compiled, "runs": runs}
+                {"name": name, "shape": asdict(shape), "compile": compiled, "runs": runs}
             )
             save(args.json, outcome)  # the overlay takes minutes; what is measured is kept
             _free(device)
     if args.overlay_steps:
-        outcome["runs"] = overlay(shapes["gpt2"], args.overlay_steps, args.seed, device)
+        shape = (TINY if args.tiny else SHAPES)["gpt2"]
+        outcome["runs"] = overlay(shape, args.overlay_steps, args.seed, device)
         for label, run in outcome["runs"].items():
             print(
                 f"  {label:<20} loss {run['losses'][0]:.3f} -> {run['mean_of_last_tenth']:.4f}"

@@ -1,4 +1,4 @@
-"""Loss curves and step times of results of `train_gpt2.py` or `benchmarks/training_step.py` as PNG.
+"""Loss curves and step times of results of the training scripts and `benchmarks/training_step.py`.
 
     python examples/plots.py runs/my-run/results.json [OTHER.json ...] [--out losses.png]
 
@@ -50,7 +50,7 @@ def draw(runs: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     curve = axes[0][0]
     for number, (label, run) in enumerate(runs.items()):
         color = COLORS.get(label, f"C{number}")
-        steps = range(1, len(run["losses"]) + 1)
+        steps = run.get("loss_steps") or range(1, len(run["losses"]) + 1)
         width = 1.2 + 1.4 * (len(runs) - 1 - number)  # equal curves stay visible on each other
         curve.plot(steps, run["losses"], color=color, alpha=0.25, linewidth=0.8)
         curve.plot(steps, smooth(run["losses"]), color=color, linewidth=width, label=label)
@@ -77,7 +77,7 @@ def title_of(result: dict[str, Any]) -> str:
         return textwrap.fill(result.get("command", ""), 90)
     blocks = settings["batch_size"] * settings["accumulate"] * settings["processes"]
     return (
-        f"GPT-2, {settings['layers']} layers x {settings['hidden']}, "
+        f"{settings.get('model', 'GPT-2')}, {settings['layers']} layers x {settings['hidden']}, "
         f"{blocks} x {settings['context']} tokens a step, dropout {settings['dropout']:g}, {device}"
     )
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         print(
             f"error: expected results.json files with 'runs'\n  got:       {error!r}\n"
-            "  next step: name the JSON that train_gpt2.py wrote",
+            "  next step: name the JSON that a training script wrote",
             file=sys.stderr,
         )
         return 2

@@ -14,11 +14,8 @@ lm/model.py; all else is what any training script has.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 try:
@@ -33,48 +30,23 @@ except ImportError as error:
         f"  got:       {error}\n  next step: pip install '.[examples]' in the repository"
     )
 
-from lm import checkpoints, comparison, corpus, results
-from lm.arguments import parse, recipe_of, size_of
+from lm import checkpoints, command, comparison, corpus, results
 from lm.failures import UsageError
-from lm.model import build_model, gpt2_config, parameter_count
-from lm.packing import Blocks, pack_corpus
+from lm.fused_loss import require_liger
+from lm.gpt2 import gpt2_config, make_gpt2
+from lm.gpt2_options import parse, recipe_of, size_of
+from lm.model import parameter_count, random_model, with_attention
+from lm.packing import BlockBatches, Blocks, held_out_windows, pack_corpus
+from lm.perplexity import held_out_perplexity
 from lm.tokenizer import get_tokenizer, tokenizer_fingerprint
-from lm.training import Progress, held_out_perplexity, make_trainee, train
-from plots import draw, title_of
+from lm.training import Progress, Recipe, Trainee, make_trainee, train
 
 COMPARED_STEPS_OF_THE_DEMO = 25
-RESULTS, PLOT, MODEL = "results.json", "losses.png", "model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 for an error the user can put right, 130 after Ctrl-C."""
-    try:
-        args = parse(argv)
-        Run(args).go()
-    except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process found the same
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(
-            f"error: expected the step to fit into GPU memory\n  got:       {error}\n"
-            "  next step: a smaller --batch-size with a larger --accumulate",
-            file=sys.stderr,
-        )
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "FallbackError":  # hf_flashattn's, which may not be installed
-            raise
-        print(
-            f"error: expected every call on the kernel (--strict)\n  got:       {error}\n"
-            "  next step: leave out --strict, and read the report",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; checkpoints, if any, can be continued with --resume", file=sys.stderr)
-        return 130
-    return 0
+    return command.exit_code(lambda: Run(parse(argv)).go())
 
 
 class Run:
@@ -82,14 +54,17 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        checkpoint = _checked_output(args)
+        checkpoint = command.checked_output(args)
+        size = size_of(args)
+        if args.liger:
+            require_liger()
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
         self.say: Callable[[str], None] = self.accelerator.print
         datasets.disable_progress_bars()
         disable_progress_bar()  # those of Transformers, one for each file; training keeps its own
         with self.accelerator.main_process_first():
             self.corpus, self.tokenizer, self.blocks = self._prepare_text()
-        self.config = gpt2_config(size_of(args), len(self.tokenizer), args.context, args.dropout)
+        self.config = gpt2_config(size, len(self.tokenizer), args.context, args.dropout)
         self.settings = self._settings()
         self.checkpoint = checkpoint
         self.record = checkpoints.verify(checkpoint, self.settings) if checkpoint else None
@@ -97,12 +72,16 @@ class Run:
     def go(self) -> None:
         args = self.args
         if args.overwrite and self.accelerator.is_main_process:
-            _remove_earlier_run(args.output)
+            command.remove_earlier_run(args.output)
         self.accelerator.wait_for_everyone()
         outcome: dict[str, Any] = {
             **results.environment(self.accelerator.device),
             "settings": self.settings
-            | {"mixed_precision": self.accelerator.mixed_precision, "compile": args.compile},
+            | {
+                "mixed_precision": self.accelerator.mixed_precision,
+                "compile": args.compile,
+                "liger": args.liger,
+            },
             "corpus": self.corpus.describe() | self.blocks.statistics,
         }
         if args.compare:
@@ -113,30 +92,20 @@ class Run:
                 order = ["hf_flashattn", "sdpa", "eager"]
                 compared = self._compare(order, COMPARED_STEPS_OF_THE_DEMO)
                 outcome["comparison"] = {"runs": compared["runs"], "ratios": compared["ratios"]}
-        self._write(outcome)
+        if self.accelerator.is_main_process:
+            command.write_results(args, outcome, self.say)
         self.accelerator.end_training()
 
     def _prepare_text(self) -> tuple[corpus.Corpus, Any, Blocks]:
         args = self.args
-        if args.dataset:
-            documents, source = corpus.hub_dataset(
-                args.dataset,
-                args.dataset_config,
-                args.dataset_split,
-                args.text_column,
-                args.max_bytes,
-            )
-        elif args.text:
-            documents, source = corpus.local_files(args.text, args.glob, args.max_bytes)
-        else:
-            documents, source = corpus.standard_library(args.max_bytes)
-        text = corpus.split_documents(documents, source, args.held_out)
-        self.say(
-            f"text       {source}: {len(text.train):,} documents to train on,"
-            f" {len(text.held_out):,} held out{'; ' + text.note if text.note else ''}"
-        )
+        text = command.read_corpus(args, self.say)
         tokenizer = get_tokenizer(args.tokenizer, text, args.vocab_size, args.cache_dir)
         blocks = pack_corpus(text, tokenizer, args.context, args.packing, args.seed, args.cache_dir)
+        self.held_out: Any = blocks.held_out
+        if args.eval_window:
+            self.held_out = held_out_windows(
+                text, tokenizer, args.eval_window, args.eval_blocks, args.cache_dir
+            )
         self.say(
             f"tokens     {blocks.statistics['train_tokens']:,} + "
             f"{blocks.statistics['held_out_tokens']:,} held out, vocabulary"
@@ -160,15 +129,34 @@ class Run:
             "seed": args.seed,
             "batch_size": args.batch_size,
             "accumulate": args.accumulate,
+            "eval_window": args.eval_window,
             "processes": self.accelerator.num_processes,
         }
 
-    def _trainee(self, attention: str, recipe: Any) -> Any:
+    def _trainee(self, attention: str, recipe: Recipe) -> Trainee:
         args, accelerator = self.args, self.accelerator
-        model, report = build_model(
-            self.config, attention, args.seed, accelerator.device, args.strict
-        )
+        model = random_model(
+            lambda config: make_gpt2(config, args.liger), self.config, attention, args.seed
+        ).to(accelerator.device)
+        report = with_attention(model, attention, args.strict)
         return make_trainee(attention, model, report, recipe, accelerator, args.compile)
+
+    def _batches(self, recipe: Recipe) -> BlockBatches:
+        return BlockBatches(
+            self.blocks.train,
+            recipe.batch_size,
+            recipe.accumulate,
+            recipe.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.device,
+        )
+
+    def _evaluate(self, trainee: Trainee) -> dict[str, Any]:
+        args = self.args
+        return held_out_perplexity(
+            trainee, self.held_out, args.eval_blocks, args.batch_size, args.context
+        )
 
     def _train(self, attention: str) -> dict[str, Any]:
         args, accelerator = self.args, self.accelerator
@@ -182,10 +170,7 @@ class Run:
         )
 
         def evaluate_now(progress: Progress) -> None:
-            score = held_out_perplexity(
-                trainee, self.blocks.held_out, args.eval_blocks, args.batch_size
-            )
-            progress.perplexities.append({"step": progress.step, **score})
+            progress.perplexities.append({"step": progress.step, **self._evaluate(trainee)})
 
         def after_step(progress: Progress) -> None:
             if args.eval_every and progress.step % args.eval_every == 0:
@@ -207,7 +192,7 @@ class Run:
             progress = Progress()
             evaluate_now(progress)
         resumed_at = progress.step
-        train(trainee, self.blocks.train, recipe, progress, after_step)
+        train(trainee, self._batches(recipe), recipe, progress, after_step)
         if progress.step == resumed_at:
             raise UsageError(
                 "time for at least one step",
@@ -227,7 +212,7 @@ class Run:
             "training_seconds": progress.seconds,
             "seconds_per_step": seconds,
             "tokens_per_second": per_step / seconds,
-            "peak_memory_gib": _peak_gib(accelerator.device),
+            "peak_memory_gib": command.peak_gib(accelerator.device),
             "attention_report": results.report_record(trainee.report),
         }
         if trainee.report is not None:
@@ -239,71 +224,28 @@ class Run:
             else "all of them"
         )
         self.say("\n" + "\n".join(results.training_lines(run, ran, stopped)))
+        weights = accelerator.get_state_dict(trainee.model)  # of all processes, if it is cut up
         if accelerator.is_main_process:
             model = accelerator.unwrap_model(trainee.model, keep_torch_compile=False)
-            model.save_pretrained(args.output / MODEL)
-            self.tokenizer.save_pretrained(args.output / MODEL)
+            model.save_pretrained(args.output / command.MODEL, state_dict=weights)
+            self.tokenizer.save_pretrained(args.output / command.MODEL)
         accelerator.free_memory()
         return {"kind": "training", "runs": {attention: run}}
 
     def _compare(self, attentions: list[str], steps: int) -> dict[str, Any]:
         recipe = recipe_of(self.args, steps)
         trainees = [self._trainee(attention, recipe) for attention in attentions]
-        timed = comparison.compare(trainees, self.blocks.train, recipe)
-        per_step = recipe.per_step(self.accelerator.num_processes) * self.args.context
+        timed = comparison.compare(trainees, self._batches(recipe), recipe)
         runs = {}
         for trainee in trainees:
-            score = held_out_perplexity(
-                trainee, self.blocks.held_out, self.args.eval_blocks, self.args.batch_size
-            )
-            runs[trainee.name] = timed[trainee.name].summary(per_step) | {
-                "perplexities": [{"step": steps, **score}],
+            runs[trainee.name] = timed[trainee.name].summary() | {
+                "perplexities": [{"step": steps, **self._evaluate(trainee)}],
                 "attention_report": results.report_record(trainee.report),
             }
             if trainee.report is not None:
                 self.say(f"\n{trainee.report}")
         self.say("\n" + "\n".join(results.comparison_lines(runs)))
         return {"kind": "comparison", "runs": runs, "ratios": results.speed_ratios(runs)}
-
-    def _write(self, outcome: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        output = self.args.output
-        outcome["plot"] = PLOT
-        output.mkdir(parents=True, exist_ok=True)
-        try:
-            draw(outcome.get("comparison", outcome)["runs"], output / PLOT, title_of(outcome))
-        except ImportError as error:
-            outcome["plot"] = f"skipped: {error}"
-            self.say(f"\nno {PLOT}: {error}; later: python examples/plots.py {output / RESULTS}")
-        results.write_json(output / RESULTS, outcome)
-        self.say(f"\nresults    {output / RESULTS}")
-
-
-def _checked_output(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to resume from; an error where the run would write over another one."""
-    output: Path = args.output
-    if args.resume:
-        return checkpoints.newest(output) if args.resume == "newest" else Path(args.resume)
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not args.overwrite):
-        raise UsageError(
-            f"--output {output} to be new or empty",
-            "it holds other files",
-            "another --output, --resume to go on, or --overwrite to replace the run",
-        )
-    return None
-
-
-def _remove_earlier_run(output: Path) -> None:
-    """Only what this script writes: the folder may hold other things."""
-    for path in (output / RESULTS, output / PLOT):
-        path.unlink(missing_ok=True)
-    for folder in (output / MODEL, *output.glob(f"{checkpoints.PREFIX}*")):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _peak_gib(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 if __name__ == "__main__":

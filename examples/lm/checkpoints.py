@@ -39,15 +39,20 @@ def save(folder: Path, accelerator: Accelerator, progress: Progress, settings: d
     accelerator.save_state(str(work))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = {path.relative_to(work).as_posix(): _size_and_crc(path) for path in _files(work)}
-        record = {"settings": settings, "progress": asdict(progress), "files": files}
-        (work / RECORD).write_text(json.dumps(record))
+        write_record(work, settings, asdict(progress))
         shutil.rmtree(target, ignore_errors=True)
         work.rename(target)
         for old in _all(folder)[:-KEEP]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def write_record(folder: Path, settings: dict, progress: dict) -> None:
+    """Makes the files in `folder` a checkpoint that `verify` takes; the last file to be written."""
+    files = {path.relative_to(folder).as_posix(): _size_and_crc(path) for path in _files(folder)}
+    record = {"settings": settings, "progress": progress, "files": files}
+    (folder / RECORD).write_text(json.dumps(record))
 
 
 def newest(folder: Path) -> Path:
@@ -117,7 +122,8 @@ def load(checkpoint: Path, accelerator: Accelerator, record: dict[str, Any]) -> 
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob(f"{PREFIX}*") if p.suffix == "" and p.is_dir())
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.suffix == "" and p.is_dir()]
+    return sorted(found, key=lambda p: (len(p.name), p.name))  # by step, padded with zeros or not
 
 
 def _files(folder: Path) -> list[Path]:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
 from tqdm.auto import tqdm
 
-from lm.packing import BatchOrder, fetch
+from lm.packing import BlockBatches
 from lm.training import REFRESH, Recipe, Trainee, train_step
 
 WARM_UP = 5  # steps that are not timed: allocation, autotuning, the first kernel build
@@ -28,8 +27,9 @@ class Timed:
     losses: list[float] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)  # of the steps after warm-up
     peak_bytes: int = 0
+    tokens: int = 0  # of the steps after warm-up, over all processes
 
-    def summary(self, tokens_per_step: int) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         median = statistics.median(self.milliseconds)
         deciles = (
             statistics.quantiles(self.milliseconds, n=10)
@@ -44,18 +44,15 @@ class Timed:
                 "p90": deciles[-1],
                 "timed_steps": len(self.milliseconds),
             },
-            "tokens_per_second": tokens_per_step / median * 1e3,
+            "tokens_per_second": self.tokens / len(self.milliseconds) / median * 1e3,
             "peak_memory_gib": self.peak_bytes / 2**30 if self.peak_bytes else None,
         }
 
 
-def compare(trainees: list[Trainee], blocks: Dataset, recipe: Recipe) -> dict[str, Timed]:
+def compare(trainees: list[Trainee], batches: BlockBatches, recipe: Recipe) -> dict[str, Timed]:
     """Trains all of them for `recipe.steps` steps, timing each step on a quiet device."""
     accelerator = trainees[0].accelerator
     device = accelerator.device
-    order = BatchOrder(len(blocks), recipe.per_step(accelerator.num_processes), recipe.seed)
-    per_process = recipe.batch_size * recipe.accumulate
-    first = accelerator.process_index * per_process
     warm_up = min(WARM_UP, recipe.steps - 1)
     timed = {trainee.name: Timed() for trainee in trainees}
     steps = tqdm(
@@ -66,19 +63,21 @@ def compare(trainees: list[Trainee], blocks: Dataset, recipe: Recipe) -> dict[st
         disable=not accelerator.is_main_process,
     )
     for step in steps:
-        tokens = fetch(blocks, order.step(step)[first : first + per_process], device)
+        given, tokens = batches.step(step)
         turn = step % len(trainees)
         for trainee in trainees[turn:] + trainees[:turn]:
             set_seed(recipe.seed * 1_000_003 + step, device_specific=True)
             entry = timed[trainee.name]
+            microbatches = [trainee.form(batch) for batch in given]
             before = _reset_peak(device)
             started = time.perf_counter()
-            loss = train_step(trainee, tokens, recipe, (step + 1) / recipe.steps)
+            loss = train_step(trainee, microbatches, recipe, (step + 1) / recipe.steps)
             _wait(device)
             elapsed = time.perf_counter() - started
             entry.losses.append(loss.item())
             if step >= warm_up:
                 entry.milliseconds.append(elapsed * 1e3)
+                entry.tokens += tokens * accelerator.num_processes
                 entry.peak_bytes = max(entry.peak_bytes, _peak_above(device, before, trainee))
         steps.set_postfix(
             {t.name: f"{timed[t.name].losses[-1]:.3f}" for t in trainees}, refresh=False

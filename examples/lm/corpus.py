@@ -1,4 +1,4 @@
-"""Documents: from the standard library, local files or a hub data set; train and held-out set.
+"""Documents: the standard library, local files, a hub data set or a prepared corpus; held-out set.
 
 A document has a name and a text. Whether it is held out depends on its name alone, so that the
 split survives a new seed, another machine, and documents that are added later.
@@ -7,6 +7,7 @@ split survives a new seed, another machine, and documents that are added later.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,7 @@ TEXT_GLOBS = (
     "**/*.ts",
     "**/*.java",
 )
+MANIFEST, TRAIN_FILE, HELD_OUT_FILE = "manifest.json", "train.jsonl.xz", "held_out.jsonl.xz"
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -133,6 +135,53 @@ def hub_dataset(
     rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
     rows = rows.map(lambda row: {"name": hashlib.sha256(row["text"].encode()).hexdigest()})
     return _require_text(rows, f"{name} has no row with text in {text_column!r}"), name
+
+
+def prepared_corpus(folder: Path, cache: Path, max_bytes: int | None = None) -> Corpus:
+    """What `prepare_corpus.py` wrote: both sides as they are there, files checked by SHA-256.
+
+    Raises:
+        UsageError: the folder is no such corpus, or a file is damaged.
+    """
+    next_step = f"make it with python examples/prepare_corpus.py --output {folder}"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = {side: manifest[side] for side in ("train", "held_out")}
+        for entry in entries.values():
+            got = file_sha256(folder / entry["file"])
+            if got != entry["sha256"]:
+                raise UsageError(
+                    f"{folder / entry['file']} with SHA-256 {entry['sha256']}",
+                    f"{got}: the file is damaged",
+                    f"remove {folder} and {next_step}",
+                )
+        source = f"{manifest['source']} at {folder}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"a prepared corpus in {folder}", f"{type(error).__name__}: {error}", next_step
+        ) from error
+    rows = load_dataset(
+        "json",
+        data_files={side: str(folder / entry["file"]) for side, entry in entries.items()},
+        cache_dir=str(cache / "datasets"),
+    )
+    train = rows["train"].select_columns(["name", "text"])
+    if max_bytes is not None:  # of the training side alone: what is held out stays comparable
+        names = train["name"][:]
+        order = sorted(range(len(train)), key=lambda i: unit_hash("sample:" + names[i]))
+        train = train.select(order)
+        train = train.select(range(_rows_within(train, "text", max_bytes)))
+    digests = "".join(entry["sha256"] for entry in entries.values()) + str(max_bytes or "")
+    fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16]
+    return Corpus(train, rows["held_out"].select_columns(["name", "text"]), source, fingerprint)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def split_documents(documents: Dataset, source: str, held_out: float) -> Corpus:

@@ -13,19 +13,28 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, Sequence, Value, load_from_disk
-from transformers import PreTrainedTokenizerFast
 
 from lm.cache import made_once
-from lm.corpus import Corpus
+from lm.corpus import Corpus, unit_hash
 from lm.failures import UsageError
-from lm.tokenizer import tokenizer_fingerprint
+from lm.tokenizer import Tokenizer, tokenizer_fingerprint
+
+Batch = dict[str, torch.Tensor]  # the keyword arguments of a forward
 
 DOCUMENTS_PER_PACK = 1000  # packs are independent; less than one block is lost at the end of each
 WHOLE_FROM = 2048  # from this context on, `auto` keeps documents whole
+
+
+class Step(NamedTuple):
+    """What one process trains on in one optimizer step."""
+
+    microbatches: list[Batch]
+    tokens: int  # without padding
 
 
 @dataclass
@@ -39,7 +48,7 @@ class Blocks:
 
 def pack_corpus(
     corpus: Corpus,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     context: int,
     packing: str,
     seed: int,
@@ -119,9 +128,13 @@ class BatchOrder:
 
     def step(self, step: int) -> np.ndarray:
         """Block numbers of `step`, int64, shape (per_step,)."""
-        positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
-        epochs, offsets = np.divmod(positions, self.blocks)
-        return np.array([self._epoch(e)[o] for e, o in zip(epochs, offsets, strict=True)])
+        first = step * self.per_step
+        return np.array([self.at(position) for position in range(first, first + self.per_step)])
+
+    def at(self, position: int) -> int:
+        """The block number at a position of the whole run."""
+        epoch, offset = divmod(int(position), self.blocks)
+        return int(self._epoch(epoch)[offset])
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
@@ -131,15 +144,70 @@ class BatchOrder:
         return self._epochs[epoch]
 
 
+class BlockBatches:
+    """The steps of one process, from blocks of which each is a row; a label is the token itself."""
+
+    def __init__(
+        self, blocks: Dataset, batch_size: int, accumulate: int, seed: int, process: int = 0,
+        processes: int = 1, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self.blocks, self.batch_size, self.device = blocks, batch_size, torch.device(device)
+        mine = batch_size * accumulate
+        self.order = BatchOrder(len(blocks), mine * processes, seed)
+        self.mine = slice(process * mine, (process + 1) * mine)
+
+    def step(self, step: int) -> Step:
+        tokens = fetch(self.blocks, self.order.step(step)[self.mine], self.device)
+        rows = tokens.split(self.batch_size)
+        return Step([{"input_ids": row, "labels": row} for row in rows], tokens.numel())
+
+
 def fetch(blocks: Dataset, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Token ids of the blocks, int64, shape (len(numbers), context), on the device."""
-    tokens = torch.from_numpy(np.stack(blocks[numbers.tolist()]["input_ids"]).astype(np.int64))
+    """Token ids of the blocks, int64, shape (len(numbers), tokens of a block), on the device."""
+    return to_device(np.stack(blocks[numbers.tolist()]["input_ids"]), device)
+
+
+def to_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    tokens = torch.from_numpy(rows.astype(np.int64))
     if device.type == "cuda":
         tokens = tokens.pin_memory()
     return tokens.to(device, non_blocking=True)
 
 
-def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+def held_out_windows(
+    corpus: Corpus, tokenizer: Tokenizer, window: int, limit: int, cache: Path
+) -> np.ndarray:
+    """Windows of window + 1 tokens, int32, shape (up to limit, window + 1), each within a document.
+
+    Which ones depends on names, text and tokenizer alone: they are the same for every context and
+    seed, and so are the `window` tokens to predict in each.
+
+    Raises:
+        UsageError: no held-out document is that long.
+    """
+    key = f"{corpus.fingerprint}-{tokenizer_fingerprint(tokenizer)}-{window}"
+
+    def make(folder: Path) -> None:
+        names = corpus.held_out["name"][:]
+        order = sorted(range(len(names)), key=lambda i: unit_hash("window:" + names[i]))
+        tokens = _tokenise(corpus.held_out.select(order), tokenizer)
+        rows = [
+            np.asarray(ids[: len(ids) // (window + 1) * (window + 1)], np.int32)
+            for ids in tokens["input_ids"]
+        ]
+        windows = np.concatenate(rows).reshape(-1, window + 1)
+        if len(windows) == 0:
+            raise UsageError(
+                f"a held-out document of more than {window} tokens for --eval-window {window}",
+                f"{max(tokens['tokens'])} tokens in the longest",
+                "a smaller --eval-window, or text with longer documents",
+            )
+        np.save(folder / "windows.npy", windows)
+
+    return np.load(made_once(cache / f"windows-{key}", make) / "windows.npy")[:limit]
+
+
+def _tokenise(documents: Dataset, tokenizer: Tokenizer) -> Dataset:
     end = tokenizer.eos_token_id
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:

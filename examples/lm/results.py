@@ -21,6 +21,7 @@ PACKAGES = (
     "datasets",
     "evaluate",
     "tokenizers",
+    "liger_kernel",
 )
 
 
@@ -68,6 +69,11 @@ def training_lines(run: dict[str, Any], attention: str, stopped: str) -> list[st
         f" (first step -> mean of the last {len(tail)})",
         f"held-out perplexity  {before['perplexity']:,.1f} -> {after['perplexity']:,.1f}"
         f" ({after['tokens']:,} tokens of held-out documents)",
+        *(
+            [f"held-out accuracy    {before['accuracy']:.1%} -> {after['accuracy']:.1%}"]
+            if "accuracy" in after
+            else []
+        ),
         f"speed                {run['tokens_per_second']:,.0f} tokens/s,"
         f" {run['seconds_per_step'] * 1e3:,.0f} ms a step",
     ]

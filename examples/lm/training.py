@@ -1,4 +1,4 @@
-"""One optimizer step, the held-out perplexity, and the loop around them."""
+"""One optimizer step, and the loop around it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import evaluate
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from datasets import Dataset
 from tqdm.auto import tqdm
 
 from lm.failures import UsageError
-from lm.packing import BatchOrder, fetch
+from lm.packing import Batch, BlockBatches
 
-METRIC = Path(__file__).parents[1] / "metrics" / "perplexity"
 UNLIMITED = 2**40
 REFRESH = 0.5 if sys.stderr.isatty() else 10.0  # seconds between two states of the progress bar
 FLUSH_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
@@ -75,12 +69,7 @@ class Progress:
             UsageError: a loss is not finite.
         """
         for loss in (loss.item() for loss in self.pending):
-            if not math.isfinite(loss):
-                raise UsageError(
-                    "a finite loss",
-                    f"{loss} at step {len(self.losses) + 1}",
-                    "a lower --lr, more --warmup, or --mixed-precision bf16 instead of fp16",
-                )
+            require_finite(loss, len(self.losses) + 1)
             self.losses.append(loss)
         self.pending.clear()
 
@@ -92,6 +81,16 @@ class Progress:
         return self.seconds / max(self.step, 1)
 
 
+def require_finite(loss: float, step: int) -> None:
+    """Raises UsageError for infinity and NaN."""
+    if not math.isfinite(loss):
+        raise UsageError(
+            "a finite loss",
+            f"{loss} at step {step}",
+            "a lower --lr, more --warmup, or --mixed-precision bf16 instead of fp16",
+        )
+
+
 @dataclass
 class Trainee:
     """A model with its optimizer, both prepared by the accelerator."""
@@ -101,6 +100,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     report: Any = None
+    form: Callable[[Batch], Batch] = lambda batch: batch  # a batch as this attention wants it
 
 
 def make_trainee(
@@ -129,18 +129,19 @@ def make_trainee(
     return Trainee(name, model, optimizer, accelerator, report)
 
 
-def train_step(trainee: Trainee, tokens: torch.Tensor, recipe: Recipe, done: float) -> torch.Tensor:
-    """One optimizer step over tokens (accumulate * batch_size, context); the mean loss, no sync."""
+def train_step(
+    trainee: Trainee, microbatches: list[Batch], recipe: Recipe, done: float
+) -> torch.Tensor:
+    """One optimizer step; the mean loss of all processes, on the device, no sync."""
     accelerator, model = trainee.accelerator, trainee.model
     model.train()
     for group in trainee.optimizer.param_groups:
         group["lr"] = recipe.learning_rate(done)
-    total = torch.zeros((), device=tokens.device)
-    microbatches = tokens.split(recipe.batch_size)
+    total = torch.zeros((), device=accelerator.device)
     for number, micro in enumerate(microbatches):
         last = number == len(microbatches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss = model(input_ids=micro, labels=micro).loss / len(microbatches)
+            loss = model(**micro).loss / len(microbatches)
             accelerator.backward(loss)
         total += loss.detach()
     accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -149,34 +150,9 @@ def train_step(trainee: Trainee, tokens: torch.Tensor, recipe: Recipe, done: flo
     return total if accelerator.num_processes == 1 else accelerator.reduce(total, "mean")
 
 
-@torch.no_grad()
-def held_out_perplexity(
-    trainee: Trainee, blocks: Dataset, limit: int, batch_size: int
-) -> dict[str, float]:
-    """Perplexity over the first `limit` held-out blocks, shared out between the processes."""
-    accelerator, model = trainee.accelerator, trainee.model
-    model.eval()
-    numbers = np.arange(min(limit, len(blocks)))
-    mine = numbers[accelerator.process_index :: accelerator.num_processes]
-    nll: list[float] = []
-    counts: list[int] = []
-    for start in range(0, len(mine), batch_size):
-        tokens = fetch(blocks, mine[start : start + batch_size], accelerator.device)  # (B, S)
-        logits = model(input_ids=tokens).logits[:, :-1]  # (B, S - 1, V)
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
-        nll += losses.view(len(tokens), -1).double().sum(1).tolist()
-        counts += [tokens.shape[1] - 1] * len(tokens)
-    if accelerator.num_processes > 1:
-        nll, counts = gather_object(nll), gather_object(counts)
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    return metric.compute(predictions=nll, references=counts)
-
-
 def train(
     trainee: Trainee,
-    blocks: Dataset,
+    batches: BlockBatches,
     recipe: Recipe,
     progress: Progress,
     after_step: Callable[[Progress], None] = lambda progress: None,
@@ -189,11 +165,6 @@ def train(
         UsageError: the loss is no longer finite.
     """
     accelerator = trainee.accelerator
-    per_process = recipe.batch_size * recipe.accumulate
-    order = BatchOrder(len(blocks), recipe.per_step(accelerator.num_processes), recipe.seed)
-    mine = slice(
-        accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process
-    )
     bar = tqdm(
         total=None if recipe.steps == UNLIMITED else recipe.steps,
         initial=progress.step,
@@ -207,8 +178,8 @@ def train(
         if done >= 1:
             break
         started = time.perf_counter()
-        tokens = fetch(blocks, order.step(progress.step)[mine], accelerator.device)
-        loss = train_step(trainee, tokens, recipe, max(done, 1 / recipe.steps))
+        microbatches, tokens = batches.step(progress.step)
+        loss = train_step(trainee, microbatches, recipe, max(done, 1 / recipe.steps))
         progress.pending.append(loss)
         progress.step += 1
         flushed = progress.step % FLUSH_EVERY == 0
@@ -218,7 +189,7 @@ def train(
         bar.update()
         if flushed:
             progress.marks.append((progress.step, progress.seconds))
-            rate = order.per_step * tokens.shape[1] / progress.seconds_per_step()
+            rate = tokens * accelerator.num_processes / progress.seconds_per_step()
             bar.set_postfix(
                 loss=f"{progress.losses[-1]:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False
             )

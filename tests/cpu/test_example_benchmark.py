@@ -74,7 +74,7 @@ def test_overlay_trains_on_the_same_bytes(training_step, monkeypatch):
 
 
 def test_refuses_unknown_names(training_step):
-    with pytest.raises(SystemExit, match="expected --models out of gpt2, bert-large"):
+    with pytest.raises(SystemExit, match="expected --models out of gpt2, gpt2-medium, bert-large"):
         training_step.main(["--models", "llama"])
 
 

@@ -35,7 +35,16 @@ def test_the_first_screen_says_how_to_start():
     assert all(part in screen for part in ("pip install", "patch_model(model)", "make demo"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/training.md",
+        "docs/design.md",
+        "benchmarks/README.md",
+        "benchmarks/RESULTS.md",
+    ],
+)
 def test_links_lead_somewhere(page: str):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

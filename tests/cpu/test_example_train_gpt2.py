@@ -21,34 +21,12 @@ pytest.importorskip("evaluate")
 
 import train_gpt2  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-
-WORDS = [
-    "the",
-    "kernel",
-    "reads",
-    "one",
-    "block",
-    "of",
-    "keys",
-    "and",
-    "writes",
-    "no",
-    "matrix",
-    "of",
-    "scores",
-    "to",
-    "memory",
-]
+from example_helpers import WORDS, refused, results, write_documents  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 24 documents, a few hundred words each."""
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(24):
-        words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(200 + 20 * number)]
-        (folder / f"document{number:02}.txt").write_text(" ".join(words))
-    return folder
+    return write_documents(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +76,6 @@ def run(text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     yield call
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
-
-
-def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    """The message of an error exit, which must have its three parts and no traceback."""
-    message = capsys.readouterr().err
-    assert code == 2
-    assert message.startswith("error: expected") or "\nerror: expected" in message
-    assert "got: " in message and "next step: " in message and "Traceback" not in message
-    return message
 
 
 def test_a_run_lowers_the_loss_and_leaves_its_results(run, tmp_path: Path):

@@ -1,0 +1,365 @@
+"""Writes benchmarks/RESULTS.md: what the FlashAttention paper claims, and what was measured here.
+
+    python docs/results.py
+
+A row is a claim, a command and the JSON files that it leaves in benchmarks/results. Rows whose
+files are not there say so. The numbers come from the files alone; this script has none of its own
+but the paper's (Dao et al. 2022, arXiv:2205.14135).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "benchmarks" / "RESULTS.md"
+NOT_RUN = "not run"
+OURS = "hf_flashattn"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """`measured` makes a cell of the files that exist; None where they lack what it needs."""
+
+    claim: str
+    patterns: str  # of the JSON files, with spaces between
+    command: str
+    measured: Callable[[list[Json]], str | None]
+
+
+# ---- cells ---------------------------------------------------------------------------------------
+
+
+def speed(model: str, compiled: bool = False) -> Callable[[list[Json]], str | None]:
+    """Speed of a training step over the others, a line for every shape that was measured."""
+
+    def cell(files: list[Json]) -> str | None:
+        lines = []
+        for entry in (entry for file in files for entry in file["models"]):
+            runs = entry["runs"]
+            if entry["name"] != model or entry["compile"] != compiled or OURS not in runs:
+                continue
+            shape = f"{entry['shape']['batch']} x {entry['shape']['length']}"
+            if "step_ms" not in runs[OURS]:
+                lines.append(f"{shape}: out of memory")
+                continue
+            for own in (name for name in runs if name.startswith(OURS)):
+                ms = runs[own]["step_ms"]["median"]
+                parts = []
+                for other in (name for name in runs if not name.startswith(OURS)):
+                    theirs = runs[other].get("step_ms")
+                    ratio = f"{theirs['median'] / ms:.2f}" if theirs else "out of memory"
+                    parts.append(f"x {other} {ratio}")
+                label = "" if own == OURS else f" ({own.removeprefix(OURS + '_')})"
+                lines.append(f"{shape}{label}: {ms:.1f} ms, {', '.join(parts)}")
+        return _lines(lines)
+
+    return cell
+
+
+def overlay(files: list[Json]) -> str | None:
+    lines = []
+    for file in files:
+        runs = file.get("runs") or {}
+        if OURS in runs:
+            noise = runs.get("eager (other seed)", {}).get("mean_gap_to_eager")
+            beside = "" if noise is None else f" (eager with another seed: {noise:.3f})"
+            lines.append(
+                f"{len(runs[OURS]['losses'])} steps, mean gap to eager"
+                f" {runs[OURS]['mean_gap_to_eager']:.3f} nats{beside}"
+            )
+    return _lines(lines)
+
+
+def perplexity_by_context(files: list[Json]) -> str | None:
+    """Mean and standard deviation over the seeds, for every size and context."""
+    found: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for file in files:
+        settings = file["settings"]
+        key = tuple(settings[name] for name in ("layers", "hidden", "context"))
+        for run in file["runs"].values():
+            found[key][settings["seed"]] = run["perplexities"][-1]["perplexity"]
+    lines = []
+    for (layers, hidden, context), scores in sorted(found.items()):
+        spread = f" +- {statistics.stdev(scores.values()):.2f}" if len(scores) > 1 else ""
+        mean = statistics.fmean(scores.values())
+        lines.append(
+            f"{layers} x {hidden}, context {context}: {mean:.2f}{spread}, {len(scores)} seed(s)"
+        )
+    return _lines(lines)
+
+
+def time_to_accuracy(files: list[Json]) -> str | None:
+    lines = []
+    for file in files:
+        for name, run in file["runs"].items():
+            target = run["target"]
+            if target["accuracy"] is None:
+                continue
+            label = f"{name}, {file['settings']['batching']}, to {target['accuracy']:.1%}"
+            reached = target["reached"]
+            lines.append(
+                f"{label}: {reached['training_seconds']:.0f} s"
+                if reached
+                else f"{label}: not reached in {run['training_seconds']:.0f} s"
+            )
+    return _lines(lines)
+
+
+def memory(files: list[Json]) -> str | None:
+    """How peak memory grows with the context, and where each attention ran out."""
+    lines = []
+    for file in files:
+        by_name: dict[str, list[Json]] = defaultdict(list)
+        for row in file["rows"]:
+            if row["part"] == "body":
+                by_name[row["attention"]].append(row)
+        for name, rows in by_name.items():
+            fitting = [row for row in rows if row.get("peak_gib")]
+            if not fitting:
+                continue
+            longest = fitting[-1]
+            line = f"{name}: {longest['context']} tokens in {longest['peak_gib']:.1f} GiB"
+            if len(fitting) > 1:
+                growth = longest["peak_gib"] / fitting[-2]["peak_gib"]
+                line += f", last doubling x {growth:.2f}"
+            out = [row["context"] for row in rows if "out_of_memory" in row]
+            lines.append(line + (f", out of memory at {out[0]}" if out else ""))
+    return _lines(lines)
+
+
+def attention_alone(files: list[Json]) -> str | None:
+    lines = []
+    groups: dict[tuple, list[float]] = defaultdict(list)
+    for row in (row for file in files for row in file["rows"]):
+        if row["head_dim"] == 64 and "cudnn" in row["tflops"]:
+            ratio = row["tflops"]["ours"] / row["tflops"]["cudnn"]
+            groups[row["direction"], bool(row["dropout"])].append(ratio)
+    for (direction, dropout), ratios in sorted(groups.items(), reverse=True):
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        with_or_without = "with" if dropout else "without"
+        lines.append(f"{direction} {with_or_without} dropout: x cuDNN {mean:.2f}")
+    return _lines(lines)
+
+
+def longest_sequence(files: list[Json]) -> str | None:
+    return _lines(
+        [
+            f"{file['long']['seqlen']} tokens forward and backward in {file['long']['ms']:.0f} ms,"
+            f" {file['long']['tflops']:.0f} TFLOP/s"
+            for file in files
+            if "long" in file
+        ]
+    )
+
+
+def scaling(files: list[Json]) -> str | None:
+    return _lines(
+        [
+            f"{name}, {count['processes']} GPU(s): {run['tokens_per_second']:,.0f} tokens/s,"
+            f" efficiency {run['efficiency']:.2f}"
+            for file in files
+            for count in file["counts"]
+            for name, run in count["runs"].items()
+        ]
+    )
+
+
+def step_parts(files: list[Json]) -> str | None:
+    lines = []
+    for model in (model for file in files for model in file["models"]):
+        for name, run in model["runs"].items():
+            share = run["parts_ms"]["attention"] / run["sum_ms"]
+            lines.append(
+                f"{model['name']}, {name}: attention {run['parts_ms']['attention']:.1f}"
+                f" of {run['sum_ms']:.1f} ms ({share:.0%})"
+            )
+    return _lines(lines)
+
+
+def _lines(lines: Sequence[str]) -> str | None:
+    return "<br>".join(lines) or None
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+STEP = "python benchmarks/training_step.py"
+GRID = (
+    f"{STEP} --models gpt2,gpt2-medium --contexts 512,1024,2048,4096,8192 "
+    "--json benchmarks/results/gpt2_grid.json"
+)
+GPT2 = (
+    "python examples/train_gpt2.py --corpus DIR --tokenizer DIR/gpt2 --size mini --context {N} "
+    "--tokens 105000000 --tokens-per-step 65536 --eval-window 8192 --lr 1e-3 --seed {S} "
+    "--json benchmarks/results/gpt2_context_{N}_seed_{S}.json"
+)
+BERT = (
+    "python examples/train_bert.py --corpus DIR --size mini --attention {A} --batching {B} "
+    "--steps 5000 --eval-every 100 --eval-blocks 512 --target-accuracy 0.5 --max-seconds 500 "
+    "--json benchmarks/results/bert_accuracy_{A}_{B}.json"
+)
+ROWS = (
+    Row(
+        "GPT-2 small trains 3.5x as fast as Hugging Face's, 1.7x as Megatron's (table 2)",
+        "training_step.json",
+        f"{STEP} --overlay-steps 300 --json benchmarks/results/training_step.json",
+        speed("gpt2"),
+    ),
+    Row("the same at contexts of 512 to 8k", "gpt2_grid.json", GRID, speed("gpt2")),
+    Row(
+        "GPT-2 medium trains 3.0x as fast as Hugging Face's, 1.7x as Megatron's (table 2)",
+        "gpt2_grid.json",
+        GRID,
+        speed("gpt2-medium"),
+    ),
+    Row(
+        "(all of them under torch.compile, which the paper did not have)",
+        "gpt2_compiled.json",
+        f"{STEP} --models gpt2 --compile yes --json benchmarks/results/gpt2_compiled.json",
+        speed("gpt2", compiled=True),
+    ),
+    Row(
+        "BERT-large trains 15 % faster than MLPerf 1.1's record (table 1)",
+        "training_step.json bert_large.json",
+        f"{STEP} --models bert-large --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad "
+        "--json benchmarks/results/bert_large.json",
+        speed("bert-large"),
+    ),
+    Row(
+        "BERT-large reaches 72.0 % of masked tokens in 17.4 instead of 20.0 minutes (table 1)",
+        "bert_accuracy_*.json",
+        BERT,
+        time_to_accuracy,
+    ),
+    Row(
+        "the same perplexity and loss curve as the baseline (table 2, appendix E)",
+        "training_step.json",
+        f"{STEP} --overlay-steps 300 --json benchmarks/results/training_step.json",
+        overlay,
+    ),
+    Row(
+        "GPT-2 small with 4 times the context: perplexity 17.5 instead of 18.2 (table 4)",
+        "gpt2_context_*.json",
+        GPT2,
+        perplexity_by_context,
+    ),
+    Row(
+        "attention up to 3x as fast as PyTorch's at lengths 128 to 2k (section 4.3)",
+        "attention_grid.json",
+        "python benchmarks/attention_grid.py --head-dims 64 128 256 --deterministic "
+        "--json benchmarks/results/attention_grid.json",
+        attention_alone,
+    ),
+    Row(
+        "memory linear in the length, up to 20x less than exact baselines (section 4.3)",
+        "memory.json",
+        "python benchmarks/memory.py --json benchmarks/results/memory.json",
+        memory,
+    ),
+    Row(
+        "sequences of 64k tokens (section 4.3)",
+        "limits.json",
+        "python benchmarks/limits.py --json benchmarks/results/limits.json",
+        longest_sequence,
+    ),
+    Row(
+        "(data-parallel training on two GPUs; the paper used eight)",
+        "scaling.json",
+        "python benchmarks/scaling.py --json benchmarks/results/scaling.json",
+        scaling,
+    ),
+    Row(
+        "(what a training step spends its time on)",
+        "step_parts.json",
+        "python benchmarks/step_parts.py --json benchmarks/results/step_parts.json",
+        step_parts,
+    ),
+)
+HEAD = """# The paper's results, and ours
+
+Made by `python docs/results.py` from the files in [results](results); do not edit. The paper's
+numbers are of A100s (Dao et al. 2022, arXiv:2205.14135), ours of the card in the row: ratios within
+a row compare, milliseconds across rows do not. Not reproduced, as neither can be had here:
+OpenWebText's perplexity of 18.2, and MLPerf's checkpoint and data. A claim in brackets is not the
+paper's.
+"""
+
+
+def page(folder: Path) -> str:
+    """RESULTS.md. Raises ValueError for a file that is no such result."""
+    lines = [
+        HEAD,
+        "| the paper | ours | card, versions | command | JSON |",
+        "|---|---|---|---|---|",
+        *(_table_row(row, folder) for row in ROWS),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table_row(row: Row, folder: Path) -> str:
+    paths = sorted(path for pattern in row.patterns.split() for path in folder.glob(pattern))
+    files, cell = [], None
+    for path in paths:
+        try:
+            files.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"expected JSON in {path}, got {error}; run: {row.command}") from error
+    if files:
+        try:
+            cell = row.measured(files)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"expected in {row.patterns} what {row.command} writes, got "
+                f"{type(error).__name__}: {error}; run it again"
+            ) from error
+    if cell is None:
+        return f"| {row.claim} | {NOT_RUN} | | `{row.command}` | |"
+    where = "<br>".join(dict.fromkeys(_where(file) for file in files))
+    commands = f"`python {files[0]['command'].removeprefix('python ')}`"
+    if len(files) > 1:
+        commands += f" and {len(files) - 1} more"
+    links = " ".join(f"[{path.stem}](results/{path.name})" for path in paths)
+    return f"| {row.claim} | {cell} | {where} | {commands} | {links} |"
+
+
+def _where(file: Json) -> str:
+    device, versions = file["device"], file.get("versions", {})
+    name = device if isinstance(device, str) else device["name"]
+    versions = {"torch": file.get("torch"), **versions}
+    shown = [
+        f"{package} {versions[package]}"
+        for package in ("torch", "transformers", "hf_flashattn")
+        if versions.get(package)
+    ]
+    return ", ".join([name, *shown])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
+    args = parser.parse_args(argv)
+    try:
+        text = page(args.results)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.output.write_text(text)
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""memory.py, scaling.py, step_parts.py and training_step.py's contexts, tiny, on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def script():
+    """Imports a script of benchmarks/ by name, as they import each other."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_memory_goes_through_contexts_and_draws(script, tmp_path: Path):
+    path = tmp_path / "memory.json"
+    options = ["--tiny", "--cpu", "--first", "16", "--last", "32", "--attention", "eager", "sdpa"]
+    assert script("memory").main([*options, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["part"], r["attention"], r["context"]) for r in rows] == [
+        (part, attention, context)
+        for part in ("body", "whole")
+        for attention in ("eager", "sdpa")
+        for context in (16, 32)
+    ]
+    assert all(row["ms"] > 0 and row["peak_gib"] is None for row in rows)
+    pytest.importorskip("matplotlib")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_stops_where_it_runs_out(script, tmp_path: Path, monkeypatch, capsys):
+    memory = script("memory")
+    two_steps = memory._two_steps
+
+    def small_card(attention, part, shape, device):
+        if attention == "eager" and shape.length > 16:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nmore")
+        return two_steps(attention, part, shape, device) | {"peak_gib": shape.length / 16}
+
+    monkeypatch.setattr(memory, "_two_steps", small_card)
+    path = tmp_path / "memory.json"
+    options = ["--tiny", "--cpu", "--first", "16", "--last", "64", "--attention", "eager", "sdpa"]
+    assert memory.main([*options, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    eager = [row for row in rows if row["attention"] == "eager"]
+    assert [row["context"] for row in eager] == [16, 32] * 2
+    assert eager[1]["out_of_memory"] == "CUDA out of memory. Tried to"
+    assert len(rows) == 2 * (2 + 3) and "out of memory" in capsys.readouterr().out
+
+
+def test_contexts_share_the_tokens_and_leave_out_what_does_not_fit(
+    script, tmp_path: Path, monkeypatch, capsys
+):
+    training_step = script("training_step")
+    step = training_step.Contender.step
+
+    def small_card(self, batch):
+        if self.name == "eager" and batch["input_ids"].shape[1] > 16:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return step(self, batch)
+
+    monkeypatch.setattr(training_step.Contender, "step", small_card)
+    path = tmp_path / "grid.json"
+    options = ["--tiny", "--cpu", "--models", "gpt2,gpt2-medium", "--contexts", "16,32"]
+    options += ["--tokens", "64", "--attention", "eager,sdpa", "--steps", "1", "--warmup", "0"]
+    assert training_step.main([*options, "--json", str(path)]) == 0
+    models = json.loads(path.read_text())["models"]
+    assert [(m["name"], m["shape"]["batch"], m["shape"]["length"]) for m in models] == [
+        (name, 64 // length, length) for name in ("gpt2", "gpt2-medium") for length in (16, 32)
+    ]
+    assert "step_ms" in models[0]["runs"]["eager"]
+    assert models[1]["runs"]["eager"] == {"out_of_memory": "CUDA out of memory."}
+    assert models[1]["runs"]["sdpa"]["step_ms"]["median"] > 0
+    assert "eager" in capsys.readouterr().out
+
+
+SEEN = ("attention", "MLP GEMMs", "other GEMMs", "output layer", "LayerNorm", "GELU", "loss")
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert-large"])
+def test_forward_and_backward_of_a_part_are_found(script, model: str):
+    """Every operator of a step is in one part, every GEMM of both directions in the right one."""
+    parts, training_step = script("step_parts"), script("training_step")
+    shape, cpu = training_step.TINY[model], torch.device("cpu")
+    current = training_step.contender(model, shape, "sdpa", 0, cpu, False)
+    batch = training_step.random_batch(model, shape, torch.Generator().manual_seed(0))
+    handles = parts.mark(current.model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        current.model(**batch).loss.backward()
+    for handle in handles:
+        handle.remove()
+    events = profiler.events()
+    times = parts.time_parts(events, on_gpu=False)
+    expected = sum(e.self_cpu_time_total for e in events if not e.name.startswith(parts.MARK))
+    assert sum(times.values()) == pytest.approx(expected / 1e3)
+
+    gemms = [
+        (event.name, part)
+        for event, part in parts.parts_of(events)
+        if event.name in ("aten::addmm", "aten::mm")
+    ]
+    assert {part for _, part in gemms} == {"MLP GEMMs", "other GEMMs", "output layer"}
+    # Two in the MLP of each layer, and as many products for each of their two gradients.
+    assert sum(part == "MLP GEMMs" for _, part in gemms) == 3 * 2 * shape.layers
+    assert all(times[part] > 0 for part in SEEN)
+    assert times["optimizer"] == 0
+    assert not any(module._forward_hooks for module in current.model.modules())
+
+
+def test_step_parts_writes_and_draws(script, tmp_path: Path):
+    path = tmp_path / "parts.json"
+    options = ["--tiny", "--cpu", "--models", "gpt2", "--attention", "sdpa", "hf_flashattn"]
+    options += ["--steps", "1", "--warmup", "1", "--json", str(path)]
+    assert script("step_parts").main(options) == 0
+    (model,) = json.loads(path.read_text())["models"]
+    for run in model["runs"].values():
+        assert run["sum_ms"] == pytest.approx(sum(run["parts_ms"].values()))
+        assert run["parts_ms"]["optimizer"] > 0 and run["all_kernels_ms"] is None
+    pytest.importorskip("matplotlib")
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_two_processes_are_measured_as_two(script, tmp_path: Path):
+    path = tmp_path / "scaling.json"
+    options = ["--tiny", "--cpu", "--attention", "sdpa", "--steps", "2", "--warmup", "1"]
+    assert script("scaling").main([*options, "--json", str(path)]) == 0
+    counts = json.loads(path.read_text())["counts"]
+    assert [count["processes"] for count in counts] == [1, 2]
+    one, two = (count["runs"]["sdpa"] for count in counts)
+    assert one["efficiency"] == 1 and two["efficiency"] > 0
+    tokens = [run["tokens_per_second"] * run["step_ms"]["median"] for run in (one, two)]
+    assert tokens[1] == pytest.approx(2 * tokens[0])
+
+
+def test_two_gpus_are_needed_for_two_processes(script, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match="expected 2 GPUs; got 1; next step"):
+        script("scaling").main([])

@@ -1,0 +1,105 @@
+"""benchmarks/RESULTS.md is what docs/results.py makes of the JSON files, and of nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("results_page", ROOT / "docs" / "results.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["results_page"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder: Path, name: str, **content: object) -> None:
+    head = {
+        "command": f"x.py --json {name}",
+        "device": {"name": "Card"},
+        "versions": {"torch": "2.11"},
+    }
+    (folder / name).write_text(json.dumps(head | content))
+
+
+def row(page: str, claim: str) -> list[str]:
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {claim}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_is_current(results):
+    assert results.PAGE.read_text() == results.page(results.RESULTS), "run: python docs/results.py"
+
+
+def test_without_files_nothing_was_run(results, tmp_path: Path):
+    page = results.page(tmp_path)
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(results.ROWS)
+    assert all(f"| {results.NOT_RUN} |" in line for line in rows)
+
+
+def test_numbers_are_those_of_the_files(results, tmp_path: Path):
+    def step(ms: float) -> dict:
+        return {"step_ms": {"median": ms}}
+
+    def model(name: str, length: int, **runs: dict) -> dict:
+        shape = {"batch": 4, "length": length}
+        return {"name": name, "compile": False, "shape": shape, "runs": runs}
+
+    full = {"out_of_memory": "CUDA out of memory"}
+    write(
+        tmp_path,
+        "gpt2_grid.json",
+        models=[
+            model("gpt2", 512, eager=step(30.0), sdpa=step(12.0), hf_flashattn=step(10.0)),
+            model("gpt2", 8192, sdpa=step(24.0), hf_flashattn=step(16.0), eager=full),
+        ],
+    )
+    unpadded = {"eager": step(20.0), "hf_flashattn": step(10.0), "hf_flashattn_unpad": step(5.0)}
+    write(tmp_path, "bert_large.json", models=[model("bert-large", 512, **unpadded)])
+    for seed, perplexity in enumerate((4.0, 5.0, 6.0)):
+        settings = {"layers": 8, "hidden": 512, "context": 1024, "seed": seed}
+        runs = {"hf_flashattn": {"perplexities": [{"perplexity": perplexity}]}}
+        write(tmp_path, f"gpt2_context_1024_seed_{seed}.json", settings=settings, runs=runs)
+    write(
+        tmp_path,
+        "memory.json",
+        rows=[
+            {"attention": "eager", "part": "body", "context": 512, "peak_gib": 1.0},
+            {"attention": "eager", "part": "body", "context": 1024, "peak_gib": 3.5},
+            {"attention": "eager", "part": "body", "context": 2048, "out_of_memory": "CUDA"},
+            {"attention": "eager", "part": "whole", "context": 512, "peak_gib": 9.0},
+        ],
+    )
+    page = results.page(tmp_path)
+    _, ours, where, command, link = row(page, "the same at contexts of 512 to 8k")
+    assert ours == (
+        "4 x 512: 10.0 ms, x eager 3.00, x sdpa 1.20<br>"
+        "4 x 8192: 16.0 ms, x sdpa 1.50, x eager out of memory"
+    )
+    assert where == "Card, torch 2.11" and command == "`python x.py --json gpt2_grid.json`"
+    assert link == "[gpt2_grid](results/gpt2_grid.json)"
+    assert row(page, "GPT-2 medium")[1] == results.NOT_RUN  # the file has none
+    assert "4 x 512 (unpad): 5.0 ms, x eager 4.00" in row(page, "BERT-large trains")[1]
+    _, ours, _, command, _ = row(page, "GPT-2 small with 4 times")
+    assert ours == "8 x 512, context 1024: 5.00 +- 1.00, 3 seed(s)" and "and 2 more" in command
+    assert row(page, "memory linear")[1] == (
+        "eager: 1024 tokens in 3.5 GiB, last doubling x 3.50, out of memory at 2048"
+    )
+
+
+@pytest.mark.parametrize("content", ["{", '{"rows": [{}]}'])
+def test_a_file_of_another_kind_is_an_error(results, tmp_path: Path, content, capsys):
+    (tmp_path / "memory.json").write_text(content)
+    page = tmp_path / "page.md"
+    assert results.main(["--results", str(tmp_path), "--output", str(page)]) == 2
+    assert "memory.py" in capsys.readouterr().err and not page.exists()

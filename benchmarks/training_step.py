@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py --json training_step.json
     python benchmarks/training_step.py --models gpt2 --compile both --overlay-steps 300
+    python benchmarks/training_step.py --models bert-large --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad
 
 Protocol: bf16 autocast on fp32 weights, fused AdamW, gradient clipping, dropout 0.1 (attention
 included), random weights from one seed. All attentions are built first; then every step runs once
@@ -11,7 +12,8 @@ memory is that of one attention alone: its weights and optimizer state plus what
 
 gpt2         GPT-2 small, 16 x 1024 random tokens, next-token loss
 bert-large   BERT-large, 32 x 512 with lengths uniform in 128..512, right-padded, masked-token loss
-             on 15 % of the real tokens; tokens/s counts real tokens
+             on 15 % of the real tokens; tokens/s counts real tokens. hf_flashattn_unpad, for
+             this model alone, is hf_flashattn with unpad=True: all layers run without padding
 
 --overlay-steps N trains GPT-2 small for N steps with eager and hf_flashattn, same weights, same
 batches: the bytes of the standard library's .py files as tokens, so that nothing but Python is
@@ -39,6 +41,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 ATTENTIONS = ("eager", "sdpa", "hf_flashattn")
+UNPADDED = "hf_flashattn_unpad"  # only when asked for, and only where rows are padded
 OVERLAID = ("eager", "hf_flashattn")
 IGNORED = -100  # a label that the loss leaves out
 DROPOUT = 0.1
@@ -143,13 +146,13 @@ def contender(
     compiled: bool,
     lr: float = 1e-4,
 ) -> Contender:
-    own = attention == "hf_flashattn"
+    own = attention in ("hf_flashattn", UNPADDED)
     model = make_model(name, shape, "sdpa" if own else attention, seed).to(device).train()
     report = None
     if own:
         import hf_flashattn
 
-        report = hf_flashattn.patch_model(model)
+        report = hf_flashattn.patch_model(model, unpad=attention == UNPADDED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type == "cuda")
     if compiled:
         model.compile()
@@ -316,13 +319,13 @@ def table(name: str, shape: Shape, compiled: bool, runs: dict[str, dict[str, Any
     first = next(iter(runs))
     rows = [
         f"{name}, {shape.batch} x {shape.length}{', torch.compile' if compiled else ''}",
-        f"  {'attention':<14}{'ms/step':>9}{'p10':>9}{'p90':>9}{'tokens/s':>12}{'peak GiB':>10}"
+        f"  {'attention':<20}{'ms/step':>9}{'p10':>9}{'p90':>9}{'tokens/s':>12}{'peak GiB':>10}"
         f"{'x ' + first:>10}",
     ]
     for label, run in runs.items():
         times = run["step_ms"]
         rows.append(
-            f"  {label:<14}{times['median']:>9.1f}{times['p10']:>9.1f}{times['p90']:>9.1f}"
+            f"  {label:<20}{times['median']:>9.1f}{times['p10']:>9.1f}{times['p90']:>9.1f}"
             f"{run['tokens_per_second']:>12,.0f}{run['peak_memory_gib'] or 0:>10.1f}"
             f"{run['speedup']:>10.2f}"
         )
@@ -335,7 +338,8 @@ def ran_on(report: Any) -> str | None:
     if report is None:
         return None
     kinds = Counter(f"{row.runs}, {row.why}" for row in report.rows)
-    return "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    parts = [f"{count} x {kind}" for kind, count in kinds.items()]
+    return "; ".join([*parts, *map(str, report.unpadding)])
 
 
 def _summary(current: Contender, tokens: float, sequences: int, baseline: float) -> dict[str, Any]:
@@ -393,7 +397,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     args.models = _names(args.models, tuple(SHAPES), "--models") if args.models else []
-    args.attention = _names(args.attention, ATTENTIONS, "--attention")
+    args.attention = _names(args.attention, (*ATTENTIONS, UNPADDED), "--attention")
+    if UNPADDED in args.attention and args.models != ["bert-large"]:
+        raise SystemExit(
+            f"error: expected --models bert-large with {UNPADDED}, as nothing else is padded; got "
+            f"--models {','.join(args.models)}; next step: --models bert-large"
+        )
     if args.steps < 1:
         raise SystemExit(
             f"error: expected --steps of at least 1; got {args.steps}; next step: --steps 30"

@@ -2,7 +2,8 @@
 
     python benchmarks/training_step.py --json training_step.json
     python benchmarks/training_step.py --models gpt2 --compile both --overlay-steps 300
-    python benchmarks/training_step.py --models bert-large --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad
+    python benchmarks/training_step.py --models bert-large \\
+        --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad
 
 Protocol: bf16 autocast on fp32 weights, fused AdamW, gradient clipping, dropout 0.1 (attention
 included), random weights from one seed. All attentions are built first; then every step runs once

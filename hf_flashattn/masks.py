@@ -24,7 +24,6 @@ Transformers' boolean mask, and the layer falls back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,67 +32,15 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat
-from hf_flashattn.unpadding import Unpadding, VarlenPlan, plan_varlen
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """A 2-D mask that was read."""
-
-    kept: Tensor  # bool (B, Sk), True is a token
-    known: Tensor  # the same on the CPU
-
-
-@dataclass(frozen=True, eq=False)
-class KeyRange:
-    """Row b sees the keys start[b] <= c < start[b] + length[b].
-
-    used: only so many keys exist yet, as in a static cache; None means all.
-    """
-
-    start: Tensor  # int32 (B,)
-    length: Tensor  # int32 (B,)
-    causal: bool
-    used: int | None = None
-    tokens: Tokens | None = None  # the mask that it was made from
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """A query sees the keys of its row that bear its number; 0 neither sees nor is seen."""
-
-    query_ids: Tensor  # int32 (B, Sq)
-    key_ids: Tensor  # int32 (B, Sk)
-    causal: bool
-    plan: VarlenPlan | None  # None while tracing
-    tokens: Tokens | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Compaction:
-    """The keys of row b in the order `order[b]` have the `count[b]` kept ones first.
-
-    Causal: so have the queries. inverse[b] leads back.
-    """
-
-    order: Tensor  # int32 (B, Sk)
-    inverse: Tensor  # int32 (B, Sk)
-    count: Tensor  # int32 (B,)
-    causal: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """The tokens of an encoder's batch without its padding, each row a sequence."""
-
-    unpadding: Unpadding
-    mask: Tensor  # the layer's mask of the padded batch, for what no kernel takes
-    found: KeyRange | Segments | None  # what that mask says; None: it is no carrier
-
-    causal = False
-
-
-Descriptor = KeyRange | Segments | Compaction | Packed
+from hf_flashattn.descriptors import (
+    Compaction,
+    Descriptor,
+    KeyRange,
+    Packed,
+    Segments,
+    Tokens,
+)
+from hf_flashattn.unpadding import Unpadding, plan_varlen
 
 _DECODED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # carrier -> what decode() made of it
 
@@ -253,7 +200,8 @@ def _read(kept: Tensor) -> Tensor:
     version = -1 if kept.is_inference() else kept._version
     known = _KNOWN.get(kept)
     if known is None or known[0] != version or kept.is_inference():
-        known = _KNOWN[kept] = (version, kept.to("cpu", copy=True))
+        copy = kept.cpu()
+        known = _KNOWN[kept] = (version, copy.clone() if copy is kept else copy)
     return known[1]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_flashattn import _compat, encoder_unpadding, environment
+from hf_flashattn import _compat, encoder_trial, environment
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.masks import TRACED
@@ -294,7 +294,7 @@ def _patch(model: nn.Module, options: _Options) -> None:
             if isinstance(module, PreTrainedModel) and id(module.config) in renamed:
                 _watch_position_ids(module, patch)
         if options.unpad:
-            patch.unpadding, handles = encoder_unpadding.install(model, sites)
+            patch.unpadding, handles = encoder_trial.install(model, sites)
             patch.hooks += handles
             if options.strict and options.disabled is None:
                 _refuse_padding(model, patch.unpadding)

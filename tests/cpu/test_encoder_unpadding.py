@@ -17,6 +17,7 @@ from model_helpers import (
     LENGTH,
     PADDINGS,
     VOCAB,
+    Host,
     assert_same,
     bert,
     bert_decoder,
@@ -64,6 +65,7 @@ DISTIL = {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "dropout
 # a window of 4 tokens to each side, in every second layer
 MODERN = {"local_attention": 8, "global_attn_every_n_layers": 2, "mask_token_id": 3}
 
+ROC = {"pronunciation_vocab_size": 9, "shape_vocab_size": 9}
 ENCODERS = {  # what: (class, options of its config)
     "bert": ("BertForMaskedLM", {}),
     "roberta": ("RobertaForTokenClassification", {}),
@@ -74,7 +76,7 @@ ENCODERS = {  # what: (class, options of its config)
     "albert": ("AlbertForMaskedLM", {"embedding_size": 16}),
     "ernie": ("ErnieModel", {}),
     "data2vec": ("Data2VecTextModel", {}),
-    "rocbert": ("RoCBertModel", {}),
+    "rocbert": ("RoCBertModel", ROC),
     "roberta-prelayernorm": ("RobertaPreLayerNormModel", {}),
     "esm": ("EsmModel", {"position_embedding_type": "rotary", "mask_token_id": 3}),
     "distilbert": ("DistilBertModel", DISTIL),
@@ -111,7 +113,9 @@ def test_equals_eager_at_the_tokens(what, kind):
     """Outputs, and gradients of every parameter; positions and windows are the padded batch's."""
     inputs = batch(kind)
     with torch.random.fork_rng():
-        report = assert_same(make(what), inputs, inputs["attention_mask"], unpad=True, tolerance=2e-5)
+        report = assert_same(
+            make(what), inputs, inputs["attention_mask"], unpad=True, tolerance=2e-5
+        )
     (entry,) = report.unpadding
     assert entry.unpadded == 1 and not entry.padded and entry.tokens < entry.places
     if what == "modernbert-window":  # its windowed layers fall back, padded for attention alone
@@ -120,7 +124,9 @@ def test_equals_eager_at_the_tokens(what, kind):
         assert calls(report, "fallback") == 0
 
 
-@pytest.mark.parametrize("options", [{"exclude": "*.0.*"}, {"exclude": "*.0.*", "fallback": "eager"}])
+@pytest.mark.parametrize(
+    "options", [{"exclude": "*.0.*"}, {"exclude": "*.0.*", "fallback": "eager"}]
+)
 def test_layers_on_the_fallback(options):
     inputs = batch("holed")
     report = assert_same(bert(), inputs, inputs["attention_mask"], unpad=True, **options)
@@ -256,7 +262,7 @@ def test_dropout_is_reproducible():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("what", ["bert", "modernbert-window"])
 def test_gradient_checkpointing(what, reentrant):
-    """The layers run again give the same gradients, dropout included; copies of masks are refused."""
+    """Layers that run again give the same gradients, with dropout; copies of masks are refused."""
     base = make(what).base_model.train()
     for module in base.modules():
         if isinstance(module, nn.Dropout):
@@ -304,7 +310,10 @@ def test_autocast_and_bfloat16():
     exact = bert()
     want = exact(**inputs).last_hidden_state[real]
     for model in (exact, copy.deepcopy(exact).bfloat16()):
-        with hf_flashattn.patched(model, unpad=True) as report, torch.autocast("cpu", torch.bfloat16):
+        with (
+            hf_flashattn.patched(model, unpad=True) as report,
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             got = model(**inputs).last_hidden_state
             got.float().square().sum().backward()
         assert report.unpadding[0].unpadded == 1 and calls(report, "fallback") == 0
@@ -312,10 +321,6 @@ def test_autocast_and_bfloat16():
 
 
 # ---- syncs and memory ----------------------------------------------------------------------------
-
-
-class _Host(torch.Tensor):
-    """A tensor that was copied to the CPU; what is computed from it is there, too."""
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "holed", "ones"])
@@ -327,28 +332,26 @@ def test_the_device_is_read_once(what, kind, monkeypatch):
     """
     model, inputs, reads = make(what), batch(kind), []
 
-    def watch(name: str, is_copy: bool) -> None:
+    def watch(name: str) -> None:
         plain = getattr(torch.Tensor, name)
 
         def method(self, *args, **kwargs):
-            copies = is_copy and (name == "cpu" or "cpu" in args)
+            copies = name == "cpu" or (name == "to" and "cpu" in args)
             caller = sys._getframe(1).f_code.co_filename
             own = caller.endswith(("hf_flashattn/cpu.py", "hf_flashattn/reference.py"))
-            if not isinstance(self, _Host) and not own and (copies or not is_copy):
+            if not isinstance(self, Host) and not own and (copies or name != "to"):
                 reads.append((name, tuple(self.shape)))
             result = plain(self, *args, **kwargs)
-            return result.as_subclass(_Host) if copies else result
+            return result.as_subclass(Host) if copies else result
 
         monkeypatch.setattr(torch.Tensor, name, method)
 
     with torch.no_grad(), hf_flashattn.patched(model, unpad=True) as report:
-        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "numpy"):
-            watch(name, False)
-        for name in ("cpu", "to"):
-            watch(name, True)
+        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "numpy", "cpu", "to"):
+            watch(name)
         model(**inputs)
         monkeypatch.undo()
-    assert reads == [("to", (BATCH, LENGTH))]
+    assert reads == [("cpu", (BATCH, LENGTH))]
     assert report.unpadding[0].unpadded == (kind != "ones")
 
 
@@ -514,9 +517,7 @@ def test_refusals(what):
     with pytest.raises(hf_flashattn.PatchError) as error:
         hf_flashattn.patch_model(model, unpad=True, strict=True)
     if what not in ("own-attention", "t5", "meta"):  # strict refuses their attention alone
-        assert all(
-            word in str(error.value) for word in ("expected", "got", "Nearest", "Next step")
-        )
+        assert all(word in str(error.value) for word in ("expected", "got", "Nearest", "Next step"))
     assert state_of(model) == before
 
 

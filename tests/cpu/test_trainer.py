@@ -157,6 +157,9 @@ def test_what_the_fields_ask_for(tmp_path):
     ]
     strict = options(flash_attention="strict", flash_attention_fallback="eager")
     assert [(o["strict"], o["fallback"]) for o in strict] == [(True, "eager")]
+    for unpad in (False, True):
+        (asked,) = options(flash_attention="on", flash_attention_unpad=unpad)
+        assert asked["unpad"] is unpad
 
 
 @pytest.mark.parametrize("field", ["flash_attention", "flash_attention_fallback"])

@@ -2,6 +2,8 @@
 
     python benchmarks/training_step.py --json training_step.json
     python benchmarks/training_step.py --models gpt2 --compile both --overlay-steps 300
+    python benchmarks/training_step.py --models bert-large \\
+        --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad
 
 Protocol: bf16 autocast on fp32 weights, fused AdamW, gradient clipping, dropout 0.1 (attention
 included), random weights from one seed. All attentions are built first; then every step runs once
@@ -12,7 +14,8 @@ memory is that of one attention alone: its weights and optimizer state plus what
 gpt2         GPT-2 small, 16 x 1024 random tokens, next-token loss
 gpt2-medium  the same, 24 layers of 1024
 bert-large   BERT-large, 32 x 512 with lengths uniform in 128..512, right-padded, masked-token loss
-             on 15 % of the real tokens; tokens/s counts real tokens
+             on 15 % of the real tokens; tokens/s counts real tokens. hf_flashattn_unpad, for
+             this model alone, is hf_flashattn with unpad=True: all layers run without padding
 
 --contexts 512,1024,2048,4096,8192 measures the GPT-2 models at each of these lengths, at --tokens a
 step; an attention that runs out of memory is left out there, and the JSON says so.
@@ -43,6 +46,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 ATTENTIONS = ("eager", "sdpa", "hf_flashattn")
+UNPADDED = "hf_flashattn_unpad"  # only when asked for, and only where rows are padded
 OVERLAID = ("eager", "hf_flashattn")
 IGNORED = -100  # a label that the loss leaves out
 DROPOUT = 0.1
@@ -149,13 +153,13 @@ def contender(
     compiled: bool,
     lr: float = 1e-4,
 ) -> Contender:
-    own = attention == "hf_flashattn"
+    own = attention in ("hf_flashattn", UNPADDED)
     model = make_model(name, shape, "sdpa" if own else attention, seed).to(device).train()
     report = None
     if own:
         import hf_flashattn
 
-        report = hf_flashattn.patch_model(model)
+        report = hf_flashattn.patch_model(model, unpad=attention == UNPADDED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type == "cuda")
     if compiled:
         model.compile()
@@ -359,7 +363,7 @@ def table(name: str, shape: Shape, compiled: bool, runs: dict[str, dict[str, Any
     first = next(iter(runs))
     rows = [
         f"{name}, {shape.batch} x {shape.length}{', torch.compile' if compiled else ''}",
-        f"  {'attention':<14}{'ms/step':>9}{'p10':>9}{'p90':>9}{'tokens/s':>12}{'peak GiB':>10}"
+        f"  {'attention':<20}{'ms/step':>9}{'p10':>9}{'p90':>9}{'tokens/s':>12}{'peak GiB':>10}"
         f"{'x ' + first:>10}",
     ]
     for label, run in runs.items():
@@ -368,7 +372,7 @@ def table(name: str, shape: Shape, compiled: bool, runs: dict[str, dict[str, Any
             continue
         times = run["step_ms"]
         rows.append(
-            f"  {label:<14}{times['median']:>9.1f}{times['p10']:>9.1f}{times['p90']:>9.1f}"
+            f"  {label:<20}{times['median']:>9.1f}{times['p10']:>9.1f}{times['p90']:>9.1f}"
             f"{run['tokens_per_second']:>12,.0f}{run['peak_memory_gib'] or 0:>10.1f}"
             f"{run['speedup']:>10.2f}"
         )
@@ -383,7 +387,8 @@ def ran_on(report: Any) -> str | None:
     if report is None:
         return None
     kinds = Counter(f"{row.runs}, {row.why}" for row in report.rows)
-    return "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    parts = [f"{count} x {kind}" for kind, count in kinds.items()]
+    return "; ".join([*parts, *map(str, report.unpadding)])
 
 
 def _summary(current: Contender, tokens: float, sequences: int, baseline: float) -> dict[str, Any]:
@@ -449,7 +454,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     args.models = _names(args.models, tuple(SHAPES), "--models") if args.models else []
-    args.attention = _names(args.attention, ATTENTIONS, "--attention")
+    args.attention = _names(args.attention, (*ATTENTIONS, UNPADDED), "--attention")
+    if UNPADDED in args.attention and args.models != ["bert-large"]:
+        raise SystemExit(
+            f"error: expected --models bert-large with {UNPADDED}, as nothing else is padded; got "
+            f"--models {','.join(args.models)}; next step: --models bert-large"
+        )
     if args.steps < 1:
         raise SystemExit(
             f"error: expected --steps of at least 1; got {args.steps}; next step: --steps 30"

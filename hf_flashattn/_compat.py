@@ -80,7 +80,7 @@ PRIVATE_NAMES = (
     (
         "transformers.utils.output_capturing",
         "_active_collector",
-        "tells that attention weights are wanted",
+        "tells that attention weights or hidden states are wanted",
     ),
     ("transformers", "PreTrainedConfig._attn_implementation", "selects the implementation"),
 )
@@ -93,9 +93,11 @@ __all__ = [
     "PreTrainedConfig",
     "PreTrainedModel",
     "attentions_wanted",
+    "checkpoints_reentrantly",
     "describe_mask",
     "eager_function",
     "explicit_mask",
+    "hidden_states_collector",
     "is_tracing",
     "missing",
     "register",
@@ -273,11 +275,31 @@ def eager_function(module: nn.Module) -> Callable | None:
 
 def attentions_wanted() -> bool:
     """True inside a forward whose caller asked for attention weights (output_attentions=True)."""
+    collected = _collected()
+    return collected is not None and any(key.endswith("attentions") for key in collected)
+
+
+def hidden_states_collector() -> dict | None:
+    """What Transformers collects hidden states in, inside a forward whose caller asked for them."""
+    collected = _collected()
+    return collected if collected is not None and "hidden_states" in collected else None
+
+
+def _collected() -> dict | None:
     collector = _ACTIVE_COLLECTOR
     if collector is None:
-        return False
+        return None
     if torch.compiler.is_compiling():  # no trace reads a ContextVar: then it is an attribute
-        collected = collector.global_var if collector.compiling else None
-    else:
-        collected = collector.get()
-    return collected is not None and any(key.endswith("attentions") for key in collected)
+        return collector.global_var if collector.compiling else None
+    return collector.get()
+
+
+def checkpoints_reentrantly(layer: nn.Module) -> bool:
+    """Whether gradient checkpointing of `layer`, or within it, hands on copies of its arguments."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get(
+            "use_reentrant", False
+        )
+        for module in layer.modules()
+    )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_flashattn import _compat, environment, functional, masks, ops, report, support
 from hf_flashattn.call import Call
 from hf_flashattn.fallback import fall_back
-from hf_flashattn.masks import Compaction, KeyRange, Segments
+from hf_flashattn.masks import Compaction, KeyRange, Packed, Segments
 from hf_flashattn.report import SETTINGS
 from hf_flashattn.unpadding import VarlenPlan
 
@@ -32,6 +32,7 @@ class Settings:
     fallback: str = "sdpa"
     strict: bool = False
     excluded: str | None = None  # why the user keeps this module off the kernel
+    tried: bool = False  # patch_model tries the model out: on the fallback, and nothing is counted
 
 
 @torch.compiler.assume_constant_result  # a trace must neither read nor guard on the environment
@@ -96,6 +97,8 @@ def attention_forward(
     settings = getattr(module, SETTINGS, None)
     if settings is None:
         settings = _settings_of_registered_name()
+    if settings.tried:
+        return fall_back(call, settings.fallback)
     reason = settings.excluded or _why_not(call)
     if reason is None:
         implementation, reason = _supported(call)
@@ -118,7 +121,9 @@ def attention_forward(
 
 def _why_not(call: Call) -> str | None:
     """Why this call cannot go to the kernel, from what only Transformers knows, or None."""
-    extra, mask = call.extra, call.mask
+    extra, mask, found = call.extra, call.mask, call.found
+    if isinstance(found, Packed):
+        mask, found = found.mask, found.found
     if call.weights_wanted:
         return "output_attentions=True: the kernel never builds attention weights"
     if extra.get("position_bias") is not None:
@@ -139,12 +144,12 @@ def _why_not(call: Call) -> str | None:
             f"{type(call.module).__name__}. Nearest supported: the model on its own masks. Next "
             'step: load it with attn_implementation="eager".'
         )
-    if mask is not None and call.found is None:
+    if mask is not None and found is None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
         return (
             f"{kind} {mask.dim()}-D mask: made by the caller, or neither causal, padded nor packed"
         )
-    if isinstance(call.found, Segments) and call.found.plan is None:
+    if isinstance(found, Segments) and found.plan is None:
         return "packed or holed mask made outside the compiled region"
     if (positions := call.unchecked_positions) is not None and _compat.is_tracing(positions):
         return "position_ids from the caller: packed or not cannot be seen while tracing"
@@ -246,6 +251,8 @@ def _run(call: Call) -> Tensor:
     }
     if isinstance(found, Segments):
         return _run_varlen(q, k, v, found.plan, options)
+    if isinstance(found, Packed):
+        return _run_varlen(q, k, v, found.unpadding.varlen, options)
     if isinstance(found, Compaction):
         return _run_compacted(q, k, v, found, options)
     if isinstance(found, KeyRange):

@@ -6,7 +6,7 @@ position_ids that restart. Call answers each question once, for the kernel and f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat
-from hf_flashattn.masks import TRACED, Descriptor
+from hf_flashattn.masks import TRACED, Descriptor, Packed
 from hf_flashattn.unpadding import VarlenPlan, packed_ids, plan_varlen
 
 # position_ids -> (version, batch, VarlenPlan or None)
@@ -57,7 +57,9 @@ class Call:
         Transformers' sliding_window counts the token itself, flash-attn's does not.
         """
         window = self.extra.get("sliding_window")
-        if not isinstance(window, int) or self.seqlen_k <= window:
+        packed = isinstance(self.found, Packed)
+        seqlen = self.found.unpadding.seqlen if packed else self.seqlen_k
+        if not isinstance(window, int) or seqlen <= window:
             return -1, -1
         return window - 1, 0 if self.causal else window - 1
 
@@ -69,6 +71,15 @@ class Call:
     def weights_wanted(self) -> bool:
         """Whether the caller asked for the attention weights."""
         return bool(self.extra.get("output_attentions")) or _compat.attentions_wanted()
+
+    def padded(self) -> Call:
+        """The call of a batch without padding (Packed) as the padded batch would make it."""
+        packed = self.found
+        q, k, v = (
+            packed.unpadding.unpack(x.transpose(1, 2)).transpose(1, 2)
+            for x in (self.query, self.key, self.value)
+        )
+        return replace(self, query=q, key=k, value=v, mask=packed.mask, found=packed.found)
 
     @property
     def unchecked_positions(self) -> Tensor | None:

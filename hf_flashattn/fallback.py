@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_flashattn import _compat, masks
 from hf_flashattn.call import Call
-from hf_flashattn.masks import Segments
+from hf_flashattn.masks import Packed, Segments
 from hf_flashattn.unpadding import packed_ids_unread
 
 
@@ -21,6 +21,9 @@ def fall_back(call: Call, choice: str) -> tuple[Tensor, Tensor | None]:
 
     Raises NotImplementedError for what only an eager function can do, if the model has none.
     """
+    if isinstance(call.found, Packed):
+        out, _ = fall_back(call.padded(), choice)
+        return call.found.unpadding.pack(out), None
     extra = call.extra
     needs_eager = call.weights_wanted or any(
         extra.get(name) is not None for name in ("softcap", "s_aux", "sinks")

@@ -9,13 +9,14 @@ remembered beside it.
     KeyRange    (B, 1, 1, 2 | 3 | 4)  [start, length, 0, keys used]: padding; static caches
     Segments    (B, 1, 2, Sq + Sk)    numbers of query and key tokens, 0 is nowhere: holes, packing
     Compaction  (B, 1, 3, Sk)         order that puts the kept keys first, inverse, their count
+    Packed      (1, 1, 4, total)      an encoder's batch without its padding: encoder_unpadding.py
 
 A causal KeyRange has 3 columns (4 if only the first `keys used` keys exist yet), a causal Segments
 or Compaction one column more: causality is part of the shape, so that it is known without reading
 the device.
 
 Reading the device: outside torch.compile, once per 2-D mask, to learn whether the kept keys are
-neighbours (KeyRange) or not (Segments, whose cu_seqlens cost a second read). Under torch.compile
+neighbours (KeyRange) or not (Segments). Under torch.compile
 and CUDA graph capture, never: a 2-D mask becomes a Compaction, right for every mask at the price of
 a gather of K and V (causal: Q too) per layer. Patterns that none of these can express become
 Transformers' boolean mask, and the layer falls back.
@@ -23,7 +24,6 @@ Transformers' boolean mask, and the layer falls back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,48 +32,20 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat
-from hf_flashattn.unpadding import VarlenPlan, plan_varlen
-
-
-@dataclass(frozen=True, eq=False)
-class KeyRange:
-    """Row b sees the keys start[b] <= c < start[b] + length[b].
-
-    used: only so many keys exist yet, as in a static cache; None means all.
-    """
-
-    start: Tensor  # int32 (B,)
-    length: Tensor  # int32 (B,)
-    causal: bool
-    used: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """A query sees the keys of its row that bear its number; 0 neither sees nor is seen."""
-
-    query_ids: Tensor  # int32 (B, Sq)
-    key_ids: Tensor  # int32 (B, Sk)
-    causal: bool
-    plan: VarlenPlan | None  # None while tracing
-
-
-@dataclass(frozen=True, eq=False)
-class Compaction:
-    """The keys of row b in the order `order[b]` have the `count[b]` kept ones first.
-
-    Causal: so have the queries. inverse[b] leads back.
-    """
-
-    order: Tensor  # int32 (B, Sk)
-    inverse: Tensor  # int32 (B, Sk)
-    count: Tensor  # int32 (B,)
-    causal: bool
-
-
-Descriptor = KeyRange | Segments | Compaction
+from hf_flashattn.descriptors import (
+    Compaction,
+    Descriptor,
+    KeyRange,
+    Packed,
+    Segments,
+    Tokens,
+)
+from hf_flashattn.unpadding import Unpadding, plan_varlen
 
 _DECODED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # carrier -> what decode() made of it
+
+
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, it on the CPU)
 
 
 class TracedFacts:
@@ -206,19 +178,31 @@ def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[
 
 def _padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None) -> Tensor | None:
     """kept: bool (B, Sk). One read of the device, of all of it: asking there takes 15 launches."""
-    known = kept.cpu()
+    known = _read(kept)
     if used is None and bool(known.all()):
         return None
     start, length, neighbours = _range_of(known)
     if bool(neighbours.all()):
-        start, length = torch.stack([start, length]).to(kept.device)
-        return encode_range(start, length, causal=causal, used=used)
-    key_ids = kept.to(torch.int32)
-    if causal:  # the queries are the last tokens: those dropped as keys are dropped as queries
-        query_ids = key_ids[:, -q_length:]
-    else:
-        query_ids = key_ids.new_ones(kept.shape[0], q_length)
-    return encode_segments(query_ids, key_ids, causal=causal)
+        start, length = torch.stack([start, length]).to(kept.device, non_blocking=True)
+        return encode_range(start, length, causal=causal, used=used, tokens=Tokens(kept, known))
+
+    def ids(kept: Tensor) -> tuple[Tensor, Tensor]:
+        key_ids = kept.to(torch.int32)
+        if causal:  # the queries are the last tokens: those dropped as keys are dropped as queries
+            return key_ids[:, -q_length:], key_ids
+        return key_ids.new_ones(kept.shape[0], q_length), key_ids
+
+    return encode_segments(*ids(kept), causal=causal, known=ids(known), tokens=Tokens(kept, known))
+
+
+def _read(kept: Tensor) -> Tensor:
+    """`kept` on the CPU; read once, where a model makes several masks of the same tensor."""
+    version = -1 if kept.is_inference() else kept._version
+    known = _KNOWN.get(kept)
+    if known is None or known[0] != version or kept.is_inference():
+        copy = kept.cpu()
+        known = _KNOWN[kept] = (version, copy.clone() if copy is kept else copy)
+    return known[1]
 
 
 def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool) -> Tensor:
@@ -263,6 +247,8 @@ def _traced(kept: Tensor, arguments: dict[str, Any], *, causal: bool) -> Tensor:
 def _fit(mask: Tensor, length: int) -> Tensor:
     """bool (B, length): cut or continued with False."""
     missing = length - mask.shape[-1]
+    if missing == 0:
+        return mask
     return F.pad(mask, (0, missing)) if missing > 0 else mask[:, :length]
 
 
@@ -279,7 +265,14 @@ def _range_of(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # ---- carriers ------------------------------------------------------------------------------------
 
 
-def encode_range(start: Tensor, length: Tensor, *, causal: bool, used: int | None = None) -> Tensor:
+def encode_range(
+    start: Tensor,
+    length: Tensor,
+    *,
+    causal: bool,
+    used: int | None = None,
+    tokens: Tokens | None = None,
+) -> Tensor:
     """int32 (B, 1, 1, 2), causal 3, with `used` 4."""
     columns = [start, length]
     if causal:
@@ -288,19 +281,47 @@ def encode_range(start: Tensor, length: Tensor, *, causal: bool, used: int | Non
         columns.append(torch.full_like(start, used))
     carrier = torch.stack(columns, dim=-1)[:, None, None]
     if not _compat.is_tracing(carrier):
-        _DECODED[carrier] = KeyRange(start.contiguous(), length.contiguous(), causal, used)
+        found = KeyRange(start.contiguous(), length.contiguous(), causal, used, tokens)
+        _DECODED[carrier] = found
     return carrier
 
 
-def encode_segments(query_ids: Tensor, key_ids: Tensor, *, causal: bool) -> Tensor:
-    """int32 (B, 1, 2, Sq + Sk), causal one column more. The second row is there for the shape."""
+def encode_segments(
+    query_ids: Tensor,
+    key_ids: Tensor,
+    *,
+    causal: bool,
+    known: tuple[Tensor, Tensor] | None = None,
+    tokens: Tokens | None = None,
+) -> Tensor:
+    """int32 (B, 1, 2, Sq + Sk), causal one column more. The second row is there for the shape.
+
+    known: the numbers on the CPU, where they were read already.
+    """
     columns = [query_ids.to(torch.int32), key_ids.to(torch.int32)]
     if causal:
         columns.append(columns[1].new_zeros(key_ids.shape[0], 1))
     carrier = torch.cat(columns, dim=-1)[:, None, None].expand(-1, -1, 2, -1).contiguous()
     if not _compat.is_tracing(carrier):
-        _DECODED[carrier] = Segments(*columns[:2], causal, plan_varlen(query_ids, key_ids))
+        plan = plan_varlen(query_ids, key_ids, known)
+        _DECODED[carrier] = Segments(*columns[:2], causal, plan, tokens)
     return carrier
+
+
+def encode_packed(unpadding: Unpadding, mask: Tensor) -> Tensor:
+    """int32 (1, 1, 4, total). The contents do not tell all: a copy of this carrier is refused.
+
+    mask: what the layer got for the padded batch.
+    """
+    carrier = unpadding.query_ids[None, None].expand(1, 1, 4, -1)
+    found = _DECODED.get(mask)
+    _DECODED[carrier] = Packed(unpadding, mask, found)
+    return carrier
+
+
+def recall(mask: Tensor) -> Descriptor | None:
+    """What is remembered of a carrier, without a look at its contents; None for any other mask."""
+    return _DECODED.get(mask)
 
 
 def encode_compaction(kept: Tensor, *, causal: bool) -> Tensor:
@@ -324,6 +345,8 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
             sizes = known.query_ids.shape[1], known.key_ids.shape[1]
             if sizes != (seqlen_q, seqlen_k):
                 raise _altered(mask, seqlen_q, seqlen_k)
+        elif isinstance(known, Packed) and known.unpadding.total != seqlen_q:
+            raise _altered(mask, seqlen_q, seqlen_k)
         return known
     tracing = _compat.is_tracing(mask)
     rows, width = mask.shape[2], mask.shape[3]

@@ -23,11 +23,11 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_flashattn import _compat, environment
+from hf_flashattn import _compat, encoder_trial, environment
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.masks import TRACED
-from hf_flashattn.report import Report, Site, forget_calls, format_rows
+from hf_flashattn.report import Report, Site, Unpadded, forget_calls, format_rows
 from hf_flashattn.sites import find_sites
 
 FLASH_NAME = "hf_flashattn"
@@ -55,6 +55,7 @@ def patch_model(
     fallback: str | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    unpad: bool = False,
 ) -> Report:
     """Makes this instance of a model run its attention on our kernels.
 
@@ -71,12 +72,16 @@ def patch_model(
             HF_FLASHATTN_FALLBACK.
         include, exclude: glob patterns of module names, as the report shows them: one or a
             sequence. What is not included, or is excluded, uses the fallback.
+        unpad: encoders run all their layers, not attention alone, without padding. Outputs are
+            those of the padded batch at its tokens and at the first place of each row, gradients
+            those of a loss on these; all other padding returns 0 from the last layer on. A call
+            that cannot (torch.compile, output_attentions) runs padded, and the report counts it.
 
     Returns: the report, which keeps counting.
 
     Raises:
-        PatchError: strict=True and a module that cannot, a part that is patched already, or an
-            `include` that no attention module matches.
+        PatchError: strict=True and a module that cannot, or unpad=True with it and no encoder that
+            can; a part that is patched already, or an `include` that no attention module matches.
         TypeError, ValueError: no torch module; another `fallback`, or a variable's bad value.
     """
     wish = environment.read()
@@ -91,7 +96,8 @@ def patch_model(
         )
     inner = unwrap(model)
     patterns = _patterns(include), _patterns(exclude)
-    _ensure_patch(inner, _Options(strict, fallback, *patterns, disabled=wish.excluded))
+    options = _Options(strict, fallback, *patterns, disabled=wish.excluded, unpad=bool(unpad))
+    _ensure_patch(inner, options)
     return attention_report(inner)
 
 
@@ -140,7 +146,7 @@ def attention_report(model: nn.Module) -> Report:
             name = getattr(config, "_attn_implementation", None)
             if site.unsupported is None and name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME):
                 site.unsupported = f'not patched: its attention implementation is "{name}"'
-    return Report(type(inner).__name__, sites)
+    return Report(type(inner).__name__, sites, [] if patch is None else patch.unpadding)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -174,6 +180,7 @@ class _Options:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     disabled: str | None = None  # why no module at all goes to the kernel
+    unpad: bool = False
 
     def includes(self, name: str) -> bool:
         return self.include is None or any(fnmatch.fnmatchcase(name, x) for x in self.include)
@@ -213,6 +220,7 @@ class Patch:
     attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     configs: list[_ConfigCopy] = field(default_factory=list)
     hooks: list[RemovableHandle] = field(default_factory=list)
+    unpadding: list[Unpadded] = field(default_factory=list)
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets an instance attribute, past nn.Module.__setattr__; the former value is logged."""
@@ -285,6 +293,11 @@ def _patch(model: nn.Module, options: _Options) -> None:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and id(module.config) in renamed:
                 _watch_position_ids(module, patch)
+        if options.unpad:
+            patch.unpadding, handles = encoder_trial.install(model, sites)
+            patch.hooks += handles
+            if options.strict and options.disabled is None:
+                _refuse_padding(model, patch.unpadding)
         patch.set(model, _STATE, patch)
         for pair in patch.configs:
             pair.at_patch = dict(pair.copy.__dict__)
@@ -334,6 +347,17 @@ def _refuse_fallbacks(model: nn.Module, sites: list[Site]) -> None:
             f"{type(model).__name__} on the kernel, got "
             f"{len(bad)} of {len(wanted)} that cannot:\n{format_rows(bad)}\nLeave them out with "
             "exclude=[...], or patch with strict=False."
+        )
+
+
+def _refuse_padding(model: nn.Module, entries: list[Unpadded]) -> None:
+    if all(entry.why_not is not None for entry in entries):
+        got = "; ".join(f"{entry.name or entry.cls}: {entry.why_not}" for entry in entries)
+        raise PatchError(
+            f"hf_flashattn: strict=True, unpad=True: expected an encoder in {type(model).__name__} "
+            f"whose layers can do without padding, got none: {got}. Nearest supported: attention "
+            "alone without padding, which patch_model does anyway. Next step: leave out unpad, or "
+            "patch with strict=False"
         )
 
 

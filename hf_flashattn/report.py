@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -215,7 +216,7 @@ class Site:
             1,
             1,
             softcap=float(softcap),
-            bias=_adds_bias(self.module),
+            bias=adds_bias(self.module),
         )
         verdict = support.explain(request)
         if not verdict.ok:
@@ -227,7 +228,7 @@ class Site:
         return "cpu implementation" if is_cpu_implementation(verdict.kernel) else "kernel", why
 
 
-def _adds_bias(module: nn.Module) -> bool:
+def adds_bias(module: nn.Module) -> bool:
     """Whether the model adds a position bias to this module's scores: T5 and its kin, Swin."""
     return hasattr(module, "has_relative_attention_bias") or any(
         "relative_position_bias" in name for name, _ in module.named_parameters()
@@ -251,6 +252,45 @@ def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
     return next((x for x in found if isinstance(x, int) and x > 0), None)
 
 
+@dataclass(eq=False)
+class Unpadded:
+    """What unpad=True did for one model of a tree, such as the BertModel of a BertForMaskedLM."""
+
+    name: str
+    cls: str
+    why_not: str | None = None  # why its layers always run padded
+    unpadded: int = 0  # forwards without padding
+    padded: Counter[str] = field(default_factory=Counter)  # forwards as before, by reason
+    places: int = 0  # batch * tokens of the unpadded forwards
+    tokens: int = 0  # of them, those that the layers ran on
+
+    def count_unpadded(self, places: int, tokens: int) -> None:
+        self.unpadded += 1
+        self.places += places
+        self.tokens += tokens
+
+    def count_padded(self, reason: str) -> None:
+        self.padded[reason] += 1
+
+    def forget(self) -> None:
+        self.unpadded = self.places = self.tokens = 0
+        self.padded.clear()
+
+    def __str__(self) -> str:
+        line = f"unpadding: {self.name or self.cls}: "
+        if self.why_not is not None:
+            return line + textwrap.shorten(f"no: {self.why_not}", WIDEST_REASON, placeholder=" ...")
+        if not self.unpadded and not self.padded:
+            return line + "yes (expected)"
+        line += f"{self.unpadded} forwards without padding"
+        if self.unpadded:
+            line += f" ({self.tokens / self.places:.0%} of their places)"
+        if self.padded:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in self.padded.most_common())
+            line += f", {self.padded.total()} as before: {reasons}"
+        return line
+
+
 class NotOnKernel(AssertionError):
     """Report.assert_all_on_kernel found a module that does not run on the kernel."""
 
@@ -258,9 +298,12 @@ class NotOnKernel(AssertionError):
 class Report:
     """What patch_model did, and what has run since. Printing it shows the state of that moment."""
 
-    def __init__(self, model_name: str, sites: list[Site]) -> None:
+    def __init__(
+        self, model_name: str, sites: list[Site], unpadding: Sequence[Unpadded] = ()
+    ) -> None:
         self.model_name = model_name
         self.sites = sites
+        self.unpadding = unpadding  # what became of unpad=True; empty without
 
     @property
     def rows(self) -> list[Row]:
@@ -273,7 +316,8 @@ class Report:
             return f"hf_flashattn: no attention module found in {self.model_name}"
         counts = Counter(row.runs for row in rows)
         summary = ", ".join(f"{n} {runs}" for runs, n in counts.items())
-        return f"hf_flashattn: {self.model_name}, {summary}\n{format_rows(rows)}"
+        lines = [f"hf_flashattn: {self.model_name}, {summary}", format_rows(rows)]
+        return "\n".join([*lines, *map(str, self.unpadding)])
 
     __repr__ = __str__
 

@@ -63,6 +63,11 @@ class FlashAttentionArguments:
         metadata={"help": "What runs the calls that no kernel takes: sdpa or eager."},
     )
 
+    flash_attention_unpad: bool = field(
+        default=False,
+        metadata={"help": "Run all layers of encoders without padding, not their attention alone."},
+    )
+
     def __post_init__(self) -> None:
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
@@ -76,7 +81,13 @@ class FlashAttentionArguments:
         if self.flash_attention == "off":
             return []
         strict = self.flash_attention == "strict"
-        return [FlashAttentionCallback(strict=strict, fallback=self.flash_attention_fallback)]
+        return [
+            FlashAttentionCallback(
+                strict=strict,
+                fallback=self.flash_attention_fallback,
+                unpad=self.flash_attention_unpad,
+            )
+        ]
 
 
 def _one_of(name: str, value: Any, words: tuple[str, ...]) -> None:
@@ -89,7 +100,7 @@ def _one_of(name: str, value: Any, words: tuple[str, ...]) -> None:
 
 @dataclass
 class TrainingArguments(FlashAttentionArguments, transformers.TrainingArguments):
-    """transformers.TrainingArguments with flash_attention and flash_attention_fallback."""
+    """transformers.TrainingArguments with flash_attention, _fallback and _unpad."""
 
 
 class Trainer(transformers.Trainer):
@@ -137,12 +148,14 @@ class FlashAttentionCallback(TrainerCallback):
         fallback: str = "sdpa",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        unpad: bool = False,
     ) -> None:
         self.options = {
             "strict": strict,
             "fallback": fallback,
             "include": include,
             "exclude": exclude,
+            "unpad": unpad,
         }
         self.report: Report | None = None
         self._model: nn.Module | None = None
@@ -202,7 +215,8 @@ def _log(line: str, report: Report) -> None:
 
 def _modules_line(report: Report) -> str:
     rows = report.rows
-    return f"hf_flashattn: {report.model_name}, {len(rows)} attention modules: {_grouped(rows)}"
+    line = f"hf_flashattn: {report.model_name}, {len(rows)} attention modules: {_grouped(rows)}"
+    return "; ".join([line, *map(str, report.unpadding)])
 
 
 def _calls_line(report: Report, calls: Counter[str]) -> str:
@@ -215,7 +229,8 @@ def _calls_line(report: Report, calls: Counter[str]) -> str:
     if any(row.calls.traced for row in rows):
         line += " (traced by torch.compile: each stands for any number of runs)"
     off = [row for row in rows if row.runs in ("fallback", "mixed", "unsupported")]
-    return f"{line}; {_grouped(off)}" if off else line
+    parts = [line, _grouped(off)] if off else [line]
+    return "; ".join([*parts, *map(str, report.unpadding)])
 
 
 def _grouped(rows: list[Row]) -> str:

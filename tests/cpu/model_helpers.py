@@ -22,6 +22,10 @@ import hf_flashattn
 VOCAB, LENGTH, BATCH, ENCODER_LENGTH, HIDDEN = 60, 13, 3, 9, 32
 
 
+class Host(Tensor):
+    """What tests make of a tensor that was copied to the CPU; what comes of it is there, too."""
+
+
 def gpt2(**changes) -> GPT2LMHeadModel:
     """Two layers, four heads of 8, no dropout, evaluating."""
     options = {

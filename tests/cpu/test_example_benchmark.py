@@ -42,6 +42,25 @@ def test_times_both_models_and_writes_json(training_step, tmp_path: Path, capsys
     assert "bert-large, 2 x 32" in capsys.readouterr().out
 
 
+def test_times_bert_without_padding(training_step, tmp_path: Path, capsys):
+    path = tmp_path / "steps.json"
+    names = "hf_flashattn,hf_flashattn_unpad"
+    options = ["--tiny", "--cpu", "--models", "bert-large", "--attention", names, "--steps", "1"]
+    assert training_step.main([*options, "--warmup", "1", "--json", str(path)]) == 0
+    (model,) = json.loads(path.read_text())["models"]
+    plain, unpadded = (model["runs"][name] for name in names.split(","))
+    assert plain["losses"][0] == pytest.approx(unpadded["losses"][0], rel=0.05)
+    assert "2 forwards without padding" in unpadded["ran_on"]
+    assert "padding" not in plain["ran_on"]
+    assert "unpadding: bert: 2 forwards" in capsys.readouterr().out
+
+
+def test_unpadding_is_for_padded_models_only(training_step):
+    assert "hf_flashattn_unpad" not in training_step.parse([]).attention
+    with pytest.raises(SystemExit, match="expected --models bert-large with hf_flashattn_unpad"):
+        training_step.parse(["--attention", "hf_flashattn_unpad"])
+
+
 def test_what_was_timed_survives_a_failing_overlay(training_step, tmp_path: Path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt

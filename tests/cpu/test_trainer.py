@@ -157,6 +157,9 @@ def test_what_the_fields_ask_for(tmp_path):
     ]
     strict = options(flash_attention="strict", flash_attention_fallback="eager")
     assert [(o["strict"], o["fallback"]) for o in strict] == [(True, "eager")]
+    for unpad in (False, True):
+        (asked,) = options(flash_attention="on", flash_attention_unpad=unpad)
+        assert asked["unpad"] is unpad
 
 
 @pytest.mark.parametrize("field", ["flash_attention", "flash_attention_fallback"])
@@ -217,6 +220,19 @@ def test_the_stock_trainer(tmp_path, make, lines):
     (_, begin), (_, end) = lines
     assert "2 attention modules: 2 cpu implementation (SDPA (CPU))" in begin
     assert "0 on the kernel, 6 on the CPU implementation, 0 fell back" in end
+
+
+def test_encoders_without_padding(tmp_path, lines):
+    """The flag's Trainer follows the stock one, its layers without padding in every step."""
+    args = arguments(tmp_path)
+    expected = losses(transformers.Trainer(bert(BertForMaskedLM), args, train_dataset=batches()))
+    asked = {"flash_attention": "on", "flash_attention_unpad": True}
+    args = arguments(tmp_path, TrainingArguments, **asked)
+    trainer = Trainer(bert(BertForMaskedLM), args, train_dataset=batches())
+    assert losses(trainer) == pytest.approx(expected, rel=1e-3)
+    (_, begin), (_, end) = lines
+    assert begin.endswith("unpadding: bert: yes (expected)")
+    assert "unpadding: bert: " in end and "forwards without padding" in end
 
 
 def test_evaluation_needs_no_training_and_unpatch_ends_it(tmp_path):

@@ -1,0 +1,574 @@
+"""patch_model(unpad=True): encoders without padding equal the padded ones, forward and backward."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import weakref
+
+import pytest
+import torch
+import transformers
+from model_helpers import (
+    BATCH,
+    HIDDEN,
+    LENGTH,
+    PADDINGS,
+    VOCAB,
+    Host,
+    assert_same,
+    bert,
+    bert_decoder,
+    build,
+    calls,
+    gpt2,
+    outputs_and_grads,
+    padding,
+    state_of,
+    tokens,
+)
+from torch import nn
+
+import hf_flashattn
+from hf_flashattn import encoder_unpadding
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+}
+DISTIL = {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0}
+# a window of 4 tokens to each side, in every second layer
+MODERN = {"local_attention": 8, "global_attn_every_n_layers": 2, "mask_token_id": 3}
+
+ROC = {"pronunciation_vocab_size": 9, "shape_vocab_size": 9}
+ENCODERS = {  # what: (class, options of its config)
+    "bert": ("BertForMaskedLM", {}),
+    "roberta": ("RobertaForTokenClassification", {}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", {}),
+    "xlm-roberta-xl": ("XLMRobertaXLModel", {}),
+    "camembert": ("CamembertModel", {}),
+    "electra": ("ElectraForMaskedLM", {"embedding_size": 16}),
+    "albert": ("AlbertForMaskedLM", {"embedding_size": 16}),
+    "ernie": ("ErnieModel", {}),
+    "data2vec": ("Data2VecTextModel", {}),
+    "rocbert": ("RoCBertModel", ROC),
+    "roberta-prelayernorm": ("RobertaPreLayerNormModel", {}),
+    "esm": ("EsmModel", {"position_embedding_type": "rotary", "mask_token_id": 3}),
+    "distilbert": ("DistilBertModel", DISTIL),
+    "modernbert": ("ModernBertForMaskedLM", {"mask_token_id": 3}),
+    "modernbert-window": ("ModernBertModel", MODERN),
+    "eurobert": ("EuroBertModel", {"mask_token_id": 3}),
+    "bart-encoder": ("BartModel", BART),
+}
+
+
+def make(what: str, **changes):
+    name, options = ENCODERS[what]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        pytest.skip(f"this Transformers has no {name}")
+    sizes = {} if options in (BART, DISTIL) else SIZES
+    known = {"vocab_size": VOCAB, "pad_token_id": 0} | sizes | options | changes
+    model = build(cls, cls.config_class(**known))
+    for parameter in model.parameters():  # large enough that a wrong token shows
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    return model.base_model.encoder if what == "bart-encoder" else model
+
+
+def batch(kind: str) -> dict:
+    """Token ids that are padding where the mask says so, and the mask."""
+    ids, mask = tokens().clamp_min(4), padding(kind)
+    return {"input_ids": ids if mask is None else ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "holed"])
+@pytest.mark.parametrize("what", ENCODERS)
+def test_equals_eager_at_the_tokens(what, kind):
+    """Outputs, and gradients of every parameter; positions and windows are the padded batch's."""
+    inputs = batch(kind)
+    with torch.random.fork_rng():
+        report = assert_same(
+            make(what), inputs, inputs["attention_mask"], unpad=True, tolerance=2e-5
+        )
+    (entry,) = report.unpadding
+    assert entry.unpadded == 1 and not entry.padded and entry.tokens < entry.places
+    if what == "modernbert-window":  # its windowed layers fall back, padded for attention alone
+        assert calls(report, "fallback") == 1 and calls(report, "cpu") == 2
+    else:
+        assert calls(report, "fallback") == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"exclude": "*.0.*"}, {"exclude": "*.0.*", "fallback": "eager"}]
+)
+def test_layers_on_the_fallback(options):
+    inputs = batch("holed")
+    report = assert_same(bert(), inputs, inputs["attention_mask"], unpad=True, **options)
+    assert calls(report, "fallback") == calls(report, "cpu") == 1
+    assert report.unpadding[0].unpadded == 1
+
+
+@pytest.mark.parametrize("kind", PADDINGS)
+def test_what_padding_returns(kind):
+    """0, but for the first place of a row, which heads pool: there it is what the padded gives."""
+    model, inputs = bert(), batch(kind)
+    with torch.no_grad(), hf_flashattn.patched(model):
+        expected = model(**inputs)
+    with torch.no_grad(), hf_flashattn.patched(model, unpad=True) as report:
+        got = model(**inputs)
+    (entry,) = report.unpadding
+    if kind in ("none", "ones"):
+        assert entry.unpadded == 0 and entry.padded == {"no padding": 1}
+        assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
+        return
+    assert entry.unpadded == 1
+    stays = inputs["attention_mask"].bool()
+    stays[:, 0] = True
+    torch.testing.assert_close(got.last_hidden_state[stays], expected.last_hidden_state[stays])
+    torch.testing.assert_close(got.pooler_output, expected.pooler_output)
+    assert (got.last_hidden_state[~stays] == 0).all()
+    assert entry.tokens == stays.sum() and entry.places == BATCH * LENGTH
+
+
+def test_without_padding_nothing_is_copied(monkeypatch):
+    """No mask, or one of ones: the layers get what the embeddings made."""
+    model, seen = bert(), []
+    with hf_flashattn.patched(model, unpad=True):
+        model.encoder.layer[0].attention.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0])
+        )
+        model.embeddings.register_forward_hook(lambda _, __, out: seen.append(out))
+        for kind in ("none", "ones"):
+            model(**batch(kind))
+    assert seen[0] is seen[1] and seen[2] is seen[3]
+
+
+def test_only_tokens_reach_the_layers():
+    model, seen = bert(), []
+    model.encoder.layer[1].intermediate.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape)
+    )
+    inputs = batch("right")
+    with hf_flashattn.patched(model, unpad=True):
+        seen.clear()
+        model(**inputs)
+    assert seen == [(1, inputs["attention_mask"].sum(), HIDDEN)]
+
+
+@pytest.mark.parametrize("what", ["bert", "modernbert-window", "albert", "bart-encoder"])
+def test_hidden_states_and_tuples(what):
+    model, inputs = make(what), batch("holed")
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True)
+        with hf_flashattn.patched(model, unpad=True) as report:
+            got = model(**inputs, output_hidden_states=True)
+            plain = model(**inputs, output_hidden_states=True, return_dict=False)
+    assert report.unpadding[0].unpadded == 2
+    assert len(got.hidden_states) == len(expected.hidden_states)
+    for a, b in zip(got.hidden_states, expected.hidden_states, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-4)
+        assert (a[:, 1:][~real[:, 1:]] == 0).all()
+    assert isinstance(plain, tuple) and isinstance(plain[-1], tuple)
+    for a, b in zip(plain[-1], got.hidden_states, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForSequenceClassification", "BertForMultipleChoice", "BertForPreTraining",
+             "BertForQuestionAnswering", "BertForTokenClassification"]
+)  # fmt: skip
+def test_heads(name):
+    cls = getattr(transformers, name)
+    model, inputs = bert(cls), batch("left")
+    if name == "BertForMultipleChoice":
+        inputs = {key: x[:, None].repeat(1, 2, 1) for key, x in inputs.items()}
+    with torch.no_grad():
+        expected = model(**inputs)
+        with hf_flashattn.patched(model, unpad=True) as report:
+            got = model(**inputs)
+    assert report.unpadding[0].unpadded == 1
+    for key, want in expected.items():
+        real = inputs["attention_mask"].bool()
+        if want.shape[:2] == (BATCH, LENGTH):
+            torch.testing.assert_close(got[key][real], want[real], rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(got[key], want, rtol=1e-4, atol=1e-5)
+
+
+def test_encoder_of_an_encoder_decoder():
+    """Its padded output is what cross-attention reads; the decoder says why it stays as it is."""
+    model = make("bart-encoder")
+    model = build(transformers.BartForConditionalGeneration, model.config)
+    inputs = batch("holed") | {"decoder_input_ids": tokens(BATCH, 5, seed=7)}
+    report = assert_same(model, inputs, torch.ones(BATCH, 5), unpad=True)
+    encoder, decoder = report.unpadding
+    assert encoder.name == "model.encoder" and encoder.unpadded == 1
+    assert "only encoders" in decoder.why_not and "no: a decoder" in str(report)
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def losses(model, seed: int, steps: int = 2) -> list[float]:
+    torch.manual_seed(seed)
+    inputs, found = batch("holed"), []
+    for _ in range(steps):
+        out = model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
+        loss = (out * torch.linspace(-1, 1, HIDDEN)).sum() + out.square().sum()
+        model.zero_grad()
+        loss.backward()
+        grads = [p.grad.double().norm().item() for p in model.parameters() if p.grad is not None]
+        found += [loss.item(), sum(grads)]
+    return found
+
+
+def test_dropout_is_reproducible():
+    model = bert(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train()
+    with hf_flashattn.patched(model, unpad=True) as report:
+        first, again, other = losses(model, 5), losses(model, 5), losses(model, 6)
+    assert report.unpadding[0].unpadded == 6 and model.training
+    assert first == again and first[0] != other[0] and first[0] != first[2]
+    assert all(torch.tensor(first).isfinite())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("what", ["bert", "modernbert-window"])
+def test_gradient_checkpointing(what, reentrant):
+    """Layers that run again give the same gradients, with dropout; copies of masks are refused."""
+    base = make(what).base_model.train()
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    with hf_flashattn.patched(base, unpad=True) as report:
+        plain = losses(base, 3)
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        (entry,) = report.unpadding
+        unpadded = entry.unpadded
+        if reentrant:
+            base.get_input_embeddings().weight.requires_grad_(True)
+            losses(base, 3)
+            assert entry.unpadded == unpadded
+            assert all("use_reentrant" in reason for reason in entry.padded)
+        else:
+            assert losses(base, 3) == pytest.approx(plain, rel=1e-5)
+            assert entry.unpadded == unpadded + 2
+
+
+def test_checkpointing_of_the_whole_model():
+    model, inputs = bert().train(), batch("right")
+    weight = inputs["attention_mask"]
+    expected = outputs_and_grads(model, inputs, weight)[1]
+    with hf_flashattn.patched(model, unpad=True):
+
+        def again(input_ids, attention_mask):
+            return torch.utils.checkpoint.checkpoint(
+                lambda i, m: model(i, attention_mask=m).last_hidden_state,
+                input_ids,
+                attention_mask,
+                use_reentrant=False,
+            )
+
+        model.zero_grad()
+        out = again(**inputs) * weight[..., None]
+        (out * torch.linspace(-1, 1, HIDDEN) + out**2).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_and_bfloat16():
+    inputs = batch("right")
+    real = inputs["attention_mask"].bool()
+    exact = bert()
+    want = exact(**inputs).last_hidden_state[real]
+    for model in (exact, copy.deepcopy(exact).bfloat16()):
+        with (
+            hf_flashattn.patched(model, unpad=True) as report,
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            got = model(**inputs).last_hidden_state
+            got.float().square().sum().backward()
+        assert report.unpadding[0].unpadded == 1 and calls(report, "fallback") == 0
+        assert (got[real].float() - want).norm() < 0.05 * want.norm()
+
+
+# ---- syncs and memory ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "holed", "ones"])
+@pytest.mark.parametrize("what", ["bert", "modernbert", "modernbert-window", "distilbert"])
+def test_the_device_is_read_once(what, kind, monkeypatch):
+    """One copy of the mask to the CPU, and no read of any other tensor's values.
+
+    The op's CPU implementation does read its cu_seqlens; the kernels don't.
+    """
+    model, inputs, reads = make(what), batch(kind), []
+
+    def watch(name: str) -> None:
+        plain = getattr(torch.Tensor, name)
+
+        def method(self, *args, **kwargs):
+            copies = name == "cpu" or (name == "to" and "cpu" in args)
+            caller = sys._getframe(1).f_code.co_filename
+            own = caller.endswith(("hf_flashattn/cpu.py", "hf_flashattn/reference.py"))
+            if not isinstance(self, Host) and not own and (copies or name != "to"):
+                reads.append((name, tuple(self.shape)))
+            result = plain(self, *args, **kwargs)
+            return result.as_subclass(Host) if copies else result
+
+        monkeypatch.setattr(torch.Tensor, name, method)
+
+    with torch.no_grad(), hf_flashattn.patched(model, unpad=True) as report:
+        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "numpy", "cpu", "to"):
+            watch(name)
+        model(**inputs)
+        monkeypatch.undo()
+    assert reads == [("cpu", (BATCH, LENGTH))]
+    assert report.unpadding[0].unpadded == (kind != "ones")
+
+
+def test_nothing_keeps_a_mask_alive():
+    model, held = bert(), []
+    with hf_flashattn.patched(model, unpad=True):
+        model.encoder.layer[0].register_forward_pre_hook(
+            lambda _, args, kwargs: held.append(weakref.ref(args[1])), with_kwargs=True
+        )
+        model(**batch("holed")).last_hidden_state.sum().backward()
+        gc.collect()
+        assert held and held[-1]() is None
+        assert not encoder_unpadding._DECISIONS and not encoder_unpadding._forwards()
+
+
+def test_a_forward_that_fails_leaves_nothing():
+    model, inputs = bert(), batch("right")
+    real = inputs["attention_mask"].bool()
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    with hf_flashattn.patched(model, unpad=True):
+        expected = model(**inputs).last_hidden_state
+        handle = model.encoder.layer[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model(**inputs)
+        handle.remove()
+        assert not encoder_unpadding._forwards()
+        states = model.embeddings(inputs["input_ids"])
+        assert model.encoder(states, attention_mask=None).last_hidden_state.shape == states.shape
+        assert torch.equal(model(**inputs).last_hidden_state[real], expected[real])
+
+
+# ---- calls that cannot ---------------------------------------------------------------------------
+
+
+def test_output_attentions_runs_padded():
+    model, inputs = bert(), batch("right")
+    with hf_flashattn.patched(model, unpad=True) as report:
+        got = model(**inputs, output_attentions=True)
+    assert got.attentions[0].shape == (BATCH, 4, LENGTH, LENGTH)
+    assert list(report.unpadding[0].padded) == [
+        "output_attentions=True: the weights are those of the padded batch"
+    ]
+
+
+def test_a_mask_of_the_callers_own_runs_padded():
+    inputs = batch("right")
+    full = inputs["attention_mask"].bool()[:, None, None].expand(-1, 1, LENGTH, -1)
+    inputs["attention_mask"] = torch.zeros(full.shape).masked_fill(~full, -1e9)
+    report = assert_same(bert(), inputs, padding("right"), unpad=True)
+    assert list(report.unpadding[0].padded) == ["a mask that says more than padding"]
+
+
+def test_strange_arguments_of_layers_run_padded():
+    model, inputs = bert(), batch("right")
+    with hf_flashattn.patched(model, unpad=True) as report:
+        expected = model(**inputs).last_hidden_state
+        model(**inputs, num_items_in_batch=torch.tensor(3))
+        got = model(**inputs, unheard_of=torch.ones(BATCH, LENGTH)).last_hidden_state
+    assert report.unpadding[0].unpadded == 2
+    assert report.unpadding[0].padded == {"its layers take unheard_of": 1}
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real])
+
+
+def test_strange_arguments_of_a_later_layer():
+    """Half way, the hidden states are padded again."""
+    model, inputs = bert(), batch("right")
+
+    def add(_, args, kwargs):
+        return args, kwargs | {"unheard_of": torch.ones(BATCH, LENGTH)}
+
+    with torch.no_grad(), hf_flashattn.patched(model, unpad=True):
+        expected = model(**inputs).last_hidden_state
+        layer = model.encoder.layer[1]
+        handle = layer.register_forward_pre_hook(add, with_kwargs=True, prepend=True)
+        got = model(**inputs).last_hidden_state
+        handle.remove()
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real])
+
+
+def test_compiled_calls_run_padded():
+    model, inputs = bert(), batch("right")
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad(), hf_flashattn.patched(model, unpad=True) as report:
+        expected = model(**inputs).last_hidden_state[real]
+        got = torch.compile(model, fullgraph=True, backend="eager")(**inputs).last_hidden_state
+    torch.testing.assert_close(got[real], expected, rtol=1e-4, atol=1e-5)
+    assert report.unpadding[0].unpadded == 1
+    assert list(report.unpadding[0].padded) == [
+        "torch.compile: the number of tokens cannot be read"
+    ]
+
+
+# ---- models that cannot --------------------------------------------------------------------------
+
+
+def mixing(model):
+    """A layer that looks at its neighbour: a convolution over tokens."""
+
+    class Mixing(type(model.encoder.layer[0])):
+        def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+            hidden_states = hidden_states + hidden_states.roll(1, dims=1)
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    model.encoder.layer[1].__class__ = Mixing
+    return model
+
+
+REFUSED = {
+    "gpt2": (gpt2, "only encoders"),
+    "decoder": (bert_decoder, "only encoders"),
+    "mixing": (lambda: mixing(bert()), "tried out: outputs differ by"),
+    "chunks": (lambda: bert(chunk_size_feed_forward=2), "tried out: ValueError"),
+    "meta": (lambda: bert().to("meta"), "meta device"),
+    "t5": (
+        lambda: transformers.T5EncoderModel(
+            transformers.T5Config(
+                vocab_size=VOCAB, d_model=HIDDEN, num_layers=1, num_heads=4, d_kv=8, d_ff=32
+            )
+        ),
+        "position bias",
+    ),
+    "own-attention": (
+        lambda: transformers.MegatronBertModel(
+            transformers.MegatronBertConfig(**{**SIZES, "num_hidden_layers": 1})
+        ),
+        "attention code of its own",
+    ),
+    "vision": (
+        lambda: transformers.ViTModel(
+            transformers.ViTConfig(
+                hidden_size=HIDDEN,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                intermediate_size=32,
+                image_size=16,
+                patch_size=8,
+            )
+        ),
+        "takes no input_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(what):
+    """The report says why in one line, the model runs padded; strict raises and changes nothing."""
+    model = REFUSED[what][0]()
+    before = state_of(model)
+    with hf_flashattn.patched(model, unpad=True) as report:
+        (entry,) = report.unpadding
+        assert REFUSED[what][1] in entry.why_not
+        (line,) = [line for line in str(report).splitlines() if line.startswith("unpadding:")]
+        assert ": no: " in line
+        if what in ("mixing", "chunks"):
+            assert calls(report, "cpu") == calls(report, "fallback") == 0
+            model(**(batch("right") if what == "mixing" else {"input_ids": tokens(3, 12)}))
+    assert state_of(model) == before
+    with pytest.raises(hf_flashattn.PatchError) as error:
+        hf_flashattn.patch_model(model, unpad=True, strict=True)
+    if what not in ("own-attention", "t5", "meta"):  # strict refuses their attention alone
+        assert all(word in str(error.value) for word in ("expected", "got", "Nearest", "Next step"))
+    assert state_of(model) == before
+
+
+def test_disabled(monkeypatch):
+    monkeypatch.setenv("HF_FLASHATTN_DISABLE", "1")
+    with hf_flashattn.patched(bert(), unpad=True, strict=True) as report:
+        assert "HF_FLASHATTN_DISABLE" in report.unpadding[0].why_not
+
+
+# ---- patching ------------------------------------------------------------------------------------
+
+
+def test_reversible_idempotent_and_without_a_trace():
+    model = bert(transformers.BertForMaskedLM).train()
+    before, rng = state_of(model), torch.get_rng_state()
+    report = hf_flashattn.patch_model(model, unpad=True)
+    assert torch.equal(rng, torch.get_rng_state()) and model.training
+    assert all(module.training for module in model.modules())
+    assert all(row.calls.total == 0 for row in report.rows)
+    assert "unpadding: bert: yes (expected)" in str(report)
+    patched = state_of(model)
+    assert hf_flashattn.patch_model(model, unpad=True).unpadding[0] is report.unpadding[0]
+    assert state_of(model) == patched
+    assert hf_flashattn.patch_model(model).unpadding == []
+    hf_flashattn.patch_model(model, unpad=True)
+    with hf_flashattn.patched(model, unpad=False) as inner:
+        assert not inner.unpadding
+    assert len(hf_flashattn.attention_report(model).unpadding) == 1
+    assert hf_flashattn.unpatch_model(model) and state_of(model) == before
+
+
+def test_copies_and_pickles_of_a_patched_model():
+    model, inputs = bert(), batch("holed")
+    with torch.no_grad(), hf_flashattn.patched(model, unpad=True):
+        expected = model(**inputs).last_hidden_state
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            entry = hf_flashattn.attention_report(twin).unpadding[0]
+            entry.forget()
+            assert torch.equal(twin(**inputs).last_hidden_state, expected)
+            assert entry.unpadded == 1
+            assert hf_flashattn.unpatch_model(twin)
+            assert not twin._forward_hooks and not twin.encoder.layer[0]._forward_pre_hooks
+
+
+def test_a_peft_or_data_parallel_wrapper_is_looked_through():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = Wrapper(bert())
+    report = hf_flashattn.patch_model(model, unpad=True)
+    model.module(**batch("right"))
+    assert report.unpadding[0].unpadded == 1

@@ -195,12 +195,6 @@ def test_nothing_can_do_it():
         attention_forward(layer, *qkv(), None, softcap=3.0)
 
 
-def test_continuous_batching_is_refused():
-    """A paged cache would be read without having been written: no fallback knows better."""
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        attention_forward(Layer(), *qkv(), None, cache=object())
-
-
 def test_empty_rows_have_zero_gradients():
     q, k, v = (x.requires_grad_() for x in qkv())
     seen = torch.ones(2, 1, 7, 7, dtype=torch.bool)

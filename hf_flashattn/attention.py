@@ -143,6 +143,8 @@ def _why_not(call: Call) -> str | None:
         )
     if mask is not None and call.found is None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
+        if call.window != (-1, -1):
+            return f"sliding window of {extra['sliding_window']} tokens: {kind} {mask.dim()}-D mask"
         return (
             f"{kind} {mask.dim()}-D mask: made by the caller, or neither causal, padded nor packed"
         )

@@ -120,7 +120,9 @@ def test_a_sliding_cache(dropped, q_length, kv_length, kind, tensor):
 
 def test_patterns_beyond_the_kernel_come_as_transformers_mask():
     window = masking_utils.sliding_window_causal_mask_function(4)
+    chunks = masking_utils.chunked_overlay(4, torch.zeros(BATCH, dtype=torch.long))
     for arguments in (
+        make(LENGTH, LENGTH, masking_utils.and_masks(chunks, CAUSAL)),
         make(LENGTH, LENGTH, window),
         make(LENGTH, LENGTH, masking_utils.or_masks(CAUSAL, FULL), use_vmap=True),
         make(LENGTH, LENGTH, CAUSAL, allow_is_causal_skip=False),

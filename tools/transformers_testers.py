@@ -118,7 +118,8 @@ class Tester:
         self.config_class = getattr(transformers, name)
         if family == "vit":
             self.seq_length = (VIT["image_size"] // VIT["patch_size"]) ** 2 + 1
-            self.num_masks = self.seq_length // 2
+            self.mask_length = self.seq_length - 1  # of bool_masked_pos: patches alone
+            self.num_masks = self.mask_length // 2
 
     def get_config(self) -> transformers.PreTrainedConfig:
         return self.config_class(**self.arguments)

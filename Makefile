@@ -20,11 +20,11 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 endef
 export PYTHON NEEDS_HOPPER
 
-.PHONY: help setup demo test lint format kernels gpu-check results clean
+.PHONY: help setup demo test transformers-tests lint format kernels gpu-check results clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name what; do \
-	  printf '  make %-10s %s\n' "$$name" "$$what"; done
+	  printf '  make %-18s %s\n' "$$name" "$$what"; done
 
 setup: $(READY)  ## make the environment (TORCH='torch==2.13.0' PYTHON=python3 to choose)
 
@@ -37,6 +37,12 @@ demo: $(READY)  ## train a small GPT-2 for two minutes; on a GPU, GPT-2 small on
 
 test: $(READY)  ## everything that needs no GPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
+
+TRANSFORMERS ?= $(error expected TRANSFORMERS=folder, an unpacked source tree. Next step: see tools/transformers_tests.py)
+
+transformers-tests:  ## Transformers' own attention tests on ours (TRANSFORMERS=its source tree)
+	@mkdir -p build
+	PYTHONPATH=. $(GPU_PY) tools/transformers_tests.py $(TRANSFORMERS) --json build/transformers_tests.json --page docs/transformers_tests.md
 
 lint: $(READY)  ## ruff and clang-format
 	@failed=0; \

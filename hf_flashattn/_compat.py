@@ -33,6 +33,10 @@ try:
 except ImportError:
     _ACTIVE_COLLECTOR = None
 
+_PAGED = (
+    "paged|"  # before an implementation's name: in continuous batching, for as long as it lasts
+)
+
 # A config's attribute that holds the implementation's name; setting it leaves sub-configs alone.
 CONFIG_NAME = "_attn_implementation_internal"
 
@@ -100,6 +104,7 @@ __all__ = [
     "hidden_states_collector",
     "is_tracing",
     "missing",
+    "plain_name",
     "register",
     "register_masked",
     "registered",
@@ -137,7 +142,14 @@ def register(
     """
     for name in names:
         register_masked(name, attention, mask)
+        if _PAGED + "sdpa" in ALL_ATTENTION_FUNCTIONS:  # later versions drop the prefix themselves
+            AttentionInterface.register(_PAGED + name, attention)
     _wrap_lazy_imports(frozenset(names), flash_functions)
+
+
+def plain_name(implementation: str | None) -> str | None:
+    """The name of an implementation without what continuous batching may prepend to it."""
+    return implementation and implementation.removeprefix(_PAGED)
 
 
 def register_masked(name: str, attention: Callable, mask: Callable) -> None:
@@ -166,7 +178,7 @@ def _wrap_lazy_imports(names: frozenset[str], flash_functions: Callable[[], tupl
         return
 
     def _lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> tuple:
-        if implementation in names:
+        if plain_name(implementation) in names:
             pads = (
                 modeling_flash_attention_utils._pad_input,
                 modeling_flash_attention_utils._unpad_input,

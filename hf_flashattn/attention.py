@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_flashattn import _compat, environment, functional, masks, ops, report, support
+from hf_flashattn import _compat, environment, functional, masks, ops, paged, report, support
 from hf_flashattn.call import Call
 from hf_flashattn.fallback import fall_back
 from hf_flashattn.masks import Compaction, KeyRange, Packed, Segments
@@ -79,6 +79,8 @@ def attention_forward(
         FallbackError: strict, and the kernel cannot take the call.
         NotImplementedError: neither the kernel nor a fallback can.
     """
+    if kwargs.get("cache") is not None:
+        key, value, kwargs = paged.read_cache(module, key, value, kwargs)
     query, key, value = _autocast(query, key, value)
     call = Call(
         module,
@@ -132,11 +134,11 @@ def _why_not(call: Call) -> str | None:
         return "uses attention sinks (s_aux)"
     if extra.get("sinks") is not None:
         return "uses attention sinks (sinks)"
-    if extra.get("cache") is not None:
+    if extra.get("block_table") is not None:
         raise NotImplementedError(
-            "hf_flashattn: expected a cache that the model updates, got a paged one (continuous "
-            "batching), which is not there yet. Nearest supported: generate(). Next step: load the "
-            'model with attn_implementation="sdpa".'
+            "hf_flashattn: expected the keys and values themselves, got the block table of a paged "
+            "cache. Nearest supported: continuous batching by index. Next step: "
+            "ContinuousBatchingConfig(max_blocks_per_request=0)."
         )
     if extra.get("indices") is not None:
         raise NotImplementedError(
@@ -146,6 +148,8 @@ def _why_not(call: Call) -> str | None:
         )
     if mask is not None and found is None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
+        if call.window != (-1, -1):
+            return f"sliding window of {extra['sliding_window']} tokens: {kind} {mask.dim()}-D mask"
         return (
             f"{kind} {mask.dim()}-D mask: made by the caller, or neither causal, padded nor packed"
         )
@@ -307,17 +311,17 @@ def _run_varlen(
 def _run_given(
     q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], options: dict[str, Any]
 ) -> Tensor:
-    """cu_seqlens from the caller: a flattening collator, a vision tower."""
-    out = functional.flash_attn_varlen_func(
-        q.reshape(-1, *q.shape[2:]),
-        k.reshape(-1, *k.shape[2:]),
-        v.reshape(-1, *v.shape[2:]),
-        extra["cu_seq_lens_q"].to(torch.int32),
-        extra["cu_seq_lens_k"].to(torch.int32),
-        int(extra["max_length_q"]),
-        int(extra["max_length_k"]),
-        **options,
-    )
+    """cu_seqlens from the caller: a flattening collator, a vision tower, continuous batching."""
+    q_, k_, v_ = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    cu_q, cu_k = (extra[f"cu_seq_lens_{side}"].to(torch.int32) for side in "qk")
+    max_q, max_k = (int(extra[f"max_length_{side}"]) for side in "qk")
+    if paged.is_paged(extra) and not torch.compiler.is_compiling():
+        # Transformers made them; rows beyond their end pad the batch to the size of a CUDA graph.
+        cu_q, cu_k = (
+            support.trust(cu.view_as(cu), x.shape[0], longest)
+            for cu, x, longest in ((cu_q, q_, max_q), (cu_k, k_, max_k))
+        )
+    out = functional.flash_attn_varlen_func(q_, k_, v_, cu_q, cu_k, max_q, max_k, **options)
     return out.view(q.shape[0], q.shape[1], *out.shape[1:])
 
 

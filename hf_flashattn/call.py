@@ -57,11 +57,19 @@ class Call:
         Transformers' sliding_window counts the token itself, flash-attn's does not.
         """
         window = self.extra.get("sliding_window")
-        packed = isinstance(self.found, Packed)
-        seqlen = self.found.unpadding.seqlen if packed else self.seqlen_k
-        if not isinstance(window, int) or seqlen <= window:
+        longest = self.seqlen_k
+        if isinstance(self.found, Packed):
+            longest = self.found.unpadding.seqlen
+        elif self.given and isinstance(self.extra.get("max_length_k"), int):
+            longest = self.extra["max_length_k"]
+        if not isinstance(window, int) or longest <= window:
             return -1, -1
         return window - 1, 0 if self.causal else window - 1
+
+    @property
+    def given(self) -> bool:
+        """Whether the caller says where sequences end: cu_seq_lens_q (B + 1,), cu_seq_lens_k."""
+        return self.found is None and self.extra.get("cu_seq_lens_q") is not None
 
     @property
     def deterministic(self) -> bool:

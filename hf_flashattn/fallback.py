@@ -29,7 +29,7 @@ def fall_back(call: Call, choice: str) -> tuple[Tensor, Tensor | None]:
         extra.get(name) is not None for name in ("softcap", "s_aux", "sinks")
     )
     eager = _compat.eager_function(call.module)
-    if extra.get("cu_seq_lens_q") is not None and call.found is None:
+    if call.given:
         mask = _dense_of_given(call)
     elif call.mask is not None and call.found is None:
         mask = call.mask
@@ -109,13 +109,27 @@ def _dense_mask(call: Call) -> Tensor | None:
 
 
 def _dense_of_given(call: Call) -> Tensor:
-    """The boolean mask (1, 1, Sq, Sk) of the caller's cu_seqlens: a batch of one, end to end."""
-    ids = []
+    """The boolean mask (1, 1, Sq, Sk) of the caller's cu_seqlens: a batch of one, end to end.
+
+    Causal and windows are aligned at the last token of each sequence. Never reads the device.
+    """
+    ids, to_end = [], []
     for name, length in (("cu_seq_lens_q", call.seqlen_q), ("cu_seq_lens_k", call.seqlen_k)):
-        tokens = torch.arange(length, device=call.query.device)
-        ids.append(torch.searchsorted(call.extra[name].long(), tokens, right=True)[None])
-    found = Segments(ids[0], ids[1], call.causal, None)
-    return masks.dense(found, call.seqlen_q, call.seqlen_k, causal=False, device=call.query.device)
+        ends, tokens = call.extra[name].long(), torch.arange(length, device=call.query.device)
+        sequence = torch.searchsorted(ends, tokens, right=True)  # from 1; beyond the end: B + 1
+        outside = sequence == ends.shape[0]
+        to_end.append(ends[sequence.masked_fill(outside, 0)] - tokens)
+        ids.append(sequence.masked_fill(outside, 0))
+    seen = (ids[0][:, None] == ids[1]) & (ids[1] > 0)
+    distance = to_end[1] - to_end[0][:, None]  # (Sq, Sk): how far the key is before the query
+    left, right = call.window
+    if call.module_causal:
+        right = 0
+    if left >= 0:
+        seen = seen & (distance <= left)
+    if right >= 0:
+        seen = seen & (distance >= -right)
+    return seen[None, None]
 
 
 def _open_empty_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -81,6 +81,7 @@ def attention_mask(
 
     Args:
         q_offset: where the queries start among the keys; a tensor under a static cache.
+        kv_offset: how many keys before the first one a sliding cache has dropped.
         mask_function: what each query may see; causal unless told.
         attention_mask: bool (B, at most kv_length), True is a token.
         kwargs: the rest of the interface, for Transformers' own mask where ours cannot say it.
@@ -108,11 +109,17 @@ def attention_mask(
     pattern = _pattern(mask_function, kwargs, tracing)
     if (
         pattern is None
-        or kv_offset != 0
+        or not isinstance(kv_offset, int)
+        or (kv_offset != 0 and pattern.packed_ids is not None)
         or _windowed(pattern, kv_length)
         or _must_materialize(pattern, q_length, kwargs)
     ):
         return _compat.explicit_mask(**arguments)
+    if kv_offset != 0:  # a sliding cache that has dropped its first keys: count from what it holds
+        q_offset = q_offset - kv_offset
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, kv_offset:]
+        arguments.update(q_offset=q_offset, kv_offset=0, attention_mask=attention_mask)
 
     if pattern.packed_ids is not None:
         if tracing or q_length != kv_length:

@@ -143,7 +143,7 @@ def attention_report(model: nn.Module) -> Report:
     if patch is None:
         for site in sites:
             config = getattr(site.module, "config", None)
-            name = getattr(config, "_attn_implementation", None)
+            name = _compat.plain_name(getattr(config, "_attn_implementation", None))
             if site.unsupported is None and name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME):
                 site.unsupported = f'not patched: its attention implementation is "{name}"'
     return Report(type(inner).__name__, sites, [] if patch is None else patch.unpadding)

@@ -139,6 +139,17 @@ def test_grouped_heads():
     assert (report.calls_of(layer).cpu, report.calls_of(layer).fallback) == (1, 1)
 
 
+def test_head_counts_come_from_the_tensors():
+    """Under tensor parallelism a module has some of the heads that its config counts."""
+    model = gpt2()
+    module = model.transformer.h[0].attn
+    assert model.config.n_head == 4
+    q, k, v = qkv(heads=2, heads_k=1)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out = attention_forward(module, q, k, v, None)[0]
+    assert (out - expected.transpose(1, 2)).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -193,12 +204,6 @@ def test_nothing_can_do_it():
     layer.is_causal = True
     with pytest.raises(NotImplementedError, match="eager_attention_forward next to Module"):
         attention_forward(layer, *qkv(), None, softcap=3.0)
-
-
-def test_continuous_batching_is_refused():
-    """A paged cache would be read without having been written: no fallback knows better."""
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        attention_forward(Layer(), *qkv(), None, cache=object())
 
 
 def test_empty_rows_have_zero_gradients():

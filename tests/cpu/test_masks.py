@@ -95,14 +95,39 @@ def test_static_cache(offset, q_length, kind, tensor):
     assert torch.equal(written_out(carrier.clone(), q_length, 20, True), exact)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("kind", ["none", "ones", "left", "both", "holed"])
+@pytest.mark.parametrize(("dropped", "q_length", "kv_length"), [(7, 1, 6), (5, 2, 8), (3, 1, 12)])
+def test_a_sliding_cache(dropped, q_length, kv_length, kind, tensor):
+    """It holds no more than a window, and not the first keys: those seen are all within reach."""
+    window = masking_utils.sliding_window_causal_mask_function(kv_length)
+    q_offset = LENGTH - q_length if kv_length != 12 else 8  # 12: a static one, not full yet
+    mask = padding(kind)
+    mask = None if mask is None else mask[:, : q_offset + q_length]
+    q_offset = torch.tensor(q_offset) if tensor else q_offset
+    arguments = make(q_length, kv_length, window, mask, q_offset=q_offset, local_size=kv_length)
+    arguments["kv_offset"] = dropped
+    carrier = masks.attention_mask(**arguments)
+    exact = masking_utils.sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    if carrier is not None and carrier.dtype == torch.bool:
+        assert tensor and q_length > 1
+        assert torch.equal(carrier, exact)
+        return
+    got = written_out(carrier, q_length, kv_length, True)
+    if kind == "holed" and q_length > 1:
+        exact = exact & padding(kind)[:, None, -q_length:, None].bool()
+    assert torch.equal(got, exact)
+
+
 def test_patterns_beyond_the_kernel_come_as_transformers_mask():
     window = masking_utils.sliding_window_causal_mask_function(4)
+    chunks = masking_utils.chunked_overlay(4, torch.zeros(BATCH, dtype=torch.long))
     for arguments in (
+        make(LENGTH, LENGTH, masking_utils.and_masks(chunks, CAUSAL)),
         make(LENGTH, LENGTH, window),
         make(LENGTH, LENGTH, masking_utils.or_masks(CAUSAL, FULL), use_vmap=True),
         make(LENGTH, LENGTH, CAUSAL, allow_is_causal_skip=False),
         make(LENGTH, LENGTH, FULL, q_offset=0, allow_is_bidirectional_skip=False),
-        make(LENGTH, LENGTH, CAUSAL) | {"kv_offset": 2},
     ):
         got = masks.attention_mask(**arguments)
         assert got.dtype == torch.bool and got.shape == (BATCH, 1, LENGTH, LENGTH)

@@ -1,0 +1,394 @@
+"""Where Transformers' own flash or default path is wrong, silent or refuses, ours must be right.
+
+By patch_model and by the registered names, which differ in what Transformers does with them.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from model_helpers import (
+    BATCH,
+    ENCODER_LENGTH,
+    HIDDEN,
+    LENGTH,
+    PADDINGS,
+    VOCAB,
+    assert_same,
+    bert,
+    bert_decoder,
+    build,
+    calls,
+    encoder_states,
+    gpt2,
+    output,
+    padding,
+    tokens,
+)
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPVisionConfig,
+    DebertaV2Config,
+    DebertaV2Model,
+    FalconConfig,
+    FalconForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+import hf_flashattn
+from hf_flashattn import functional
+
+NAMES = ("hf_flashattn", "hf_fused_attn")
+SMALL = {
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.3,
+}
+
+
+def bart():
+    layers = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+    sides = {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in layers.items()}
+    none = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    config = BartConfig(
+        d_model=HIDDEN, vocab_size=VOCAB, max_position_embeddings=64, init_std=0.2, **sides, **none
+    )
+    return build(BartForConditionalGeneration, config)
+
+
+def t5():
+    config = T5Config(
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=VOCAB,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+        initializer_factor=2.0,
+    )
+    return build(T5ForConditionalGeneration, config)
+
+
+def renamed(model, name, way):
+    """The same weights under a registered name, set on the model or given to a new one."""
+    if way == "set":
+        new = copy.deepcopy(model)
+        new.set_attn_implementation(name)
+    else:
+        new = type(model)._from_config(copy.deepcopy(model.config), attn_implementation=name)
+        new.load_state_dict(model.state_dict())
+    return new.eval()
+
+
+# ---- padded cross-attention: the stock path unpads the queries with the keys' mask --------------
+
+
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("make", [bart, t5], ids=["bart", "t5"])
+def test_padded_encoder_decoder(make, kind):
+    inputs = {"input_ids": tokens(), "attention_mask": padding(kind)}
+    inputs["decoder_input_ids"] = tokens(length=7, seed=4)
+    weight = torch.ones(BATCH, 7)
+    if kind == "empty":  # eager averages over all keys where none is left; ours gives 0
+        weight[0] = 0
+    report = assert_same(make(), inputs, weight)
+    assert all(row.calls.total for row in report.rows)
+    if make is bart:
+        assert calls(report, "fallback") == 0
+
+
+@pytest.mark.parametrize("way", ["set", "new"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["right", "left", "holed"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "bart", "t5"])
+def test_padded_cross_attention_by_name(family, kind, name, way):
+    inputs = {"input_ids": tokens(), "attention_mask": padding("left")}
+    if family in ("gpt2", "bert"):
+        model = gpt2(add_cross_attention=True) if family == "gpt2" else bert_decoder()
+        inputs["encoder_hidden_states"] = encoder_states()
+        inputs["encoder_attention_mask"] = padding(kind, ENCODER_LENGTH)
+        rows = padding("left").bool()
+    else:
+        model = bart() if family == "bart" else t5()
+        inputs = {"input_ids": tokens(), "attention_mask": padding(kind)}
+        inputs["decoder_input_ids"] = tokens(seed=4)
+        rows = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    expected = output(model, inputs)
+    got = output(renamed(model, name, way), inputs)
+    assert (got - expected)[rows].abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+# ---- a name in the config is no proof of use -----------------------------------------------------
+
+
+def test_a_report_by_name_says_which_modules_the_name_did_not_reach():
+    """The T5 of some versions says the name and leaves its encoder and decoder on sdpa."""
+    model = t5()
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(seed=4)}
+    expected = output(model, inputs)
+    model.set_attn_implementation("hf_flashattn")
+    assert model.config._attn_implementation == "hf_flashattn"
+    assert (output(model, inputs) - expected).abs().max() < 1e-4
+    for row, site in zip(
+        (report := hf_flashattn.attention_report(model)).rows, report.sites, strict=True
+    ):
+        reached = site.module.config._attn_implementation == "hf_flashattn"
+        assert (row.calls.total == 1) == reached
+        assert reached or (row.runs == "unsupported" and "not patched" in row.why)
+
+
+def test_patching_reaches_what_the_name_does_not():
+    model = t5()
+    model.set_attn_implementation("sdpa")
+    with hf_flashattn.patched(model) as report:
+        output(model, {"input_ids": tokens(), "decoder_input_ids": tokens(seed=4)})
+        assert len(report.rows) == 6 and all(row.calls.total == 1 for row in report.rows)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (FalconForCausalLM, FalconConfig(**{**SMALL, "ffn_hidden_size": 48})),
+        (DebertaV2Model, DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p"])),
+    ],
+    ids=["falcon", "deberta-v2"],
+)
+def test_models_that_never_ask_the_registry(cls, config):
+    """Under the name Falcon raises and DeBERTa ignores it; patched, both stay as they are."""
+    model = build(cls, config)
+    inputs = {"input_ids": tokens(), "attention_mask": padding("right")}
+    expected = output(model, inputs)
+    with hf_flashattn.patched(model) as report:
+        assert torch.equal(output(model, inputs), expected)
+        assert {row.runs for row in report.rows} == {"unsupported"} and len(report.rows) == 2
+
+
+# ---- packing by the names -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [gpt2, bert, bert_decoder], ids=["gpt2", "bert", "bert-decoder"])
+def test_packed_by_name(make, name, use_cache):
+    model, ids = make(), tokens(1)
+    lengths = (5, 1, 7)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        parts = torch.split(ids, lengths, dim=1)
+        expected = torch.cat([output(model, {"input_ids": part}) for part in parts], dim=1)
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": use_cache}
+        assert (output(renamed(model, name, "set"), inputs) - expected).abs().max() < 2e-5
+
+
+def test_lengths_that_come_as_tensors():
+    model, ids = gpt2(), tokens(1)
+    cu = torch.tensor([0, 5, 13], dtype=torch.int64)
+    longest = torch.tensor(8)
+    given = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+    given |= {"max_length_q": longest, "max_length_k": longest}
+    positions = torch.cat([torch.arange(5), torch.arange(8)])[None]
+    with torch.no_grad():
+        parts = torch.split(ids, (5, 8), dim=1)
+        expected = torch.cat([output(model, {"input_ids": part}) for part in parts], dim=1)
+        with hf_flashattn.patched(model) as report:
+            got = output(model, {"input_ids": ids, "position_ids": positions, **given})
+            report.assert_all_on_kernel(allow_cpu=True)
+    assert (got - expected).abs().max() < 2e-5
+
+
+# ---- static caches with a 2-D mask ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ones", "left", "holed"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [gpt2, bert_decoder], ids=["gpt2", "bert"])
+def test_static_cache_by_name(make, name, kind):
+    """A prefill into a longer cache, then a token: keys that do not exist yet stay out."""
+    model, mask = make(), padding(kind)
+
+    def logits(model):
+        cache = StaticCache(config=model.config, max_cache_len=LENGTH + 4)
+        ids = tokens()
+        positions = torch.arange(LENGTH)[None].expand(BATCH, -1)
+        more = {"past_key_values": cache, "use_cache": True}
+        first = model(
+            ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], **more
+        )
+        last = model(ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **more)
+        return torch.cat([first.logits, last.logits], dim=1)
+
+    with torch.no_grad():
+        expected = logits(model)
+        got = logits(renamed(model, name, "set"))
+    assert (got - expected)[mask.bool()].abs().max() < 1e-4
+
+
+# ---- vision towers -------------------------------------------------------------------------------
+
+
+def qwen2_vl_tower():
+    config = Qwen2VLVisionConfig(
+        depth=2,
+        embed_dim=HIDDEN,
+        hidden_size=HIDDEN,
+        num_heads=4,
+        mlp_ratio=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        initializer_range=0.3,
+    )
+    return build(Qwen2VisionTransformerPretrainedModel, config)
+
+
+@pytest.mark.parametrize("way", ["patch", *NAMES])
+def test_images_of_several_sizes(way, monkeypatch):
+    """A flash name gets them in one call with cu_seqlens, any other in one call for each image."""
+    model = qwen2_vl_tower()
+    grid = torch.tensor([[1, 4, 6], [2, 4, 4]])  # frames, patches down, patches across
+    pixels = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 4 * 4)
+
+    def run(model):
+        out = model(pixels, grid_thw=grid)
+        return out if isinstance(out, torch.Tensor) else out.last_hidden_state
+
+    expected = run(model)
+    packed, real = [], functional.flash_attn_varlen_func
+    monkeypatch.setattr(
+        functional,
+        "flash_attn_varlen_func",
+        lambda *args, **options: packed.append(options["causal"]) or real(*args, **options),
+    )
+    if way == "patch":
+        report = hf_flashattn.patch_model(model)
+    else:
+        model.set_attn_implementation(way)
+        report = hf_flashattn.attention_report(model)
+    assert (run(model) - expected).abs().max() < 1e-5
+    report.assert_all_on_kernel(allow_cpu=True)
+    if way == "hf_fused_attn":
+        assert packed == [] and all(row.calls.cpu == 3 for row in report.rows)
+    else:
+        assert packed == [False, False] and all(row.calls.cpu == 1 for row in report.rows)
+
+
+# ---- models that take only some flash implementations --------------------------------------------
+
+
+def gpt_oss():
+    config = GptOssConfig(
+        **SMALL,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    return build(GptOssForCausalLM, config)
+
+
+@pytest.mark.parametrize("way", ["patch", "hf_fused_attn"])
+def test_a_model_that_declares_its_flash_implementations(way):
+    """GPT-OSS: Transformers would put one of its own in the place of any other flash name."""
+    assert GptOssForCausalLM._compatible_flash_implementations
+    model, mask = gpt_oss(), padding("left")
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    expected = output(model, inputs)
+    if way == "patch":
+        report = hf_flashattn.patch_model(model)
+        assert model.config._attn_implementation == "hf_fused_attn"
+    else:
+        model.set_attn_implementation(way)
+        report = hf_flashattn.attention_report(model)
+    assert (output(model, inputs) - expected)[mask.bool()].abs().max() < 1e-5
+    assert all(row.calls.fallback == 1 and "sinks" in row.why for row in report.rows)
+
+
+# ---- names for parts of a model ------------------------------------------------------------------
+
+
+def llava():
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+            projection_dim=HIDDEN,
+        ),
+        text_config=LlamaConfig(**SMALL, num_key_value_heads=2),
+        image_token_index=VOCAB - 1,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return build(LlavaForConditionalGeneration, config)
+
+
+LLAVA_INPUTS = {
+    "input_ids": torch.cat([torch.full((2, 5), VOCAB - 1), tokens(2, 8) % (VOCAB - 1)], dim=1),
+    "attention_mask": torch.ones(2, 13, dtype=torch.long),
+    "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+}
+
+
+@pytest.mark.parametrize("way", ["set", "from_pretrained", "from_config"])
+@pytest.mark.parametrize(
+    "wish",
+    [
+        "hf_flashattn",
+        {"vision_config": "hf_flashattn", "text_config": "eager"},
+        {"vision_config": "sdpa", "text_config": "hf_flashattn"},
+        {"": "eager", "vision_config": "hf_fused_attn", "text_config": "hf_flashattn"},
+    ],
+    ids=["all", "vision", "text", "both"],
+)
+def test_a_name_for_each_part(wish, way, tmp_path):
+    eager = llava()
+    expected = output(eager, LLAVA_INPUTS)
+    if way == "set":
+        model = copy.deepcopy(eager)
+        model.set_attn_implementation(wish)
+    elif way == "from_pretrained":
+        eager.save_pretrained(tmp_path)
+        model = type(eager).from_pretrained(tmp_path, attn_implementation=wish)
+    else:
+        model = type(eager)._from_config(copy.deepcopy(eager.config), attn_implementation=wish)
+        model.load_state_dict(eager.state_dict())
+    assert (output(model.eval(), LLAVA_INPUTS) - expected).abs().max() < 1e-5
+    for row in hf_flashattn.attention_report(model).rows:
+        part = "vision_config" if "vision" in row.module else "text_config"
+        named = (wish if isinstance(wish, str) else wish[part]).startswith("hf_")
+        assert row.runs == ("cpu implementation" if named else "unsupported"), row
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_auto_classes(name, tmp_path):
+    for model, auto in ((gpt2(), AutoModelForCausalLM), (bert(), AutoModel)):
+        expected = output(model, {"input_ids": tokens()})
+        model.save_pretrained(tmp_path)
+        loaded = auto.from_pretrained(tmp_path, attn_implementation=name).eval()
+        assert (output(loaded, {"input_ids": tokens()}) - expected).abs().max() < 1e-5
+        hf_flashattn.attention_report(loaded).assert_all_on_kernel(allow_cpu=True)
+        fresh = auto.from_config(model.config, attn_implementation=name)
+        assert fresh.config._attn_implementation == name

@@ -36,7 +36,7 @@ demo: $(READY)  ## train a small GPT-2 for two minutes; on a GPU, GPT-2 small on
 	@$(PY) examples/train_gpt2.py --demo
 
 test: $(READY)  ## everything that needs no GPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(PY) -m pytest -n auto --maxprocesses 8
 
 TRANSFORMERS ?= $(error expected TRANSFORMERS=folder, an unpacked source tree. Next step: see tools/transformers_tests.py)
 

@@ -21,6 +21,15 @@ __device__ __forceinline__ void tma_load(CUtensorMap const* map, Mbarrier& full,
       : "memory");
 }
 
+// Brings the same box into the L2 alone.
+__device__ __forceinline__ void tma_prefetch(CUtensorMap const* map, int column, int row, int head,
+                                             int batch) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(map),
+      "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
 // `bytes` contiguous bytes; both addresses and the size are multiples of 16.
 __device__ __forceinline__ void bulk_load(void const* global, Mbarrier& full, uint32_t smem,
                                           uint32_t bytes) {

@@ -78,16 +78,13 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
     KeyWork<P> const work(p, tile);
     if (work.rows.count <= 0) continue;
     Sequence const& sequence = work.sequence;
-    int begin, end;
-    sequence.visible_keys(work.first_key, P::kBlockN, begin, end);
     int const key_row = sequence.first_k + work.first_key;
-    s.keys_empty.wait(keys_phase ^ 1);
-    keys_phase ^= 1;
-    load_tile_zero_outside(maps.k, s.k_full, s.staging, staging_phase, s.k, key_row, work.head_k,
-                           sequence.batch, begin, end);
-    load_tile_zero_outside(maps.v, s.v_full, s.staging, staging_phase, s.v, key_row, work.head_k,
-                           sequence.batch, begin, end);
-
+    if (elect_one()) {
+      prefetch_tile(maps.k, s.k, key_row, work.head_k, sequence.batch);
+      prefetch_tile(maps.v, s.v, key_row, work.head_k, sequence.batch);
+    }
+    __syncwarp();
+    bool keys_loaded = false;
     for (int head = work.first_head; head < work.first_head + work.group; ++head) {
       int64_t const first_slot = workspace.first_slot(sequence, head);
       for (int block = work.rows.first; block < work.rows.first + work.rows.count;
@@ -110,6 +107,18 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
         load_tile_zero_outside(maps.dout, s.dout_full[pipe.stage], s.staging, staging_phase,
                                s.dout[pipe.stage], sequence.first_q + row, head, sequence.batch,
                                rows_begin, rows_end);
+        if (keys_loaded) continue;
+        // The first rows have memory of their own, K and V wait for the last ones of the tile
+        // before.
+        keys_loaded = true;
+        int begin, end;
+        sequence.visible_keys(work.first_key, P::kBlockN, begin, end);
+        s.keys_empty.wait(keys_phase ^ 1);
+        keys_phase ^= 1;
+        load_tile_zero_outside(maps.k, s.k_full, s.staging, staging_phase, s.k, key_row,
+                               work.head_k, sequence.batch, begin, end);
+        load_tile_zero_outside(maps.v, s.v_full, s.staging, staging_phase, s.v, key_row,
+                               work.head_k, sequence.batch, begin, end);
       }
     }
   }

@@ -16,6 +16,15 @@ __device__ __forceinline__ void load_tile(CUtensorMap const& map, Mbarrier& full
     tma_load(&map, full, tile.chunk_address(chunk), chunk * Tile::kChunkStep, row, head, batch);
 }
 
+// The same tile on its way into the L2, before there is room for it.
+template <class Tile>
+__device__ __forceinline__ void prefetch_tile(CUtensorMap const& map, Tile const&, int row,
+                                              int head, int batch) {
+#pragma unroll
+  for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+    tma_prefetch(&map, chunk * Tile::kChunkStep, row, head, batch);
+}
+
 // Zeroes the rows outside [begin, end): the whole warp works. The swizzle moves bytes within a row
 // only.
 template <class Tile>

@@ -5,8 +5,8 @@
 //   stages 2 consumers      64 keys each, for every row block:
 //                      S^T = K Q^T and dP^T = V dO^T, P^T and dS^T in registers,
 //                      dV += P^T dO, dK += dS^T Q from registers, dQ = dS K through shared memory
-//   writer warp      adds each dQ of a row block to its fp32 sums in global memory
-//   2 rounding warps turn sums that are complete into dQ, where their memory is recycled
+//   writer warp      adds each dQ of a row block to its fp32 sums in global memory; deterministic:
+//   two 2 rounding warps turn sums that are complete into dQ, where their memory is recycled
 //
 // With grouped query heads a tile goes over all heads of the group, so that dK and dV stay in
 // registers.
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
                     BackwardMaps const __grid_constant__ maps) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<BackwardSmem<P>*>(smem_bytes);
-  if (threadIdx.x == 0) init_barriers(s);
+  if (threadIdx.x == 0) init_barriers(s, p.deterministic);
   __syncthreads();
   wait_for_previous_kernel();
 
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
     if (warp == 0) produce(p, workspace, maps, s);
-    else if (warp == 1) write_dq(p, workspace, s);
+    else if (warp == 1 || (warp == 2 && p.deterministic)) write_dq(p, workspace, s, warp - 1);
     else if (workspace.recycled > 0) round_dq(p, workspace, s, warp - 2);
   } else {
     grow_registers<P::Registers::kConsumer>();

@@ -191,7 +191,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
                          (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
             make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
       fence_proxy_async();
-      barrier_arrive(kQueryGradientFull + warpgroup, kWarpgroupThreads + kWarpThreads);
+      barrier_arrive(kQueryGradientFull + warpgroup + 2 * stage, kWarpgroupThreads + kWarpThreads);
       wgmma_wait<0>();
       pin_registers(grad.dk);
       pin_registers(ds_operand);

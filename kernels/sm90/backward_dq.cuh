@@ -7,11 +7,13 @@
 namespace hf_flashattn::sm90 {
 
 // Adds the consumers' parts of dQ to the sums. Deterministic: key blocks take turns, the last one
-// that a row block sees first, which is also the order in which they are claimed.
+// that a row block sees first, which is also the order in which they are claimed. To pass a turn on
+// takes longer than a row block, so two writers have every other row block each.
 template <class P>
 __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& workspace,
-                         BackwardSmem<P>& s) {
+                         BackwardSmem<P>& s, int writer) {
   constexpr int kPartFloats = 64 * P::kPartColumns;
+  static_assert(P::kStages == 2, "the consumers tell row blocks apart by their stage");
   bool const leader = threadIdx.x % kWarpThreads == 0;
   auto const allow_next = [&] {
     if (leader) bulk_wait_read<0>();
@@ -21,7 +23,8 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
       barrier_arrive(kQueryGradientEmpty + part, kWarpgroupThreads + kWarpThreads);
   };
 
-  allow_next();
+  if (writer == 0) allow_next();
+  int stage = 0;
   ListedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
   for (Work tile; tiles.next(tile);) {
     KeyWork<P> const work(p, tile);
@@ -33,12 +36,16 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
     for (int head = work.first_head; head < work.first_head + work.group; ++head) {
       int64_t const first_sum = workspace.first_sum(work.sequence, head);
       for (int block = work.rows.first; block < work.rows.first + work.rows.count; ++block) {
+        int const full = kQueryGradientFull + 2 * stage;
+        bool const own = !p.deterministic || stage == writer;
+        stage ^= 1;
+        if (!own) continue;
         int64_t const sum = first_sum + block * P::kBlockM;
         int32_t* const turn = workspace.turn + sum / P::kBlockM;
         if (p.deterministic && leader) wait_count(turn, work.earlier_key_blocks(block));
 #pragma unroll
         for (int part = 0; part < P::kConsumers; ++part) {
-          barrier_sync(kQueryGradientFull + part, kWarpgroupThreads + kWarpThreads);
+          barrier_sync(full + part, kWarpgroupThreads + kWarpThreads);
           if (leader) {
             bulk_reduce_add(workspace.dq + sum * P::kHeadDim + part * kPartFloats,
                             smem_address(s.dq[part]), kPartFloats * sizeof(float));

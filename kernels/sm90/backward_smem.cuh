@@ -60,9 +60,9 @@ struct DqPieces {
 };
 constexpr int kRoundingWarps = 2;
 
-// The tiles are read by the writer and the consumer warps.
+// The tiles are read by the consumer warps, the writer and, deterministic, a second writer.
 template <class P>
-constexpr int kBackwardTileReaders = 1 + P::kConsumers * 4;
+constexpr int kBackwardTileReaders = 2 + P::kConsumers * 4;
 
 template <class P>
 struct BackwardSmem {
@@ -90,8 +90,8 @@ struct BackwardSmem {
 };
 
 template <class P>
-__device__ void init_barriers(BackwardSmem<P>& s) {
-  s.tiles.init();
+__device__ void init_barriers(BackwardSmem<P>& s, bool deterministic) {
+  s.tiles.init(kBackwardTileReaders<P> - !deterministic);
   for (DqPieces& pieces : s.dq_pieces)
     for (Mbarrier& full : pieces.full) full.init(1);
   s.k_full.init(1);

@@ -15,13 +15,14 @@ enum BackwardBarrier : int {
   // Both consumer warpgroups arrive and wait: dS is complete in shared memory.
   kScoreGradients = 1,
   // Wide heads: both consumer warpgroups arrive and wait: nobody reads K and V any more, their
-  // memory
-  // becomes scratch.
+  // memory becomes scratch.
   kEpilogue = 2,
-  // + warpgroup: the consumers arrive when they have written their part of dQ; the writer waits.
-  kQueryGradientFull = 3,  // 3, 4
+  // + warpgroup, + 2 for every other row block: the consumers arrive when they have written their
+  // part
+  // of dQ; the writer waits. Two, so that of two writers each waits for its own row blocks.
+  kQueryGradientFull = 3,  // 3, 4, 5, 6
   // + warpgroup: the writer arrives when that part has been read; the consumers wait.
-  kQueryGradientEmpty = 5,  // 5, 6
+  kQueryGradientEmpty = 7,  // 7, 8
   // Wide heads, + warpgroup: its four warps, before and after it adds to dQ in its turn.
   kTurn = 3,  // 3, 4
   // Wide heads: consumer 1 arrives when it has issued S^T and dP^T; consumer 0 waits before it

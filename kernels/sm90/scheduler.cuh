@@ -93,10 +93,10 @@ struct TileHandover {
   alignas(16) int4 slot[kTileSlots];             // block (-1: no more tiles), head, index
   Mbarrier full[kTileSlots], empty[kTileSlots];  // full: the claiming thread; empty: readers
 
-  __device__ __forceinline__ void init() {
+  __device__ __forceinline__ void init(int readers = Readers) {
     for (int i = 0; i < kTileSlots; ++i) {
       full[i].init(1);
-      empty[i].init(Readers);
+      empty[i].init(readers);
     }
   }
 };

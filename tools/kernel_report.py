@@ -33,6 +33,7 @@ _POLICY = r"(?:\w+::)*ForwardPolicy<(?:\(int\))?"
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     rf"ListedPolicy<{_POLICY}(64|96|192)": (3, "reloads of a listed tile's coordinates, of 500"),
     rf"ListedPolicy<{_POLICY}(32|64|96).*true>+": (16, "the same, and where dropout's words are"),
+    r"backward_kernel<(?:\w+::)*BackwardPolicy<(?:\(int\))?64": (2, "one register, of 822"),
     rf"ListedPolicy<{_POLICY}256": (28, "the same, and the dropout's constants; packed d256 only"),
 }
 

@@ -44,6 +44,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat, masks
+from hf_flashattn.hooks import first_after, first_before
 from hf_flashattn.report import Unpadded
 from hf_flashattn.unpadding import Unpadding, plan_unpadding
 
@@ -95,14 +96,11 @@ class Unpadder:
     ) -> list[RemovableHandle]:
         # First in their row, so that hooks of others see one layout in all layers and no
         # (1, total) outside of them. Ending is for forwards that raise, too.
-        handles = [model.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True)]
-        handles += [
-            layer.register_forward_pre_hook(self.before_layer, with_kwargs=True, prepend=True)
-            for layer in layers
-        ]
+        handles = [first_before(model, self.begin)]
+        handles += [first_before(layer, self.before_layer) for layer in layers]
         if stack is not model:
-            handles.append(stack.register_forward_hook(self.after_stack, prepend=True))
-        handles.append(model.register_forward_hook(self.end, prepend=True, always_call=True))
+            handles.append(first_after(stack, self.after_stack))
+        handles.append(first_after(model, self.end, always=True))
         return handles
 
     def begin(

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_flashattn import _compat, encoder_trial, environment
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
+from hf_flashattn.hooks import first_before
 from hf_flashattn.masks import TRACED
 from hf_flashattn.report import Report, Site, Unpadded, forget_calls, format_rows
 from hf_flashattn.sites import find_sites
@@ -420,7 +421,7 @@ def _watch_position_ids(module: PreTrainedModel, patch: Patch) -> None:
     parameters = list(inspect.signature(module.forward).parameters)
     if "position_ids" in parameters:
         hook = _PositionIdsHook(parameters.index("position_ids"))
-        patch.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        patch.hooks.append(first_before(module, hook))
 
 
 def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -449,6 +449,41 @@ def test_compiled_calls_run_padded():
     ]
 
 
+def test_hooks_lie_in_the_order_they_run_in():
+    """Also in the dict below the OrderedDict: there torch 2.11 looks up hooks it compiles."""
+    model = bert()
+    layer = model.encoder.layer[0]
+    for module in (model, layer):
+        module.register_forward_pre_hook(lambda module, args: None)
+        module.register_forward_hook(lambda module, args, output: None)
+    before = [list(x._forward_pre_hooks) + list(x._forward_hooks) for x in (model, layer)]
+    with hf_flashattn.patched(model, unpad=True):
+        assert len(model._forward_pre_hooks) == 3 and len(layer._forward_pre_hooks) == 2
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                assert list(dict.keys(hooks)) == list(hooks)
+        assert list(layer._forward_pre_hooks)[-1] == before[1][0]
+    assert before == [list(x._forward_pre_hooks) + list(x._forward_hooks) for x in (model, layer)]
+
+
+def test_compiled_with_two_hooks_on_an_inner_model(monkeypatch):
+    """Compiles where dynamo counts hooks by the OrderedDict, as torch 2.11's does."""
+    for home in (torch._dynamo.variables.nn_module, torch._dynamo.variables.builder):
+        if hasattr(home, "enumerate_items_with_dict_position"):
+            monkeypatch.setattr(
+                home,
+                "enumerate_items_with_dict_position",
+                lambda hooks: ((i, *item) for i, item in enumerate(hooks.items())),
+            )
+    model, inputs = bert(transformers.BertForMaskedLM), batch("right")
+    model.bert.register_forward_pre_hook(lambda module, args: None)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad(), hf_flashattn.patched(model, unpad=True):
+        expected = model(**inputs).logits[real]
+        got = torch.compile(model, fullgraph=True, backend="eager")(**inputs).logits[real]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- models that cannot --------------------------------------------------------------------------
 
 

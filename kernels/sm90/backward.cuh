@@ -1,14 +1,12 @@
 // Backward attention on Hopper: a persistent, warp-specialised kernel. A tile is a block of 128
 // keys.
 //
-//   producer warp    claims a tile; K and V, once; then Q, LSE and dO, delta of each row block
-//   2 consumers      64 keys each, for every row block:
+//   producer warp    claims a tile; K and V; then Q, LSE and dO, delta of each row block, in two
+//   stages 2 consumers      64 keys each, for every row block:
 //                      S^T = K Q^T and dP^T = V dO^T, P^T and dS^T in registers,
 //                      dV += P^T dO, dK += dS^T Q from registers, dQ = dS K through shared memory
-//   writer warp      adds each dQ of a row block to its fp32 sums in global memory
-//   2 more warps     turn sums that are complete into dQ, where their memory is recycled;
-//                      deterministic, the first is a second writer;
-//                      with dropout the second makes random words for the consumers
+//   writer warp      adds each dQ of a row block to its fp32 sums in global memory; deterministic:
+//   two 2 rounding warps turn sums that are complete into dQ, where their memory is recycled
 //
 // With grouped query heads a tile goes over all heads of the group, so that dK and dV stay in
 // registers.
@@ -126,32 +124,6 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
   }
 }
 
-// The random words of each tile's row blocks, for all consumer warps.
-template <class P>
-__device__ void make_dropout(BackwardParams const& p, BackwardSmem<P>& s) {
-  if constexpr (P::kDropout) {
-    DropoutCounters counters(p.problem);
-    uint32_t parity = 1;
-    ListedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
-    for (Work tile; tiles.next(tile);) {
-      KeyWork<P> const work(p, tile);
-      for (int head = work.first_head; head < work.first_head + work.group; ++head) {
-        counters.begin_head(p.problem, work.sequence.index, head);
-        for (int block = work.rows.first; block < work.rows.first + work.rows.count;
-             ++block, parity ^= 1)
-#pragma unroll 1
-          for (int warp = 0; warp < P::kConsumers * 4; ++warp) {
-            auto& words = s.dropout.words[warp / 4][warp % 4];
-            words.empty.wait(parity);
-            words.template fill<Down::kKeys>(counters, block * (P::kBlockM / 16),
-                                             work.first_key / 16 + warp);
-            release(words.full);
-          }
-      }
-    }
-  }
-}
-
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1)
     backward_kernel(BackwardParams const __grid_constant__ p,
@@ -168,7 +140,6 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
     if (warp == 0) produce(p, workspace, maps, s);
     else if (warp == 1 || (warp == 2 && p.deterministic)) write_dq(p, workspace, s, warp - 1);
-    else if (P::kDropout && warp == 3) make_dropout(p, s);
     else if (workspace.recycled > 0) round_dq(p, workspace, s, warp - 2);
   } else {
     grow_registers<P::Registers::kConsumer>();

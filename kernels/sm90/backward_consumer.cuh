@@ -70,32 +70,30 @@ __device__ __forceinline__ void to_probabilities(float (&scores)[N], float const
 // the producer to overwrite what they read (seen at head dim 256).
 __device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arrive(); }
 
-// The random words of a row block, made by a producer warp.
+// Random flags of all the tiles of a row block, made while the tensor cores work on S^T.
 template <class P>
-struct RowBlockWords {
-  DropoutWords<P::kBlockM / 16> const& words;
+struct RowBlockDropout {
+  static constexpr int kPairs = P::kDropout ? P::kBlockM / 32 : 1;
+  uint32_t tiles[kPairs][2];
 
-  __device__ __forceinline__ DropoutTile tile(int k) const {
-    return words.template read<Down::kKeys>(k);
+  __device__ __forceinline__ void draw(DropoutMask<Down::kKeys> const& mask, int first_row,
+                                       int first_key) {
+    mask.draw(tiles, first_row / 16, first_key / 16);
   }
 };
 
-// From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (mask * dP^T - delta).
-// With dropout the statistics are such that P^T is too large and delta too small by the factor
-// dropout_lift(p): flags read as floats are 2^-7, and no product is needed to undo that.
-template <class P, class Dropout, int N, int Steps>
+// From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (keep * dP^T - delta).
+template <class P, int N, int Steps>
 __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
                                             uint32_t (&ds_operand)[Steps][4],
                                             float const (&probabilities)[N], float (&dp)[N],
-                                            float const* delta, Dropout const& dropout,
-                                            ByteRule const& rule, int quad, int never) {
+                                            float const* delta, RowBlockDropout<P> const& dropout,
+                                            float keep, int quad, int never) {
   using Element = typename P::Element;
 #pragma unroll
   for (int k = 0; k < Steps; ++k) {
     // The masks leave no registers for what ptxas would like to load ahead.
     if (P::kDropout && k == Steps / 2) schedule_fence(never);
-    DropoutTile random;
-    if constexpr (P::kDropout) random = dropout.tile(k);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 8 rows of the problem
       float2 const d = load_shared_float2(smem_address(delta + 16 * k + 8 * half + 2 * quad));
@@ -106,10 +104,15 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
         float dp_low = dp[8 * k + 2 * i], dp_high = dp[8 * k + 2 * i + 1];
         uint32_t p_pair = pack<Element>(prob[0], prob[1]);
         if constexpr (P::kDropout) {
-          uint32_t const flags = random.keep_flags(rule, half, down);
-          p_pair = multiply<Element>(p_pair, flags);
-          dp_low *= __uint_as_float(flags << 16);
-          dp_high *= __uint_as_float(flags & 0xffff0000u);
+          using Mask = DropoutMask<Down::kKeys>;
+          uint32_t const tile = dropout.tiles[k / 2][k % 2];
+          p_pair &= Mask::pair_mask(tile, half, down);
+          dp_low =
+              __uint_as_float(__float_as_uint(dp_low) & Mask::single_mask(tile, half, down, 0));
+          dp_high =
+              __uint_as_float(__float_as_uint(dp_high) & Mask::single_mask(tile, half, down, 1));
+          dp_low *= keep;
+          dp_high *= keep;
         }
         p_operand[k][i] = p_pair;
         ds_operand[k][i] = pack<Element>(prob[0] * (dp_low - d.x), prob[1] * (dp_high - d.y));
@@ -132,7 +135,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
   Problem const& problem = p.problem;
   float const scale_log2 = problem.softmax_scale * kLog2e;
-  ByteRule const rule(drop_threshold(problem.dropout_p));
+  float const keep = P::kDropout ? keep_scale(problem.dropout_p) : 1.f;
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
   FirstRows const first_rows(work.sequence, P::kCausal, warp_key + lane.group);
   s.k_full.wait(keys_phase);
@@ -144,11 +147,16 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       int const stage = pipe.stage;
       float scores[kScores], dp[kScores], dq[P::kPartColumns / 2];
       uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];
+      RowBlockDropout<P> dropout;
 
       s.q_full[stage].wait(pipe.parity());
       issue_product<P>(scores, s.k, warpgroup * 64, s.q[stage]);
       s.dout_full[stage].wait(pipe.parity());
       issue_product<P>(dp, s.v, warpgroup * 64, s.dout[stage]);
+      if constexpr (P::kDropout) {
+        DropoutMask<Down::kKeys> const mask(problem, work.sequence.index, head);
+        dropout.draw(mask, block * P::kBlockM, warp_key);
+      }
       s.statistics_full[stage].wait(pipe.parity());
 
       wgmma_wait<1>();
@@ -157,19 +165,8 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       to_probabilities(scores, s.statistics[stage].lse, scale_log2, lane.quad);
       wgmma_wait<0>();
       pin_registers(dp);
-      auto const combine = [&](auto const& dropout) {
-        to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, rule,
-                       lane.quad, problem.batch);
-      };
-      if constexpr (P::kDropout) {
-        static_assert(P::kStages == 2);
-        auto& words = s.dropout.words[warpgroup][lane.warp];
-        words.full.wait(stage);  // one buffer: of two stages the parity is the stage
-        combine(RowBlockWords<P>{words});
-        pin_registers(p_operand);  // what was read has been used
-        pin_registers(ds_operand);
-        release(words.empty);
-      } else combine(NoDropout{});
+      to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, keep,
+                     lane.quad, problem.batch);
 
       // dS is double buffered: the other consumer may still read the previous one.
       store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16);
@@ -245,7 +242,7 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
     // The other consumer may still read the dS of the last row block, but not the one before it.
     static_assert(P::kStages == 2, "the next stage is the one before the last");
     void* const scratch = s.ds[pipe.stage].data + warpgroup * 64 * 64;
-    store_gradient(p.dv, work, grad.dv, P::kDropout ? kLiftedScale<typename P::Element> : 1.f,
+    store_gradient(p.dv, work, grad.dv, P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f,
                    scratch, warpgroup, lane, p.problem.head_dim);
     store_gradient(p.dk, work, grad.dk, p.problem.softmax_scale, scratch, warpgroup, lane,
                    p.problem.head_dim);

@@ -1,10 +1,7 @@
 // What the warps of a backward CTA share: its work, its shared memory, its barriers.
 #pragma once
 
-#include <type_traits>
-
 #include "common/blocks.cuh"
-#include "common/dropout.cuh"
 #include "common/tile.cuh"
 #include "common/workspace.cuh"
 #include "sm90/barriers.cuh"
@@ -61,18 +58,11 @@ struct DqPieces {
   alignas(128) float data[kStages][kFloats];
   Mbarrier full[kStages];  // TMA; the rounding warp waits
 };
-template <class P>
-constexpr int kRoundingWarps = P::kDropout ? 1 : 2;
+constexpr int kRoundingWarps = 2;
 
-// The tiles are read by the consumer warps, the writer and, deterministic, a second writer, and the
-// warp that makes words for dropout.
+// The tiles are read by the consumer warps, the writer and, deterministic, a second writer.
 template <class P>
-constexpr int kBackwardTileReaders = 2 + P::kConsumers * 4 + P::kDropout;
-
-template <class P>
-struct BackwardDropout {
-  DropoutWords<P::kBlockM / 16> words[P::kConsumers][4];  // of each consumer warp
-};
+constexpr int kBackwardTileReaders = 2 + P::kConsumers * 4;
 
 template <class P>
 struct BackwardSmem {
@@ -88,7 +78,7 @@ struct BackwardSmem {
   // (key, row): dS^T. Between two tiles the one that nobody reads is scratch for dK and dV.
   SmemTile<Element, P::kBlockN, P::kBlockM> ds[P::kStages];
   alignas(128) float dq[P::kConsumers][64 * P::kPartColumns];  // (float4, thread) of each consumer
-  DqPieces dq_pieces[kRoundingWarps<P>];
+  DqPieces dq_pieces[kRoundingWarps];
   RowStatistics<P> statistics[P::kStages];
   TileHandover<kBackwardTileReaders<P>> tiles;
   Mbarrier k_full, v_full;
@@ -97,7 +87,6 @@ struct BackwardSmem {
   Mbarrier dout_full[P::kStages], dout_empty[P::kStages];  // the same
   Mbarrier statistics_full[P::kStages], statistics_empty[P::kStages];  // empty: consumer threads
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
-  std::conditional_t<P::kDropout, BackwardDropout<P>, NoDropout> dropout;
 };
 
 template <class P>
@@ -117,9 +106,6 @@ __device__ void init_barriers(BackwardSmem<P>& s, bool deterministic) {
     s.q_empty[stage].init(P::kConsumers * 4);
     s.dout_empty[stage].init(P::kConsumers * 4);
   }
-  if constexpr (P::kDropout)
-    for (auto& warps : s.dropout.words)
-      for (auto& words : warps) words.init();
   fence_mbarrier_init();
 }
 

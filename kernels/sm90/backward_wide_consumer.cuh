@@ -21,20 +21,6 @@ __device__ __forceinline__ void issue_shared_update(float (&acc)[N], ScoreTile c
   wgmma_commit();
 }
 
-// The random words of a row block, made by the consumer itself under S^T and dP^T: all producer
-// warps are at work, and tiles fill the shared memory.
-template <class P>
-struct DrawnRowBlock {
-  static constexpr int kPairs = P::kBlockM / 32;
-  DropoutTile tiles[kPairs][2];
-
-  __device__ __forceinline__ DropoutTile const& tile(int k) const { return tiles[k / 2][k % 2]; }
-  __device__ __forceinline__ void draw(DropoutCounters const& counters, int first_row,
-                                       int first_key) {
-    draw_transposed(tiles, counters, first_row / 16, first_key / 16);
-  }
-};
-
 // W: which consumer.
 template <class P, int W>
 struct WideConsumer {
@@ -47,15 +33,15 @@ struct WideConsumer {
   KeyWork<P> const& work;
   Lane const lane;
   FirstRows const first_rows;
-  float const scale_log2;
-  ByteRule const rule;
+  float const scale_log2, keep;
 
   __device__ __forceinline__ WideConsumer(BackwardParams const& p,
                                           BackwardWorkspace const& workspace,
                                           BackwardWideSmem<P>& s, KeyWork<P> const& work)
       : p(p), workspace(workspace), s(s), work(work), lane(threadIdx.x),
         first_rows(work.sequence, P::kCausal, work.first_key + lane.warp * 16 + lane.group),
-        scale_log2(p.problem.softmax_scale * kLog2e), rule(drop_threshold(p.problem.dropout_p)) {}
+        scale_log2(p.problem.softmax_scale * kLog2e),
+        keep(P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f) {}
 
   // What this consumer accumulates from: dO for dV, Q for dK.
   __device__ __forceinline__ auto& source(int buffer) const {
@@ -77,7 +63,7 @@ struct WideConsumer {
                                               uint32_t parity) const {
     float scores[32], dp[32];
     uint32_t other[4][4];
-    DrawnRowBlock<P> dropout;
+    RowBlockDropout<P> dropout;
 
     constexpr int kBoth = P::kConsumers * kWarpgroupThreads;
     s.q_full[W].wait(parity);
@@ -87,8 +73,8 @@ struct WideConsumer {
     issue_product<P>(dp, s.v, 0, s.dout[W]);
     if constexpr (Pair && W == 1) barrier_arrive(kFirstScores, kBoth);
     if constexpr (P::kDropout) {
-      DropoutCounters const counters(p.problem, work.sequence.index, walk.head);
-      dropout.draw(counters, walk.first_row(), work.first_key + lane.warp * 16);
+      DropoutMask<Down::kKeys> const mask(p.problem, work.sequence.index, walk.head);
+      dropout.draw(mask, walk.first_row(), work.first_key + lane.warp * 16);
     }
     s.statistics_full[W].wait(parity);
 
@@ -101,7 +87,7 @@ struct WideConsumer {
     pin_registers(dp);
     if constexpr (W == 1) release(s.dout_empty[W]);
     to_operands<P>(W == 0 ? operand : other, W == 0 ? other : operand, scores, dp,
-                   s.statistics[W].delta, dropout, rule, lane.quad, p.problem.batch);
+                   s.statistics[W].delta, dropout, keep, lane.quad, p.problem.batch);
     s.scores_empty.wait(parity ^ 1);
     store_operand(s.ds[W], W == 0 ? other : operand, lane.warp * 16);
     if constexpr (W == 1) store_operand(s.p, other, lane.warp * 16);
@@ -182,8 +168,7 @@ struct WideConsumer {
   __device__ __forceinline__ void store(float const (&grad)[P::kHeadDim / 2]) const {
     using Element = typename P::Element;
     TensorView const& view = W == 0 ? p.dv : p.dk;
-    float const kept = P::kDropout ? kLiftedScale<Element> : 1.f;
-    float const scale = W == 0 ? kept : p.problem.softmax_scale;
+    float const scale = W == 0 ? keep : p.problem.softmax_scale;
     int const tile_row = lane.warp * 16, key = work.first_key + tile_row;
     Sequence const& sequence = work.sequence;
     Element* const global =

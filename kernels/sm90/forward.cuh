@@ -24,20 +24,11 @@ struct ForwardMaps {
 template <class P>
 using ForwardScheduler = std::conditional_t<P::kListed, TileList, TileScheduler<P::kFoldTiles>>;
 
-// Listed tiles are read by the producer warps and the consumer warps.
-template <class P>
-constexpr int kTileReaders = 1 + P::kConsumers * 4 + P::kDropoutWarps;
+// Listed tiles are read by the producer warp and the consumer warps.
 struct NoHandover {};
 template <class P>
-using ForwardHandover = std::conditional_t<P::kListed, TileHandover<kTileReaders<P>>, NoHandover>;
-
-// For each consumer warp.
-template <class P>
-struct ConsumerDropout {
-  typename BlockDropout<P>::Words words[P::kConsumers][4];
-};
-template <class P>
-using ForwardDropout = std::conditional_t<P::kDropout, ConsumerDropout<P>, NoDropout>;
+using ForwardHandover =
+    std::conditional_t<P::kListed, TileHandover<1 + P::kConsumers * 4>, NoHandover>;
 
 template <class P>
 struct ForwardSmem {
@@ -52,7 +43,6 @@ struct ForwardSmem {
   Mbarrier v_full[P::kStages], v_empty[P::kStages];
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
   ForwardHandover<P> tiles;
-  ForwardDropout<P> dropout;
 };
 
 template <class P>
@@ -70,16 +60,13 @@ __device__ void init_barriers(ForwardSmem<P>& s) {
     s.v_empty[stage].init(kConsumerWarps);
   }
   if constexpr (P::kListed) s.tiles.init();
-  if constexpr (P::kDropout)
-    for (auto& warps : s.dropout.words)
-      for (auto& words : warps) words.init();
   fence_mbarrier_init();
 }
 
 template <class P>
 __device__ __forceinline__ auto tiles_of_warp(ForwardSmem<P>& s,
                                               ForwardScheduler<P> const& scheduler) {
-  if constexpr (P::kListed) return ListedTiles<kTileReaders<P>>{s.tiles};
+  if constexpr (P::kListed) return ListedTiles<1 + P::kConsumers * 4>{s.tiles};
   else return StaticTiles<ForwardScheduler<P>>{scheduler};
 }
 
@@ -122,42 +109,6 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
       load_tile_zero_outside(maps.v, s.v_full[pipe.stage], s.staging, staging_phase,
                              s.v[pipe.stage], row, head_k, sequence.batch, begin, end);
     }
-  }
-}
-
-// Dropout warp `index` makes random words for one consumer, if there are as many of both, else for
-// every kDropoutWarps-th warp of each.
-template <class P>
-__device__ void make_dropout(ForwardParams const& p, ForwardSmem<P>& s,
-                             ForwardScheduler<P> const& scheduler, int index) {
-  constexpr bool kOneConsumer = P::kDropoutWarps == P::kConsumers;
-  DropoutCounters counters(p.problem);
-  uint32_t parity[P::kConsumers];
-#pragma unroll
-  for (int c = 0; c < P::kConsumers; ++c) parity[c] = 1;
-  auto tiles = tiles_of_warp(s, scheduler);
-  ConsumerTile<P> tile;
-  while (tile.next(p, tiles, 0, [](Sequence const&) {})) {
-    counters.begin_head(p.problem, tile.work.index, tile.work.head);
-    int last[P::kConsumers];
-#pragma unroll
-    for (int c = 0; c < P::kConsumers; ++c)
-      last[c] = kOneConsumer && c != index ? tile.first - 1 : tile.of_later(p.problem, c).last();
-    for (int block = tile.block; block >= tile.first; --block)
-#pragma unroll
-      for (int c = 0; c < P::kConsumers; ++c) {
-        if (block > last[c]) continue;
-#pragma unroll 1
-        for (int warp = kOneConsumer ? 0 : index; warp < 4;
-             warp += kOneConsumer ? 1 : P::kDropoutWarps) {
-          auto& words = s.dropout.words[c][warp];
-          words.empty.wait(parity[c]);
-          words.template fill<Down::kRows>(counters, tile.own_row / 16 + c * 4 + warp,
-                                           block * (P::kBlockN / 16));
-          release(words.full);
-        }
-        parity[c] ^= 1;
-      }
   }
 }
 
@@ -230,11 +181,6 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   PipelineState<P::kQueryStages> q_pipe;
   auto tiles = tiles_of_warp(s, scheduler);
   ConsumerTile<P> tile;
-  auto dropout = [&] {
-    if constexpr (P::kDropout)
-      return BlockDropout<P>{problem, s.dropout.words[warpgroup][lane.warp]};
-    else return NoDropout{};
-  }();
   float out[P::kHeadDim / 2], scores[kScores], rescale[2];
   uint32_t probabilities[kSteps][4];
 
@@ -269,6 +215,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       if constexpr (P::kListed && P::kDropout) tile.make_uniform();
       int const warp_row = tile.own_row + lane.warp * 16;
       OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
+      BlockDropout<P> dropout(problem, tile.work, warp_row);
       fill_zero(out);
       auto const finish_scores = [&] {
         if (tile.own.needs_mask(tile.block))
@@ -277,10 +224,11 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         return softmax.update(scores, rescale);
       };
 
+      dropout.draw(tile.block);
       release(s.k_empty[pipe.stage]);
       finish_scores();
       to_operand<Element>(probabilities, scores);
-      if constexpr (P::kDropout) dropout.apply(probabilities);
+      dropout.apply(probabilities);
 
       while (--tile.block >= tile.first) {
         auto const previous = pipe;
@@ -291,17 +239,19 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         s.v_full[previous.stage].wait(previous.parity());
         issue_output(out, probabilities, s, previous.stage);
         turns.pass();
+        if constexpr (P::kDrawEarly) dropout.draw(tile.block);  // under S = Q K^T
         wgmma_wait<1>();
         pin_registers(scores);
         release(s.k_empty[pipe.stage]);
         bool const raised = finish_scores();  // under O += P V
+        if constexpr (!P::kDrawEarly) dropout.draw(tile.block);
         wgmma_wait<0>();
         pin_registers(out);
         pin_registers(probabilities);
         release(s.v_empty[previous.stage]);
         if (raised) scale_rows(out, rescale);
         to_operand<Element>(probabilities, scores);
-        if constexpr (P::kDropout) dropout.apply(probabilities);
+        dropout.apply(probabilities);
       }
 
       // The last output. Where it can, the next tile's first S runs under it and under its way out.
@@ -320,7 +270,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         float normalise[2], lse[2];
         softmax.finish(normalise, lse);
         if constexpr (P::kDropout) {
-          float const scale = keep_scale(problem.dropout_p) / kFlagValue<Element>;
+          float const scale = keep_scale(problem.dropout_p);
           normalise[0] *= scale;
           normalise[1] *= scale;
         }
@@ -387,8 +337,6 @@ __global__ void __launch_bounds__(P::kThreads, 1)
       __syncwarp();
       produce(p, maps, s, scheduler);
     }
-    if constexpr (P::kDropout)
-      if (warp >= 4 - P::kDropoutWarps) make_dropout(p, s, scheduler, warp + P::kDropoutWarps - 4);
   } else {
     grow_registers<P::Registers::kConsumer>();
     consume(p, s, scheduler);

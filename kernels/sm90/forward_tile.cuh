@@ -12,30 +12,35 @@ namespace hf_flashattn::sm90 {
 template <class P>
 using ForwardKeyBlocks = KeyBlocks<P::kBlockM, P::kBlockN>;
 
-// What a consumer warp does with the random words that a producer warp makes for each of its
-// blocks; nothing at all without dropout.
+// A warp's dropout flags of one block; nothing at all without dropout.
 template <class P>
 struct BlockDropout {
-  using Words = DropoutWords<P::kBlockN / 16>;
+  static constexpr int kPairs = P::kDropout ? P::kBlockN / 32 : 1;
   Problem const& problem;
-  Words& words;
-  uint32_t parity = 0;
+  Work const& work;
+  int row16;
+  uint32_t tiles[kPairs][2];
+
+  __device__ __forceinline__ BlockDropout(Problem const& problem, Work const& work, int warp_row)
+      : problem(problem), work(work), row16(warp_row / 16) {}
+
+  __device__ __forceinline__ void draw(int block) {
+    if constexpr (P::kDropout) {
+      DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
+      mask.draw(tiles, row16, block * (P::kBlockN / 16));
+    }
+  }
 
   template <int Steps>
-  __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) {
-    ByteRule const rule(drop_threshold(problem.dropout_p));
-    words.full.wait(parity);
+  __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) const {
+    if constexpr (P::kDropout) {
 #pragma unroll
-    for (int k = 0; k < Steps; ++k) {
-      DropoutTile const tile = words.template read<Down::kRows>(k);
+      for (int k = 0; k < Steps; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        probabilities[k][i] =
-            multiply<typename P::Element>(probabilities[k][i], tile.keep_flags(rule, i % 2, i / 2));
+        for (int i = 0; i < 4; ++i)
+          probabilities[k][i] &=
+              DropoutMask<Down::kRows>::pair_mask(tiles[k / 2][k % 2], i % 2, i / 2);
     }
-    pin_registers(probabilities);  // what was read has been used
-    release(words.empty);
-    parity ^= 1;
   }
 };
 
@@ -89,16 +94,6 @@ struct ConsumerTile {
   template <class Tiles>
   __device__ __forceinline__ bool next(ForwardParams const& p, Tiles& tiles, int warpgroup,
                                        Lane const& lane) {
-    return next(p, tiles, warpgroup, [&](Sequence const& sequence) {
-      OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
-          .store_empty(lane, p.problem.head_dim);
-    });
-  }
-
-  // store_empty: what to do with a tile whose rows see no key.
-  template <class Tiles, class StoreEmpty>
-  __device__ __forceinline__ bool next(ForwardParams const& p, Tiles& tiles, int warpgroup,
-                                       StoreEmpty const& store_empty) {
     while (tiles.next(work)) {
       Sequence const sequence(p.problem, work.index);
       int const first_row = work.block * P::kBlockM;
@@ -106,7 +101,8 @@ struct ConsumerTile {
       ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
       own_row = first_row + warpgroup * 64;
       if (blocks.count <= 0) {
-        store_empty(sequence);
+        OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
+            .store_empty(lane, p.problem.head_dim);
         continue;
       }
       own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, own_row);
@@ -121,16 +117,6 @@ struct ConsumerTile {
   // The blocks above this one are for later rows alone.
   __device__ __forceinline__ int last() const {
     return idle ? first - 1 : min(max(own.last(), first), block);
-  }
-
-  // The same tile as a later consumer sees it.
-  __device__ __forceinline__ ConsumerTile of_later(Problem const& p, int consumers) const {
-    ConsumerTile later = *this;
-    Sequence const sequence(p, work.index);
-    later.own_row += consumers * 64;
-    later.own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, later.own_row);
-    later.idle = later.own_row >= sequence.length_q;
-    return later;
   }
 
   // Tells ptxas again what it loses track of across tiles. With dropout it then spills less, or not

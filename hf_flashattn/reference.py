@@ -53,7 +53,10 @@ def philox_4x32(
 
 
 def drop_threshold(p: float) -> int:
-    """The random byte below which an element is dropped: p in 1/256ths, 1 to 255 if p > 0."""
+    """How many of 256 random bytes drop an element: p in 1/256ths, 1 to 255 if p > 0.
+
+    Up to 128 these are the lowest bytes, above it the highest.
+    """
     if not 0.0 <= p < 1.0:
         raise ValueError(
             f"dropout_p: expected 0 <= p < 1, got {p}; nearest supported: "
@@ -93,24 +96,31 @@ def _keep(
 ) -> Tensor:
     """(N,) int64 indices b * Hq + h -> (N, sq, sk) bool.
 
-    One Philox call serves a 16 x 16 tile's 16 elements: rows 2 * gamma + alpha + {0, 8} and columns
-    2 * t + e + {0, 8}, which is what one lane of a wgmma accumulator holds.
+    One Philox call serves 16 elements of a 16 x 16 tile: rows 2 * gamma + alpha + {0, 8} and columns
+    2 * t + e + {0, 8}, which is what lanes of a wgmma accumulator and of its transpose share.
     """
     device, heads = head_index.device, head_index.numel()
     rows, cols = -(-sq // 16), -(-sk // 16)
-    x = torch.arange(cols * 16, device=device).view(1, 1, -1)  # c // 16 * 16 + gamma * 4 + t
-    y = torch.arange(rows, device=device).view(1, -1, 1)
-    w = (offset ^ (offset >> 32)) & _MASK32
+    row = torch.arange(rows, device=device).view(-1, 1, 1)
+    col = torch.arange(cols, device=device).view(-1, 1)
+    call = torch.arange(16, device=device)  # gamma * 4 + t
     counter = torch.broadcast_tensors(
-        x, y, head_index.view(-1, 1, 1), torch.as_tensor(w, device=device)
+        call | row >> 16 << 4 | col >> 16 << 16,
+        torch.as_tensor((offset ^ (offset >> 32)) & _MASK32, device=device),
+        head_index.view(-1, 1, 1, 1),
+        (row & 0xFFFF) << 16 | col & 0xFFFF,
     )
-    words = philox_4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
-    # The words' bytes, least significant first (little-endian, as every host of a CUDA device is).
-    random = torch.stack(words, -1).to(torch.int32).view(torch.uint8)
-    # (N, rows, cols, gamma, t, alpha, e, b8, d8): word = alpha * 2 + e, byte = b8 * 2 + d8
-    keep = (random >= drop_threshold(p)).view(heads, rows, cols, 4, 4, 2, 2, 2, 2)
+    words = torch.stack(philox_4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32)), -1)
+    # Words 0 and 1 belong to alpha = 0 in even tiles, to alpha = 1 in odd ones.
+    words = torch.where((col % 2 == 0).unsqueeze(-1), words, words.roll(2, -1))
+    # (N, rows, cols, gamma, t, alpha, b8, e): the halves of a word, low one first.
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1)
+    halves = halves.view(heads, rows, cols, 4, 4, 2, 2, 2)
+    random = torch.stack(((halves >> 7) & 0xFF, (halves << 1 | halves >> 15) & 0xFF), -1)  # d8
+    threshold = drop_threshold(p)
+    keep = random >= threshold if threshold <= 128 else random < 256 - threshold
     # row = b8 * 8 + gamma * 2 + alpha, column = d8 * 8 + t * 2 + e
-    keep = keep.permute(0, 1, 7, 3, 5, 2, 8, 4, 6).reshape(heads, rows * 16, cols * 16)
+    keep = keep.permute(0, 1, 6, 3, 5, 2, 8, 4, 7).reshape(heads, rows * 16, cols * 16)
     return keep[:, :sq, :sk]
 
 

@@ -3,17 +3,22 @@
 // Philox4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
 // gives one byte an element: 16 calls serve a 16 x 16 tile of scores. With g = row % 8, c = column
 // % 8 inside it:
-//   call (counter.x % 16)  = g / 2 * 4 + c / 2
-//   word of the call       = g % 2 * 2 + c % 2
-//   byte of the word       = row % 16 / 8 * 2 + column % 16 / 8
+//   call                  = g / 2 * 4 + c / 2
+//   word of the call      = (g + column / 16) % 2 * 2 + row % 16 / 8
+//   16-bit half of it     = c % 2
+//   byte, the half rotated left by 1 = 1 - column % 16 / 8 (the high one for the left 8 columns)
+//
 // An accumulator lane (group, quad) of S needs, of the call (group / 2, quad), the two words with
-// g % 2 = group % 2; one of S^T needs, of the call (quad, group / 2), the two with c % 2 = group
+// g % 2 = group % 2; one of S^T needs, of the call (quad, group / 2), the halves with c % 2 = group
 // % 2. Either way lanes l and l ^ 4 share a call, so for a pair of tiles each makes the call of one
 // tile and they swap two words: 16 elements a lane for one call.
 //
-// An element is kept if its byte >= threshold. The flags that say so are packed into the top two
-// bits of each byte before the swap (one shuffle instead of two), and one PRMT with sign
-// replication spreads two of them over a register of two 16-bit values.
+// What costs time is instructions, above all those of the half-rate integer pipe. So a word's
+// halves are two elements that a lane packs into one register, and one HSET2 compares both: |half|
+// as an fp16 number against threshold << 7 is the byte in bits 7 .. 14 against the threshold.
+// (fp16 numbers are ordered as their bits are; NaN, 249 .. 255, counts as larger.) With the bytes
+// of each half swapped the other byte, bits 0 .. 6 and 15, stands there. The flags are 1.0 and 0.0
+// in fp16, and multiply the packed probabilities: 0x3c00 is 2^-7 in bf16, which the caller undoes.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -30,13 +35,40 @@ __host__ __device__ inline uint32_t drop_threshold(float p) {
 // The inverse of the kept fraction.
 __host__ __device__ inline float keep_scale(float p) { return 256.f / (256 - drop_threshold(p)); }
 
+// The fp16 number 1.0 as a number of type T: what keep_flags multiplies kept elements by.
+template <class T>
+constexpr float kFlagValue = 1.f;
+template <>
+constexpr float kFlagValue<__nv_bfloat16> = 1.f / 128;
+
+// The backward's P is multiplied by this (by way of the LSE) and its delta divided: a kept flag,
+// read as a float, is the other factor of 2^-7, so that P^T (flag * dP^T - delta) needs no further
+// product. P' has the flag's value in T instead, and what accumulates it is scaled by the last.
+__host__ __device__ inline float dropout_lift(float p) { return 128.f * keep_scale(p); }
+template <class T>
+constexpr float kLiftedScale = 1.f / (128.f * kFlagValue<T>);
+
+// Which bytes are kept. A threshold t up to 128 keeps byte >= t; above, byte < 256 - t, since bytes
+// above 248 cannot be told apart.
+struct ByteRule {
+  uint32_t limit;  // in bits 7 .. 14 of both halves
+  bool below;      // keep bytes below the limit, not the others
+
+  __host__ __device__ explicit ByteRule(uint32_t threshold)
+      : limit((threshold > 128 ? 256 - threshold : threshold) * 0x00800080u),
+        below(threshold > 128) {}
+};
+
 // Several calls side by side, so that they share the 14 round keys: made once for each they cost
-// more than the shuffles, and kept they would cost 14 registers.
+// more than the shuffles, and kept they would cost 14 registers. Counters of one lane differ in w
+// alone: then four products of the first three rounds are the same in all of them.
 template <int Calls>
-__device__ __forceinline__ void philox_7(uint4 (&counters)[Calls], uint2 key) {
+__host__ __device__ __forceinline__ void philox_7(uint4 (&counters)[Calls], uint2 key) {
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
+#ifdef __CUDA_ARCH__
     asm volatile("" : "+r"(key.x), "+r"(key.y));  // or ptxas makes the keys anew for every call
+#endif
 #pragma unroll
     for (int i = 0; i < Calls; ++i) {
       uint4& counter = counters[i];
@@ -52,14 +84,39 @@ __device__ __forceinline__ void philox_7(uint4 (&counters)[Calls], uint2 key) {
 
 enum class Down { kRows, kKeys };  // which index of the accumulator runs down its 64 rows
 
+// The random words of a lane's elements in a 16 x 16 tile, and what is made of them.
+struct DropoutTile {
+  uint32_t words[2];  // by row % 16 / 8
+
+  // 1.0 or 0.0, as fp16 numbers, for the two elements of a register at (row half, column half).
+  __device__ __forceinline__ uint32_t keep_flags(ByteRule const& rule, int row_half,
+                                                 int column_half) const {
+    uint32_t const word = words[row_half];
+    return compare(column_half ? __byte_perm(word, 0, 0x2301) : word, rule);
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t compare(uint32_t halves, ByteRule const& rule) {
+    uint32_t flags;
+    asm("{\n"
+        ".reg .pred below;\n"
+        ".reg .b32 magnitude;\n"
+        "setp.ne.u32 below, %3, 0;\n"
+        "abs.f16x2 magnitude, %1;\n"
+        "set.geu.xor.f16x2.f16x2 %0, magnitude, %2, below;\n"
+        "}\n"
+        : "=r"(flags)
+        : "r"(halves), "r"(rule.limit), "r"(uint32_t(rule.below)));
+    return flags;
+  }
+};
+
 template <Down D>
 struct DropoutMask {
   uint2 key;
   uint32_t batch_head, offset;
-  uint32_t call;        // this lane's call within a tile
-  bool odd;             // of lanes l and l ^ 4, this one
-  uint32_t low_bits;    // 128 - threshold % 128 in every byte
-  uint32_t below_half;  // all ones if threshold < 128
+  uint32_t call;  // this lane's call within a tile
+  bool odd;       // of lanes l and l ^ 4, this one
 
   __device__ __forceinline__ DropoutMask(Problem const& p, int batch, int head) {
     int64_t const seed = p.rng_state[0], position = p.rng_state[1];
@@ -69,72 +126,57 @@ struct DropoutMask {
     int const group = threadIdx.x % kWarpThreads / 4, quad = threadIdx.x % 4;
     call = D == Down::kRows ? group / 2 * 4 + quad : quad * 4 + group / 2;
     odd = group % 2;
-    uint32_t const threshold = drop_threshold(p.dropout_p);
-    low_bits = (128 - threshold % 128) * 0x01010101u;
-    below_half = threshold < 128 ? 0xffffffffu : 0;
   }
 
-  // The flags of this lane's elements in pairs of neighbouring tiles along the accumulator's
-  // columns: kRows: (row16, column16 + 2 pair) and the next; kKeys: (row16 + 2 pair, column16) and
-  // the next. Bit 7 of each byte is element e = 0, bit 6 element e = 1, where e is column % 2
-  // (kRows) or row % 2.
+  // This lane's elements in pairs of neighbouring tiles along the accumulator's columns. kRows:
+  // (row16, column16 + 2 pair) and the next; kKeys: (row16 + 2 pair, column16) and the next.
   template <int Pairs>
-  __device__ __forceinline__ void draw(uint32_t (&tiles)[Pairs][2], int row16, int column16) const {
-    constexpr bool kRowsDown = D == Down::kRows;
+  __device__ __forceinline__ void draw(DropoutTile (&tiles)[Pairs][2], int row16,
+                                       int column16) const {
     uint4 random[Pairs];
+    uint4 const first = counter(row16, column16);
 #pragma unroll
-    for (int pair = 0; pair < Pairs; ++pair) {
-      uint32_t const across = 2 * pair + odd;
-      uint32_t const row = row16 + (kRowsDown ? 0 : across);
-      uint32_t const column = column16 + (kRowsDown ? across : 0);
-      random[pair] = make_uint4(column * 16 + call, row, batch_head, offset);
-    }
+    for (int pair = 0; pair < Pairs; ++pair)
+      random[pair] = make_uint4(first.x, first.y, first.z,
+                                first.w + (2 * pair + odd) * (D == Down::kRows ? 1 : kRowStep));
     philox_7(random, key);
 #pragma unroll
     for (int pair = 0; pair < Pairs; ++pair) {
-      // Words with (g % 2, c % 2) = (0,0), (0,1), (1,0), (1,1) are x, y, z, w.
-      uint4 const r = random[pair];
-      uint32_t const of_even = both_flags(r.x, kRowsDown ? r.y : r.z);
-      uint32_t const of_odd = both_flags(kRowsDown ? r.z : r.y, r.w);
-      uint32_t const own = odd ? of_odd : of_even;
-      uint32_t const received = __shfl_xor_sync(0xffffffff, odd ? of_even : of_odd, 4);
-      tiles[pair][0] = odd ? received : own;
-      tiles[pair][1] = odd ? own : received;
+      uint32_t own[2], other[2];
+      split(random[pair], column16, own, other);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t const received = __shfl_xor_sync(0xffffffff, other[i], 4);
+        tiles[pair][0].words[i] = odd ? received : own[i];
+        tiles[pair][1].words[i] = odd ? own[i] : received;
+      }
     }
   }
 
-  // All ones or zeros for each of the two 16-bit values at (row half, column half) of a tile.
-  static __device__ __forceinline__ uint32_t pair_mask(uint32_t tile, int row_half,
-                                                       int column_half) {
-    uint32_t const byte = row_half * 2 + column_half;
-    uint32_t const low = 8 | byte, high = 8 | (4 + byte);
-    return permute_signed(tile, tile << 1, low | low << 4 | high << 8 | high << 12);
-  }
-
-  // All ones or zeros for one float: element e at (row half, column half) of a tile.
-  static __device__ __forceinline__ uint32_t single_mask(uint32_t tile, int row_half,
-                                                         int column_half, int e) {
-    uint32_t const byte = 8 | (row_half * 2 + column_half);
-    return permute_signed(tile << e, 0, byte | byte << 4 | byte << 8 | byte << 12);
-  }
-
  private:
-  // Bit 7 of each byte: random byte >= threshold. The other bits are noise.
-  __device__ __forceinline__ uint32_t flags(uint32_t random) const {
-    uint32_t const low = (random & 0x7f7f7f7fu) + low_bits;
-    return (random & low) | ((random | low) & below_half);
+  static constexpr uint32_t kRowStep = 1 << 16;
+
+  // Beyond 2^20 rows or columns their upper bits go where the call is; there is room.
+  __device__ __forceinline__ uint4 counter(uint32_t row16, uint32_t column16) const {
+    return make_uint4(call | (row16 >> 16) << 4 | column16 & 0xffff0000u, offset, batch_head,
+                      row16 << 16 | column16 & 0xffff);
   }
 
-  __device__ __forceinline__ uint32_t both_flags(uint32_t first, uint32_t second) const {
-    return (flags(first) & 0x80808080u) | (flags(second) >> 1 & ~0x80808080u);
-  }
-
-  // PRMT with sign replication (selector bit 3), which __byte_perm masks off.
-  static __device__ __forceinline__ uint32_t permute_signed(uint32_t a, uint32_t b,
-                                                            uint32_t selector) {
-    uint32_t result;
-    asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
-    return result;
+  // The words of this lane's elements and of those of lane l ^ 4. kRows: the tile's column16 is as
+  // odd as the lane, so that its own words are the first two. kKeys: half (c % 2) of the two words
+  // of g % 2 = 0 and 1, which stand the other way round in odd tiles.
+  __device__ __forceinline__ void split(uint4 const& r, int column16, uint32_t (&own)[2],
+                                        uint32_t (&other)[2]) const {
+    if constexpr (D == Down::kRows) {
+      own[0] = r.x, own[1] = r.y, other[0] = r.z, other[1] = r.w;
+    } else {
+      uint32_t const low = column16 % 2 ? 0x1054 : 0x5410, high = low + 0x2222;
+      uint32_t const selector_own = odd ? high : low, selector_other = odd ? low : high;
+      own[0] = __byte_perm(r.x, r.z, selector_own);
+      own[1] = __byte_perm(r.y, r.w, selector_own);
+      other[0] = __byte_perm(r.x, r.z, selector_other);
+      other[1] = __byte_perm(r.y, r.w, selector_other);
+    }
   }
 };
 

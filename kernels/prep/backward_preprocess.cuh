@@ -1,9 +1,10 @@
-// Before the backward: delta = rowsum(dO * O), LSE in base 2, cleared sums of dQ and counters.
+// Before the backward: delta = rowsum(dO * O), LSE in base 2, cleared sums of dQ and counters. With
+// dropout the first two are as common/dropout.cuh (dropout_lift) says.
 #pragma once
 
 #include <bit>
 
-#include "common/ptx.cuh"
+#include "common/dropout.cuh"
 #include "common/workspace.cuh"
 
 namespace hf_flashattn::prep {
@@ -67,6 +68,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     if (threadIdx.x == 0) workspace.turn[sum / BlockM] = 0;
   }
 
+  float const lift = p.problem.dropout_p > 0.f ? dropout_lift(p.problem.dropout_p) : 1.f;
   int const lane = threadIdx.x % kLanes;
 #pragma unroll
   for (int r = threadIdx.x / kLanes; r < BlockM; r += kRows) {
@@ -86,8 +88,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       delta += __shfl_xor_sync(0xffffffff, delta, distance);
     if (lane != 0) continue;
     bool const sees_keys = lse != -infinity();
-    workspace.lse_log2[slot + r] = sees_keys ? lse * kLog2e : infinity();
-    workspace.delta[slot + r] = sees_keys ? delta : 0.f;
+    workspace.lse_log2[slot + r] = sees_keys ? lse * kLog2e - log2f(lift) : infinity();
+    workspace.delta[slot + r] = sees_keys ? delta / lift : 0.f;
   }
 }
 

@@ -74,7 +74,7 @@ __device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arri
 template <class P>
 struct RowBlockDropout {
   static constexpr int kPairs = P::kDropout ? P::kBlockM / 32 : 1;
-  uint32_t tiles[kPairs][2];
+  DropoutTile tiles[kPairs][2];
 
   __device__ __forceinline__ void draw(DropoutMask<Down::kKeys> const& mask, int first_row,
                                        int first_key) {
@@ -82,13 +82,15 @@ struct RowBlockDropout {
   }
 };
 
-// From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (keep * dP^T - delta).
+// From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (mask * dP^T - delta).
+// With dropout the statistics are such that P^T is too large and delta too small by the factor
+// dropout_lift(p): flags read as floats are 2^-7, and no product is needed to undo that.
 template <class P, int N, int Steps>
 __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
                                             uint32_t (&ds_operand)[Steps][4],
                                             float const (&probabilities)[N], float (&dp)[N],
                                             float const* delta, RowBlockDropout<P> const& dropout,
-                                            float keep, int quad, int never) {
+                                            ByteRule const& rule, int quad, int never) {
   using Element = typename P::Element;
 #pragma unroll
   for (int k = 0; k < Steps; ++k) {
@@ -104,15 +106,10 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
         float dp_low = dp[8 * k + 2 * i], dp_high = dp[8 * k + 2 * i + 1];
         uint32_t p_pair = pack<Element>(prob[0], prob[1]);
         if constexpr (P::kDropout) {
-          using Mask = DropoutMask<Down::kKeys>;
-          uint32_t const tile = dropout.tiles[k / 2][k % 2];
-          p_pair &= Mask::pair_mask(tile, half, down);
-          dp_low =
-              __uint_as_float(__float_as_uint(dp_low) & Mask::single_mask(tile, half, down, 0));
-          dp_high =
-              __uint_as_float(__float_as_uint(dp_high) & Mask::single_mask(tile, half, down, 1));
-          dp_low *= keep;
-          dp_high *= keep;
+          uint32_t const flags = dropout.tiles[k / 2][k % 2].keep_flags(rule, half, down);
+          p_pair = multiply<Element>(p_pair, flags);
+          dp_low *= __uint_as_float(flags << 16);
+          dp_high *= __uint_as_float(flags & 0xffff0000u);
         }
         p_operand[k][i] = p_pair;
         ds_operand[k][i] = pack<Element>(prob[0] * (dp_low - d.x), prob[1] * (dp_high - d.y));
@@ -135,7 +132,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
   Problem const& problem = p.problem;
   float const scale_log2 = problem.softmax_scale * kLog2e;
-  float const keep = P::kDropout ? keep_scale(problem.dropout_p) : 1.f;
+  ByteRule const rule(drop_threshold(problem.dropout_p));
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
   FirstRows const first_rows(work.sequence, P::kCausal, warp_key + lane.group);
   s.k_full.wait(keys_phase);
@@ -165,7 +162,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       to_probabilities(scores, s.statistics[stage].lse, scale_log2, lane.quad);
       wgmma_wait<0>();
       pin_registers(dp);
-      to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, keep,
+      to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, rule,
                      lane.quad, problem.batch);
 
       // dS is double buffered: the other consumer may still read the previous one.
@@ -242,7 +239,7 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
     // The other consumer may still read the dS of the last row block, but not the one before it.
     static_assert(P::kStages == 2, "the next stage is the one before the last");
     void* const scratch = s.ds[pipe.stage].data + warpgroup * 64 * 64;
-    store_gradient(p.dv, work, grad.dv, P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f,
+    store_gradient(p.dv, work, grad.dv, P::kDropout ? kLiftedScale<typename P::Element> : 1.f,
                    scratch, warpgroup, lane, p.problem.head_dim);
     store_gradient(p.dk, work, grad.dk, p.problem.softmax_scale, scratch, warpgroup, lane,
                    p.problem.head_dim);

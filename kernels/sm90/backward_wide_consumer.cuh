@@ -33,15 +33,15 @@ struct WideConsumer {
   KeyWork<P> const& work;
   Lane const lane;
   FirstRows const first_rows;
-  float const scale_log2, keep;
+  float const scale_log2;
+  ByteRule const rule;
 
   __device__ __forceinline__ WideConsumer(BackwardParams const& p,
                                           BackwardWorkspace const& workspace,
                                           BackwardWideSmem<P>& s, KeyWork<P> const& work)
       : p(p), workspace(workspace), s(s), work(work), lane(threadIdx.x),
         first_rows(work.sequence, P::kCausal, work.first_key + lane.warp * 16 + lane.group),
-        scale_log2(p.problem.softmax_scale * kLog2e),
-        keep(P::kDropout ? keep_scale(p.problem.dropout_p) : 1.f) {}
+        scale_log2(p.problem.softmax_scale * kLog2e), rule(drop_threshold(p.problem.dropout_p)) {}
 
   // What this consumer accumulates from: dO for dV, Q for dK.
   __device__ __forceinline__ auto& source(int buffer) const {
@@ -87,7 +87,7 @@ struct WideConsumer {
     pin_registers(dp);
     if constexpr (W == 1) release(s.dout_empty[W]);
     to_operands<P>(W == 0 ? operand : other, W == 0 ? other : operand, scores, dp,
-                   s.statistics[W].delta, dropout, keep, lane.quad, p.problem.batch);
+                   s.statistics[W].delta, dropout, rule, lane.quad, p.problem.batch);
     s.scores_empty.wait(parity ^ 1);
     store_operand(s.ds[W], W == 0 ? other : operand, lane.warp * 16);
     if constexpr (W == 1) store_operand(s.p, other, lane.warp * 16);
@@ -168,7 +168,8 @@ struct WideConsumer {
   __device__ __forceinline__ void store(float const (&grad)[P::kHeadDim / 2]) const {
     using Element = typename P::Element;
     TensorView const& view = W == 0 ? p.dv : p.dk;
-    float const scale = W == 0 ? keep : p.problem.softmax_scale;
+    float const kept = P::kDropout ? kLiftedScale<Element> : 1.f;
+    float const scale = W == 0 ? kept : p.problem.softmax_scale;
     int const tile_row = lane.warp * 16, key = work.first_key + tile_row;
     Sequence const& sequence = work.sequence;
     Element* const global =

@@ -270,7 +270,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         float normalise[2], lse[2];
         softmax.finish(normalise, lse);
         if constexpr (P::kDropout) {
-          float const scale = keep_scale(problem.dropout_p);
+          float const scale = keep_scale(problem.dropout_p) / kFlagValue<Element>;
           normalise[0] *= scale;
           normalise[1] *= scale;
         }

@@ -19,7 +19,7 @@ struct BlockDropout {
   Problem const& problem;
   Work const& work;
   int row16;
-  uint32_t tiles[kPairs][2];
+  DropoutTile tiles[kPairs][2];
 
   __device__ __forceinline__ BlockDropout(Problem const& problem, Work const& work, int warp_row)
       : problem(problem), work(work), row16(warp_row / 16) {}
@@ -34,12 +34,13 @@ struct BlockDropout {
   template <int Steps>
   __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) const {
     if constexpr (P::kDropout) {
+      ByteRule const rule(drop_threshold(problem.dropout_p));
 #pragma unroll
       for (int k = 0; k < Steps; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          probabilities[k][i] &=
-              DropoutMask<Down::kRows>::pair_mask(tiles[k / 2][k % 2], i % 2, i / 2);
+          probabilities[k][i] = multiply<typename P::Element>(
+              probabilities[k][i], tiles[k / 2][k % 2].keep_flags(rule, i % 2, i / 2));
     }
   }
 };

@@ -50,31 +50,38 @@ def scalar_philox(counter, key):
 
 def scalar_byte(seed, offset, head_index, r, c):
     """The random byte of one score, by the layout that the kernels are written to."""
-    row16, col16 = r % 16, c % 16
-    gamma, alpha, b8 = (row16 % 8) // 2, row16 % 2, row16 // 8
-    t, e, d8 = (col16 % 8) // 2, col16 % 2, col16 // 8
+    row16, col16 = r // 16, c // 16
+    gamma, alpha, b8 = r % 8 // 2, r % 2, r % 16 // 8
+    t, e, d8 = c % 8 // 2, c % 2, c % 16 // 8
     counter = (
-        c // 16 * 16 + gamma * 4 + t,
-        r // 16,
-        head_index,
+        gamma * 4 + t + (row16 >> 16) * 2**4 + (col16 >> 16) * 2**16,
         (offset & ALL_ONES) ^ (offset >> 32 & ALL_ONES),
+        head_index,
+        row16 % 2**16 * 2**16 + col16 % 2**16,
     )
     words = scalar_philox(counter, (seed & ALL_ONES, seed >> 32 & ALL_ONES))
-    return words[alpha * 2 + e] >> 8 * (b8 * 2 + d8) & 0xFF
+    half = words[(alpha + col16) % 2 * 2 + b8] >> 16 * e & 0xFFFF
+    rotated = (half << 1 | half >> 15) & 0xFFFF
+    return rotated & 0xFF if d8 else rotated >> 8
+
+
+def scalar_keep(byte, threshold):
+    return byte >= threshold if threshold <= 128 else byte < 256 - threshold
 
 
 @pytest.mark.parametrize(
     "seed, offset", [(0, 0), (2**62 + 12345, 77), (-1, -(2**63)), (-987654321, 2**40 + 9)]
 )
-def test_mask_bit_by_bit(seed, offset):
-    batch, heads, sq, sk, p = 2, 3, 37, 21, 0.3
+@pytest.mark.parametrize("p", [0.3, 0.8])
+def test_mask_bit_by_bit(seed, offset, p):
+    batch, heads, sq, sk = 2, 3, 37, 37
     rng = torch.tensor([seed, offset])
     mask = dropout_mask(rng[0], rng[1], batch, heads, sq, sk, p)
     assert mask.shape == (batch, heads, sq, sk) and mask.dtype == torch.bool
     assert torch.equal(mask, dropout_mask(seed, offset, batch, heads, sq, sk, p))
     for b, h, r, c in torch.cartesian_prod(*map(torch.arange, mask.shape))[::7].tolist():
         byte = scalar_byte(seed, offset, b * heads + h, r, c)
-        assert bool(mask[b, h, r, c]) == (byte >= drop_threshold(p)), (b, h, r, c)
+        assert bool(mask[b, h, r, c]) == scalar_keep(byte, drop_threshold(p)), (b, h, r, c)
 
 
 def test_mask_depends_on_the_position_alone():

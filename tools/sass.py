@@ -1,6 +1,9 @@
 """Which machine instructions every kernel of a library consists of, and which its hot loops spill.
 
     python tools/sass.py [LIBRARY]        # default: the library of this checkout, built if need be
+    python tools/sass.py --loops LIBRARY  # what once around each hot loop executes, by pipe
+
+LIBRARY: anything that cuobjdump reads, also the .o or .cubin of one unit.
 
 A hot loop is an innermost loop that feeds the tensor cores. Registers spilled around it cost
 nothing; a spill inside it (STL, LDL) is paid for in every block.
@@ -17,11 +20,34 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
 SHOWN = ("HGMMA", "UTMALDG", "UTMASTG", "MUFU", "STL", "LDL", "BAR")
+# Which unit of a Hopper SM executes what. The ALU runs 64 lanes a cycle, FMA 128, MUFU 16. Which
+# rate and unit the 16-bit comparisons have is not documented.
+_PIPES = {
+    "ALU": "LOP3 PLOP3 IADD3 PRMT SHF FMNMX VIMNMX VIADD SEL FSEL ISETP FSETP LEA F2FP VOTE MOV",
+    "FMA": "FFMA FMUL FADD",
+    "16-bit": "HFMA2 HMUL2 HADD2 HSET2 HSETP2",
+    "MUFU": "MUFU",
+    "tensor": "HGMMA",
+    "memory": "LDS STS STSM LDSM SHFL LDL STL LDG STG LDC SYNCS BAR RED ATOMG",
+}
+PIPE_OF = {opcode: pipe for pipe, opcodes in _PIPES.items() for opcode in opcodes.split()}
+PIPES = (
+    "ALU",
+    "FMA",
+    "16-bit",
+    "IMAD",
+    "IMAD.WIDE",
+    "MUFU",
+    "memory",
+    "uniform",
+    "tensor",
+    "other",
+)
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 TARGET = re.compile(r"0x([0-9a-f]+)")
@@ -84,6 +110,37 @@ def parse(text: str) -> dict[str, list[Instruction]]:
 def opcode_counts(body: list[Instruction]) -> Counter[str]:
     """Without modifiers: HGMMA.64x128x16.F32 counts as HGMMA."""
     return Counter(instruction.name for instruction in body)
+
+
+def pipe(instruction: Instruction) -> str:
+    """One of PIPES. Uniform instructions take an issue slot, and no lane of a pipe."""
+    name = instruction.name
+    if name == "IMAD":
+        wide = ".WIDE" in instruction.opcode or ".HI" in instruction.opcode
+        return "IMAD.WIDE" if wide else "IMAD"
+    return PIPE_OF.get(name) or ("uniform" if name[0] == "U" or name == "R2UR" else "other")
+
+
+def laps(body: list[Instruction]) -> list[list[Instruction]]:
+    """The shortest way around every hot loop: rare branches (masks, a raised maximum) not taken."""
+    graph, at = flow(body), {i.address: i for i in body}
+    products = {i.address for i in body if i.name == "HGMMA"}
+    found = []
+    for loop in innermost_loops(graph, products):
+        start = min(loop & products)
+        came_from: dict[int, int] = {}
+        queue = deque([start])
+        while queue and start not in came_from:
+            here = queue.popleft()
+            for after in graph[here]:
+                if after in loop and after not in came_from:
+                    came_from[after] = here
+                    queue.append(after)
+        path = [came_from[start]]
+        while path[-1] != start:
+            path.append(came_from[path[-1]])
+        found.append([at[address] for address in reversed(path)])
+    return found
 
 
 def hot_spills(body: list[Instruction]) -> int:
@@ -190,7 +247,19 @@ def short_name(name: str) -> str:
     return re.sub(r"hf_flashattn::|^void |\(.*\)$|(?<=>) (?=>)", "", name)
 
 
+def print_loops(kernels: dict[str, list[Instruction]]) -> None:
+    print(f"{'all':>6}" + "".join(f"{pipe_name:>11}" for pipe_name in PIPES) + "  kernel")
+    for mangled, name in demangled(list(kernels)).items():
+        for lap in laps(kernels[mangled]):
+            counts = Counter(pipe(instruction) for instruction in lap)
+            row = "".join(f"{counts[pipe_name]:>11}" for pipe_name in PIPES)
+            print(f"{len(lap):>6}{row}  {short_name(name)}")
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["--loops"]:
+        print_loops(disassemble(Path(sys.argv[2])))
+        return 0
     if len(sys.argv) > 1:
         library = Path(sys.argv[1])
     else:

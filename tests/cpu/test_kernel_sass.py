@@ -100,6 +100,21 @@ def test_counts_ignore_modifiers_and_predicates():
     assert counts == {"UTMALDG": 1}
 
 
+def test_a_lap_leaves_out_what_a_branch_skips():
+    text = """
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0020*/               @P2 BRA 0x40 ;
+        /*0030*/                   FMUL R3, R3, R4 ;
+        /*0040*/                   IMAD.WIDE.U32 R6, R0, -0x2daee0ad, RZ ;
+        /*0050*/              @!P0 BRA 0x10 ;
+        /*0060*/                   EXIT ;
+    """
+    (lap,) = sass.laps(body_of(text))
+    assert [i.opcode for i in lap] == ["HGMMA.64x64x16.F32", "BRA", "IMAD.WIDE.U32", "BRA"]
+    assert [sass.pipe(i) for i in lap] == ["tensor", "other", "IMAD.WIDE", "other"]
+
+
 def test_absent_tools_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sass, "find_tool", lambda name: None)
     with pytest.raises(

@@ -109,9 +109,8 @@ struct ListedPolicy : P {
 template <int HeadDim, DType Type, bool Causal, bool Dropout, int BlockM>
 struct BackwardTile {
   using Element = typename ElementOf<Type>::type;
-  // The rounding warps want more than 24; d128 with dropout cannot spare any.
-  using Registers =
-      std::conditional_t<HeadDim == 128 && Dropout, RegisterBudget<2>, BackwardRegisterBudget>;
+  // The rounding warps want more than 24; the masks of dropout leave none to spare.
+  using Registers = std::conditional_t<Dropout, RegisterBudget<2>, BackwardRegisterBudget>;
   static constexpr int kHeadDim = HeadDim;
   static constexpr bool kCausal = Causal;
   static constexpr bool kDropout = Dropout;

@@ -134,6 +134,41 @@ def test_elements_are_independent():
         assert abs(correlation(mask[0, 0], other)) < limit
 
 
+def every_16x16_tile(mask):
+    """(batch, heads, 16 m, 16 n) -> (tiles, 256): what one tile's 16 Philox calls decide."""
+    tiles = mask.unflatten(2, (-1, 16)).unflatten(4, (-1, 16)).permute(0, 1, 2, 4, 3, 5)
+    return tiles.reshape(-1, 256).double()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_elements_of_a_tile_are_independent(p):
+    """All pairs of the 256 elements: bits of one call, of one word, of one half word."""
+    tiles = every_16x16_tile(dropout_mask(3, 4, 4, 4, 512, 512, p))
+    products = torch.corrcoef(tiles.T) * math.sqrt(len(tiles))  # of unit variance
+    pairs = products[torch.triu_indices(256, 256, 1).unbind()]
+    assert pairs.abs().max() < 6
+    assert abs(pairs.square().mean() - 1) < 6 * math.sqrt(2 / len(pairs))
+    # How many of a tile are kept varies as much as 256 independent elements would.
+    kept = 1 - drop_threshold(p) / 256
+    spread = tiles.sum(1).var() / (256 * kept * (1 - kept))
+    assert abs(spread - 1) < 6 * math.sqrt(2 / len(tiles))
+
+
+def test_kept_fraction_of_every_threshold():
+    """Both halves of the rule: up to 1/2 the lowest bytes are dropped, above it the highest."""
+    for threshold in (1, 2, 127, 128, 129, 200, 248, 249, 254, 255):
+        mask = dropout_mask(21, threshold, 1, 2, 512, 256, threshold / 256)
+        expected = 1 - threshold / 256
+        sigma = math.sqrt(expected * (1 - expected) / mask.numel())
+        assert abs(mask.double().mean() - expected) < 5 * sigma
+
+
+def test_no_tile_repeats():
+    """Counters of all rows, columns and heads differ, in bits that a call's upper words see."""
+    tiles = every_16x16_tile(dropout_mask(1, 1, 2, 2, 512, 256, 0.5))
+    assert len(tiles.unique(dim=0)) == len(tiles)
+
+
 def test_expectation_is_the_output_without_dropout():
     q, k, v = (torch.randn(1, 4, 1, 8) for _ in range(3))
     plain, plain_lse = attention_reference(q, k, v)

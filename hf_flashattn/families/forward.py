@@ -133,7 +133,8 @@ def _finish(
     if notes.window is not None:
         extra["sliding_window"] = notes.window
 
-    if not (mask is not None and isinstance(masks.recall(mask), Packed)):
+    compiling = torch.compiler.is_compiling()  # then nothing is packed
+    if mask is None or compiling or not isinstance(masks.recall(mask), Packed):
         # Without padding, the fallback puts it back first: the code's scores do not fit then.
         extra["own_code"] = functools.partial(_own_code, probabilities, value, heads)
     out, _ = attention_forward(

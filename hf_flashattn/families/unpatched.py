@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_flashattn import _compat
-from hf_flashattn.families.table import FAMILIES, OUT_OF_REACH
+from hf_flashattn.families.table import FAMILIES
 from hf_flashattn.masks import attention_mask
 from hf_flashattn.sites import dispatches
 
@@ -32,7 +32,7 @@ def mask_of_a_name(**arguments: Any) -> Tensor | None:
 def _runs_own_code(config_class: type) -> bool:
     folder = config_class.__module__.rpartition(".configuration_")[2]
     home = sys.modules.get(f"transformers.models.{folder}.modeling_{folder}")
-    for key in (*FAMILIES, *OUT_OF_REACH):
+    for key in FAMILIES:
         known, _, name = key.partition(".")
         if known == folder and hasattr(home, name) and not dispatches(getattr(home, name)):
             return True

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import hf_flashattn
 from hf_flashattn import FallbackError
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.families import Family, OwnForward
@@ -343,13 +342,6 @@ def test_a_class_of_the_same_name_elsewhere_is_left_alone():
     other = type("BloomAttention", (nn.Module,), {"__module__": "remote.modeling_bloom"})
     assert family_of(other) is None
     assert out_of_reach(other) == "BloomAttention has attention code of its own"
-
-
-def test_the_package_is_installed_with_its_families():
-    from pathlib import Path
-
-    setup = (Path(hf_flashattn.__file__).parents[1] / "setup.cfg").read_text()
-    assert "hf_flashattn.families" in setup
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -16,6 +16,7 @@ names that contain "flash"; patch_model has a third for models whose masks must 
 
 from hf_flashattn import _compat, support
 from hf_flashattn.attention import FallbackError, attention_forward
+from hf_flashattn.families.unpatched import mask_of_a_name
 from hf_flashattn.functional import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -24,11 +25,9 @@ from hf_flashattn.functional import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from hf_flashattn.masks import attention_mask, stated_mask
+from hf_flashattn.masks import stated_mask
+from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, STATED_NAME
 from hf_flashattn.patching import (
-    ALIAS_NAME,
-    FLASH_NAME,
-    STATED_NAME,
     PatchError,
     attention_report,
     patch_model,
@@ -60,7 +59,7 @@ __all__ = [
 _compat.register(
     (FLASH_NAME, ALIAS_NAME),
     attention=attention_forward,
-    mask=attention_mask,
+    mask=mask_of_a_name,
     flash_functions=lambda: (flash_attn_func, flash_attn_varlen_func, None),
 )
 _compat.register_masked(STATED_NAME, attention=attention_forward, mask=stated_mask)

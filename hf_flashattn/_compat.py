@@ -68,6 +68,7 @@ PRIVATE_NAMES = (
     ("transformers.masking_utils", "packed_sequence_mask_function", "recognises packed sequences"),
     ("transformers.masking_utils", "sliding_window_overlay", "recognises a sliding window"),
     ("transformers.masking_utils", "sdpa_mask", "builds the explicit mask of everything else"),
+    ("transformers.masking_utils", "eager_mask", "the mask of models that run their own code"),
     ("transformers.integrations.sdpa_attention", "sdpa_attention_forward", "the fallback"),
     (
         "transformers.modeling_flash_attention_utils",
@@ -100,6 +101,7 @@ __all__ = [
     "checkpoints_reentrantly",
     "describe_mask",
     "eager_function",
+    "eager_mask",
     "explicit_mask",
     "hidden_states_collector",
     "is_tracing",
@@ -265,6 +267,11 @@ def explicit_mask(**kwargs: Any) -> Tensor | None:
     """Transformers' own boolean mask, bool (B, 1, Sq, Sk), never skipped."""
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return masking_utils.sdpa_mask(**kwargs)
+
+
+def eager_mask(**kwargs: Any) -> Tensor:
+    """Transformers' own additive mask, (B, 1, Sq, Sk)."""
+    return masking_utils.eager_mask(**kwargs)
 
 
 def is_tracing(tensor: Tensor | None = None) -> bool:

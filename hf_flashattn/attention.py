@@ -71,7 +71,8 @@ def attention_forward(
         dropout: of the attention weights.  scaling: 1 / sqrt(D) unless told.
         is_causal: unless told, what the module says.
         kwargs: whatever the model passes on, such as position_ids, sliding_window, softcap,
-            cu_seq_lens_q.
+            cu_seq_lens_q. own_code: () -> out, the module's own attention, where it has no eager
+            function.
 
     Returns: out (B, Sq, H, D), and the attention weights or None.
 
@@ -107,6 +108,17 @@ def attention_forward(
     if reason is None:
         report.count_kernel(module, implementation)
         return _run(call), None
+    _refuse_or_count(module, settings, reason)
+    return fall_back(call, settings.fallback)
+
+
+def refuse_or_count(module: nn.Module, reason: str) -> None:
+    """Counts a call that runs on the module's own code; FallbackError if that is not allowed."""
+    settings = getattr(module, SETTINGS, None) or _settings_of_registered_name()
+    _refuse_or_count(module, settings, settings.excluded or reason)
+
+
+def _refuse_or_count(module: nn.Module, settings: Settings, reason: str) -> None:
     if settings.strict and settings.excluded is None:
         wish = "HF_FLASHATTN_STRICT=1" if environment.current().strict else "strict=True"
         raise FallbackError(
@@ -115,7 +127,6 @@ def attention_forward(
             "Change the call, leave the module out with exclude=[...], or patch with strict=False."
         )
     report.count_fallback(module, reason)
-    return fall_back(call, settings.fallback)
 
 
 # ---- what runs -----------------------------------------------------------------------------------
@@ -259,7 +270,7 @@ def _run(call: Call) -> Tensor:
         return _run_varlen(q, k, v, found.unpadding.varlen, options)
     if isinstance(found, Compaction):
         return _run_compacted(q, k, v, found, options)
-    if isinstance(found, KeyRange):
+    if isinstance(found, KeyRange) and not found.full:
         if found.used is not None:
             k, v = k[:, : found.used], v[:, : found.used]
         return functional.flash_attn_func(

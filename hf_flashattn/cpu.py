@@ -169,6 +169,7 @@ def _dense(q, k, v, key_start, key_len, scale, causal):
     if q.numel() == 0 or k.numel() == 0:
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_lse_dtype(q))
         return torch.zeros_like(q), lse
+    q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
     mask = _Mask(q, k, key_start, key_len, causal)
     kh, vh = (mask.keys(_per_query_head(x, q.shape[2])) for x in (k, v))
     out, lse = _sdpa(
@@ -184,6 +185,7 @@ def _dense_backward(dout, q, k, v, out, lse, key_start, key_len, scale, causal):
     """Gradients (B, S, H, D) of _dense."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dout, q, k, v, out = (_rows_in_one_piece(x) for x in (dout, q, k, v, out))
     mask = _Mask(q, k, key_start, key_len, causal)
     do, qh, oh = (mask.rows(x.transpose(1, 2)) for x in (dout, q, out))
     kh, vh = (mask.keys(_per_query_head(x, q.shape[2])) for x in (k, v))
@@ -196,6 +198,11 @@ def _dense_backward(dout, q, k, v, out, lse, key_start, key_len, scale, causal):
         x.unflatten(1, (k.shape[2], -1)).sum(2) if x.shape[1] != k.shape[2] else x for x in (dk, dv)
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _rows_in_one_piece(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous: the ATen ops take it for granted and read elsewhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _per_query_head(x: Tensor, heads: int) -> Tensor:

@@ -22,6 +22,7 @@ class KeyRange:
     """Row b sees the keys start[b] <= c < start[b] + length[b].
 
     used: only so many keys exist yet, as in a static cache; None means all.
+    full: known to be every key, so that the kernel needs no ranges.
     """
 
     start: Tensor  # int32 (B,)
@@ -29,6 +30,7 @@ class KeyRange:
     causal: bool
     used: int | None = None
     tokens: Tokens | None = None  # the mask that it was made from
+    full: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,8 +33,9 @@ from transformers import (
 import hf_flashattn
 from hf_flashattn import _compat, build, environment, ops, support
 from hf_flashattn.attention import attention_forward
-from hf_flashattn.masks import attention_mask
-from hf_flashattn.patching import ALIAS_NAME, FLASH_NAME, patched
+from hf_flashattn.families.unpatched import mask_of_a_name
+from hf_flashattn.names import ALIAS_NAME, FLASH_NAME
+from hf_flashattn.patching import patched
 
 PACKAGES = ("torch", "transformers", "accelerate", "ninja")
 
@@ -229,7 +230,7 @@ def check_names() -> Check:
     """Whether the registered names still lead to this package."""
     wanted = (
         attention_forward,
-        attention_mask,
+        mask_of_a_name,
         (hf_flashattn.flash_attn_func, hf_flashattn.flash_attn_varlen_func, None),
     )
     names = (FLASH_NAME, ALIAS_NAME)

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_flashattn._compat import PreTrainedModel
 from hf_flashattn.encoder_unpadding import MASK, NO_PADDING, Unpadder
-from hf_flashattn.report import SETTINGS, Site, Unpadded, adds_bias
+from hf_flashattn.report import SETTINGS, Site, Unpadded
 
 # ---- which stacks --------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def _refusal_of(owner: nn.Module | None, sites: list[Site]) -> str | None:
     for site in sites:
         if site.unsupported is not None:
             return site.unsupported
-        if adds_bias(site.module):
+        if site.adds_bias():
             return f"{type(site.module).__name__} adds a position bias of the padded lengths"
     if getattr(owner.config, "is_decoder", False) or any(
         getattr(site.module, "is_causal", False) for site in sites

@@ -28,6 +28,10 @@ def fall_back(call: Call, choice: str) -> tuple[Tensor, Tensor | None]:
     needs_eager = call.weights_wanted or any(
         extra.get(name) is not None for name in ("softcap", "s_aux", "sinks")
     )
+    own_code, bias = extra.get("own_code"), extra.get("position_bias")
+    finer = bias is not None and bias.dtype != call.query.dtype  # than SDPA takes, such as fp32
+    if own_code is not None and (needs_eager or finer or choice == "eager"):
+        return own_code(), None
     eager = _compat.eager_function(call.module)
     if call.given:
         mask = _dense_of_given(call)
@@ -57,7 +61,7 @@ def _sdpa(call: Call, mask: Tensor | None) -> Tensor:
     extra = {
         name: x
         for name, x in call.extra.items()
-        if name not in ("is_causal", "softcap", "output_attentions")
+        if name not in ("is_causal", "softcap", "output_attentions", "own_code")
     }
     return _compat.sdpa_attention_forward(
         call.module,

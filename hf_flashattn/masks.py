@@ -134,7 +134,7 @@ def attention_mask(
     kept = _fit(attention_mask, kv_length)
     if tracing:
         return _traced(kept, arguments, causal=pattern.causal and q_length > 1)
-    return _padded(kept, q_length, causal=pattern.causal)
+    return padded(kept, q_length, causal=pattern.causal)
 
 
 def stated_mask(**arguments: Any) -> Tensor:
@@ -150,7 +150,8 @@ def stated_mask(**arguments: Any) -> Tensor:
     pattern = _pattern(arguments.get("mask_function"), arguments, _compat.is_tracing(mask))
     device = arguments.get("device", "cpu") if mask is None else mask.device
     start = torch.zeros(arguments["batch_size"], dtype=torch.int32, device=device)
-    return encode_range(start, start + arguments["kv_length"], causal=pattern.causal)
+    length = start + arguments["kv_length"]
+    return encode_range(start, length, causal=pattern.causal, full=True)
 
 
 def _pattern(
@@ -183,7 +184,7 @@ def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[
     return not kwargs.get("allow_is_bidirectional_skip", True)
 
 
-def _padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None) -> Tensor | None:
+def padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None) -> Tensor | None:
     """kept: bool (B, Sk). One read of the device, of all of it: asking there takes 15 launches."""
     known = _read(kept)
     if used is None and bool(known.all()):
@@ -233,7 +234,7 @@ def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool
             return encode_range(start, length, causal=False)
         if tracing:
             return encode_compaction(kept, causal=False)
-        carrier = _padded(kept, 1, causal=False)
+        carrier = padded(kept, 1, causal=False)
         return encode_range(*_range_of(kept)[:2], causal=False) if carrier is None else carrier
     used = None if tracing else int(q_offset) + q_length
     if used is None or used > kv_length:
@@ -241,7 +242,7 @@ def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool
     if mask is None:
         zeros = torch.zeros(batch, dtype=torch.int32, device=device)
         return encode_range(zeros, zeros + used, causal=True, used=used)
-    carrier = _padded(_fit(mask, used), q_length, causal=True, used=used)
+    carrier = padded(_fit(mask, used), q_length, causal=True, used=used)
     return carrier if carrier.shape[2] == 1 else _compat.explicit_mask(**arguments)
 
 
@@ -279,8 +280,9 @@ def encode_range(
     causal: bool,
     used: int | None = None,
     tokens: Tokens | None = None,
+    full: bool = False,
 ) -> Tensor:
-    """int32 (B, 1, 1, 2), causal 3, with `used` 4."""
+    """int32 (B, 1, 1, 2), causal 3, with `used` 4. `full` is only remembered, never encoded."""
     columns = [start, length]
     if causal:
         columns.append(torch.zeros_like(start))
@@ -288,7 +290,7 @@ def encode_range(
         columns.append(torch.full_like(start, used))
     carrier = torch.stack(columns, dim=-1)[:, None, None]
     if not _compat.is_tracing(carrier):
-        found = KeyRange(start.contiguous(), length.contiguous(), causal, used, tokens)
+        found = KeyRange(start.contiguous(), length.contiguous(), causal, used, tokens, full)
         _DECODED[carrier] = found
     return carrier
 

@@ -6,7 +6,8 @@
 
 One mechanism for every model. Transformers looks up the attention function and the mask function by
 the name in the config, so the model gets private copies of its configs (the original may be shared)
-in which that name is ours. Modules that must stay off the kernel still go through our function,
+in which that name is ours. A module that never looks up gets a forward on its instance (see
+families/). Modules that must stay off the kernel still go through our function,
 which sends them to the fallback: masks are made once per model and in our form. Everything that is
 changed is first written to an undo log, kept on the model.
 """
@@ -26,14 +27,12 @@ from torch.utils.hooks import RemovableHandle
 from hf_flashattn import _compat, encoder_trial, environment
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
+from hf_flashattn.families import OwnForward
 from hf_flashattn.hooks import first_before
 from hf_flashattn.masks import TRACED
+from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, STATED_NAME, names_of
 from hf_flashattn.report import Report, Site, Unpadded, forget_calls, format_rows
 from hf_flashattn.sites import find_sites
-
-FLASH_NAME = "hf_flashattn"
-ALIAS_NAME = "hf_fused_attn"
-STATED_NAME = "hf_fused_attn_stated"  # the alias, with masks that always say what is causal
 
 _STATE = "_hf_flashattn_patch"  # the attribute of a patched model that holds its Patch
 
@@ -143,9 +142,13 @@ def attention_report(model: nn.Module) -> Report:
     sites = find_sites(inner, options.excludes)
     if patch is None:
         for site in sites:
+            if site.unsupported is not None:
+                continue
             config = getattr(site.module, "config", None)
             name = _compat.plain_name(getattr(config, "_attn_implementation", None))
-            if site.unsupported is None and name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME):
+            if site.family is not None:
+                site.unsupported = "not patched: it runs attention code of its own"
+            elif name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME):
                 site.unsupported = f'not patched: its attention implementation is "{name}"'
     return Report(type(inner).__name__, sites, [] if patch is None else patch.unpadding)
 
@@ -222,6 +225,7 @@ class Patch:
     configs: list[_ConfigCopy] = field(default_factory=list)
     hooks: list[RemovableHandle] = field(default_factory=list)
     unpadding: list[Unpadded] = field(default_factory=list)
+    forwards: list[OwnForward] = field(default_factory=list)
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets an instance attribute, past nn.Module.__setattr__; the former value is logged."""
@@ -233,6 +237,8 @@ class Patch:
         """Everything in reverse; what the user set on a config copy goes to its original."""
         for handle in reversed(self.hooks):
             handle.remove()
+        for forward in reversed(self.forwards):
+            forward.remove()
         originals = {id(pair.copy): pair.original for pair in self.configs}
         for module, name, former in reversed(self.attributes):
             if isinstance(former, _Absent):
@@ -275,17 +281,17 @@ def _patch(model: nn.Module, options: _Options) -> None:
     patch = Patch(model, options)
     try:
         copies = _privatize_configs(model, patch)
-        renamed = set()
+        renamed: dict[int, str] = {}
         for site in sites:
             if site.unsupported is not None:
                 continue
             forget_calls(site.module)
-            owner = site.owner
-            name = _choose_name(owner)
-            for config in (site.module.config, getattr(owner, "config", None)):
-                if id(config) in copies:
-                    config.__dict__[CONFIG_NAME] = name
-                    renamed.add(id(config))
+            if site.family is not None:
+                patch.forwards.append(OwnForward(site.module, site.family))
+            for config, name in names_of(site):
+                # Masks that say all suit modules that ask for less, not the other way round.
+                if id(config) in copies and renamed.get(id(config)) != STATED_NAME:
+                    config.__dict__[CONFIG_NAME] = renamed[id(config)] = name
             patch.set(
                 site.module,
                 SETTINGS,
@@ -384,22 +390,6 @@ def _copy_config(
             _copy_config(value, memo, patch) if isinstance(value, PreTrainedConfig) else value
         )
     return copy
-
-
-def _choose_name(owner: nn.Module | None) -> str:
-    """The flash name where the model takes any flash implementation, else the alias.
-
-    No flash rule of Transformers applies to the alias. Where the model takes neither flash nor
-    SDPA, no one has relied on its modules' is_causal yet: there the masks must state it.
-    """
-    takes_flash = getattr(owner, "_supports_flash_attn", False)
-    if not takes_flash and not getattr(owner, "_supports_sdpa", False):
-        return STATED_NAME
-    return (
-        FLASH_NAME
-        if takes_flash and not getattr(owner, "_compatible_flash_implementations", None)
-        else ALIAS_NAME
-    )
 
 
 class _PositionIdsHook:

@@ -166,6 +166,7 @@ class Site:
     unsupported: str | None = None  # why Transformers' dispatch does not reach it
     excluded: str | None = None  # why it stays off the kernel by the user's wish
     owner: nn.Module | None = None  # the innermost PreTrainedModel around it
+    family: Any = None  # families.Family of a module with attention code of its own that we take
 
     def row(self) -> Row:
         """What ran so far; without a call, what will."""
@@ -195,8 +196,10 @@ class Site:
         if self.excluded is not None:
             return "fallback", self.excluded
         weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
-        head_dim = _first_int(
-            self.module, ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+        head_dim = (
+            self.family.head_dim_of(self.module)
+            if self.family is not None
+            else _first_int(self.module, _HEAD_DIMS)
         )
         if weight is None or head_dim is None:
             return "kernel", "to be seen in the first forward"
@@ -216,19 +219,33 @@ class Site:
             1,
             1,
             softcap=float(softcap),
-            bias=adds_bias(self.module),
+            bias=self.adds_bias(),
         )
         verdict = support.explain(request)
         if not verdict.ok:
             return "fallback", verdict.reason
         why = note or verdict.kernel
-        if window := _sliding_window(self.module):
+        if window := self._window():
             limit = support.explain_features(window=(window - 1, 0), causal=True)
             why += f"; over {window} tokens a fallback: {limit.reason}" if limit else ""
         return "cpu implementation" if is_cpu_implementation(verdict.kernel) else "kernel", why
 
+    def adds_bias(self) -> bool:
+        """Whether something is added to this module's scores besides masks."""
+        if self.family is not None:
+            return self.family.bias(self.module) is not None
+        return _adds_bias(self.module)
 
-def adds_bias(module: nn.Module) -> bool:
+    def _window(self) -> int | None:
+        return (
+            _sliding_window(self.module) if self.family is None else self.family.window(self.module)
+        )
+
+
+_HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+def _adds_bias(module: nn.Module) -> bool:
     """Whether the model adds a position bias to this module's scores: T5 and its kin, Swin."""
     return hasattr(module, "has_relative_attention_bias") or any(
         "relative_position_bias" in name for name, _ in module.named_parameters()

@@ -1,7 +1,8 @@
 """Finds the attention modules of any model, and says why some are out of reach.
 
-Within reach is what looks its attention function up in Transformers' registry. The search reads
-source text, not names of models, so it holds for models written later.
+Within reach is what looks its attention function up in Transformers' registry; that search reads
+source text, not names of models, so it holds for models written later. And what computes standard
+attention itself, in a class that families/table.py knows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from torch import nn
 
 from hf_flashattn._compat import PreTrainedConfig, PreTrainedModel
+from hf_flashattn.families.table import family_of, out_of_reach
 from hf_flashattn.report import Site
 
 
@@ -25,15 +27,17 @@ def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[
     """
     sites = []
     for name, module in model.named_modules():
-        dispatches = _dispatches(type(module))
-        if dispatches or _looks_like_attention(module):
-            own = None
-            if not dispatches:
-                own = f"{type(module).__name__} has attention code of its own"
+        reached = dispatches(type(module))
+        if reached or _looks_like_attention(module):
+            own, family = None, None
+            if not reached:
+                family = family_of(type(module))
+                own = out_of_reach(type(module)) if family is None else family.refuses(module)
             elif _edits_masks(type(module)):
                 own = f"{type(module).__name__} edits its masks, which must be Transformers' own"
             plain = _WRAPPERS.sub("", name).lstrip(".")
-            sites.append(Site(plain, module, own, excludes(plain), owner_of(model, name)))
+            owner = owner_of(model, name)
+            sites.append(Site(plain, module, own, excludes(plain), owner, family))
     _spoil_shared_masks(sites)
     return sites
 
@@ -58,14 +62,22 @@ def _spoil_shared_masks(sites: list[Site]) -> None:
                 )
                 blockers[id(owner.config)] = type(site.module).__name__
     for site in sites:
-        if site.unsupported is None:
-            config = getattr(site.module, "config", None)
+        if site.unsupported is None and not (site.family and site.family.keeps_masks(site.module)):
+            config = config_of(site)
             if not isinstance(config, PreTrainedConfig):
                 site.unsupported = "has no config to name an implementation in"
             elif id(config) in blockers:
                 site.unsupported = (
                     f"shares its masks with {blockers[id(config)]}, which stays as it is"
                 )
+
+
+def config_of(site: Site) -> PreTrainedConfig | None:
+    """The config in which a name of ours gives this module its masks."""
+    config = getattr(site.module, "config", None)
+    if site.family is not None and not isinstance(config, PreTrainedConfig):
+        config = getattr(site.owner, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else None
 
 
 @functools.cache
@@ -89,7 +101,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
     return not any(re.search(r"Attention|Attn", type(child).__name__) for child in inside)
 
 
-def _dispatches(cls: type[nn.Module]) -> bool:
+def dispatches(cls: type[nn.Module]) -> bool:
     """Whether a module class itself looks its attention function up in Transformers' registry."""
     return not issubclass(cls, PreTrainedModel) and "ALL_ATTENTION_FUNCTIONS" in _source(cls)
 

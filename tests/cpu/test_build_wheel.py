@@ -34,8 +34,11 @@ def project(tmp_path, monkeypatch):
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         if (REPO / name).is_file():
             shutil.copy(REPO / name, folder)
-    for path in (REPO / "hf_flashattn").glob("*.py"):
-        shutil.copy(path, folder / "hf_flashattn")
+    package = REPO / "hf_flashattn"
+    for path in package.rglob("*.py"):
+        copy = folder / "hf_flashattn" / path.relative_to(package)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
     return folder
 
 
@@ -62,6 +65,8 @@ def test_without_torch_the_wheel_carries_the_sources(project):
     assert wheel.name.endswith("-py3-none-any.whl")
     for name in ("params.h", "sm90/twice.cu", "torch_binding.cpp"):
         assert f"hf_flashattn/_kernels/{name}" in names
+    modules = {str(path.relative_to(REPO)) for path in (REPO / "hf_flashattn").rglob("*.py")}
+    assert modules <= set(names), "a package that setup.cfg does not name"
     assert not any(name.endswith(".so") for name in names)
     assert "no torch visible; the first use on a GPU compiles the kernels" in done.stdout
     assert "IMPORTED []" in done.stdout

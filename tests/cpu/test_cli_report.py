@@ -11,8 +11,10 @@ from model_helpers import bert, gpt2
 from transformers import (
     BertConfig,
     BloomConfig,
+    DebertaConfig,
     GptOssConfig,
     LlamaConfig,
+    MegatronBertConfig,
     MistralConfig,
     PreTrainedConfig,
     SwinConfig,
@@ -125,7 +127,15 @@ CASES = {
         GptOssConfig(num_hidden_layers=1, num_local_experts=2),
         ("fallback", "attention sinks"),
     ),
-    "own_code": (BloomConfig(n_layer=1), ("unsupported", "attention code of its own")),
+    "alibi": (BloomConfig(n_layer=1), ("fallback", "an additive bias")),
+    "own_code": (
+        MegatronBertConfig(num_hidden_layers=1),
+        ("kernel", "under autocast"),
+    ),
+    "unlike": (
+        DebertaConfig(num_hidden_layers=1),
+        ("unsupported", "DisentangledSelfAttention adds products"),
+    ),
 }
 
 

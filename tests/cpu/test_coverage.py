@@ -34,7 +34,10 @@ walk = load()
         ("bart", "seq2seq", "kernel", ""),
         ("bart", "causal", "kernel", "never called: model.decoder.layers.0.encoder_attn"),
         ("t5", "seq2seq", "fallback", "position bias"),
-        ("deberta", "masked", "unsupported", "attention code of its own"),
+        ("megatron-bert", "masked", "kernel", ""),
+        ("falcon", "causal", "kernel", ""),
+        ("mpnet", "masked", "fallback", "position bias"),
+        ("deberta", "masked", "unsupported", "products of queries and keys with positions"),
         ("perceiver", "masked", "not built", "takes inputs, not text"),
     ],
 )

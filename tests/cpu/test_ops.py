@@ -137,6 +137,19 @@ def test_padding_is_never_read(poison):
         assert torch.equal(got, want)
 
 
+def test_operands_of_strange_strides():
+    """Channels before tokens, as a convolution leaves them: the last dimension has a stride."""
+    tensors = problem("dense", torch.float64)
+    *plain, options = tensors
+    expected = ops.forward(*plain, **options)[0]
+    dout = torch.randn_like(expected)
+    want = torch.autograd.grad(expected, plain, dout)
+    strange = [x.detach().mT.contiguous().mT.requires_grad_() for x in plain]
+    out = ops.forward(*strange, **options)[0]
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, strange, dout), want)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_of_strange_strides(causal):
     q, k, v, options = problem("dense-causal" if causal else "dense", torch.float64)

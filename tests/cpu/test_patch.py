@@ -27,8 +27,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
-    BloomConfig,
-    BloomForCausalLM,
+    DebertaConfig,
+    DebertaModel,
     DistilBertConfig,
     DistilBertModel,
     DogeConfig,
@@ -327,18 +327,25 @@ def test_position_bias_falls_back():
 
 
 def test_a_model_without_dispatch_is_reported_and_left_alone():
-    model = build(
-        BloomForCausalLM, BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=VOCAB)
+    config = DebertaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        vocab_size=VOCAB,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
     )
+    model = build(DebertaModel, config)
     before, expected = state_of(model), output(model, INPUTS)
     with hf_flashattn.patched(model) as report:
         assert {row.runs for row in report.rows} == {"unsupported"} and len(report.rows) == 2
-        assert all("attention code of its own" in row.why for row in report.rows)
+        assert all("products of queries and keys with positions" in row.why for row in report.rows)
         assert torch.equal(output(model, INPUTS), expected)
-        with pytest.raises(NotOnKernel, match="BloomAttention"):
+        with pytest.raises(NotOnKernel, match="DisentangledSelfAttention"):
             report.assert_all_on_kernel(allow_cpu=True)
     assert state_of(model) == before
-    with pytest.raises(PatchError, match="BloomAttention"):
+    with pytest.raises(PatchError, match="DisentangledSelfAttention"):
         hf_flashattn.patch_model(model, strict=True)
     assert state_of(model) == before
     hf_flashattn.patch_model(model, strict=True, exclude="*")

@@ -1,0 +1,39 @@
+"""Models of the families that were loaded under one of our names, but not patched.
+
+A name in the config does not make their code call us; it does make Transformers ask our mask
+function for their masks. What it makes for our own layers would mean nothing to their code, and
+None, where causality goes without saying, would let them see the future. So they get eager's masks.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from hf_flashattn import _compat
+from hf_flashattn.families.table import FAMILIES
+from hf_flashattn.masks import attention_mask
+from hf_flashattn.sites import dispatches
+
+
+def mask_of_a_name(**arguments: Any) -> Tensor | None:
+    """masks.attention_mask for the names that a user may set; patch_model uses another for these
+    families."""
+    config = arguments.get("config")
+    if config is not None and _runs_own_code(type(config)):
+        return _compat.eager_mask(**arguments)
+    return attention_mask(**arguments)
+
+
+@functools.cache
+def _runs_own_code(config_class: type) -> bool:
+    folder = config_class.__module__.rpartition(".configuration_")[2]
+    home = sys.modules.get(f"transformers.models.{folder}.modeling_{folder}")
+    for key in FAMILIES:
+        known, _, name = key.partition(".")
+        if known == folder and hasattr(home, name) and not dispatches(getattr(home, name)):
+            return True
+    return False

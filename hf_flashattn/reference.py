@@ -96,8 +96,9 @@ def _keep(
 ) -> Tensor:
     """(N,) int64 indices b * Hq + h -> (N, sq, sk) bool.
 
-    One Philox call serves 16 elements of a 16 x 16 tile: rows 2 * gamma + alpha + {0, 8} and columns
-    2 * t + e + {0, 8}, which is what lanes of a wgmma accumulator and of its transpose share.
+    One Philox call serves 16 elements of a 16 x 16 tile: rows 2 * gamma + alpha + {0, 8} and
+    columns 2 * t + e + {0, 8}, which is what lanes of a wgmma accumulator and of its transpose
+    share.
     """
     device, heads = head_index.device, head_index.numel()
     rows, cols = -(-sq // 16), -(-sk // 16)

@@ -228,7 +228,8 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
   KeyGradients<P> grad;
   ListedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
   for (Work tile; tiles.next(tile);) {
-    KeyWork<P> const work(p, tile);
+    KeyWork<P> work(p, tile);
+    if constexpr (P::kDropout) work.make_uniform();
     fill_zero(grad.dk);
     fill_zero(grad.dv);
     if (work.rows.count > 0) {

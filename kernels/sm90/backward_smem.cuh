@@ -30,6 +30,15 @@ struct KeyWork {
     first_key = key_block * P::kBlockN;
   }
 
+  // Tells ptxas what it loses track of across tiles: with dropout it then spills less.
+  __device__ __forceinline__ void make_uniform() {
+    for (int* value : {&head_k, &first_head, &group, &first_key, &sequence.index, &sequence.length_q,
+                       &sequence.length_k, &sequence.key_begin, &sequence.key_end, &rows.first,
+                       &rows.count, &rows.unmasked_begin})
+      *value = warp_uniform(*value);
+    rows.keys_whole = __any_sync(0xffffffff, rows.keys_whole);
+  }
+
   // How many key blocks have to add to the dQ of a row block before this one.
   __device__ __forceinline__ int earlier_key_blocks(int row_block) const {
     return later_key_blocks<P::kBlockN>(sequence, P::kCausal, (row_block + 1) * P::kBlockM - 1,

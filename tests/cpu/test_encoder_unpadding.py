@@ -514,10 +514,10 @@ REFUSED = {
         "position bias",
     ),
     "own-attention": (
-        lambda: transformers.MegatronBertModel(
-            transformers.MegatronBertConfig(**{**SIZES, "num_hidden_layers": 1})
+        lambda: transformers.DebertaV2Model(
+            transformers.DebertaV2Config(**{**SIZES, "num_hidden_layers": 1})
         ),
-        "attention code of its own",
+        "adds products of queries and keys with positions",
     ),
     "vision": (
         lambda: transformers.ViTModel(

@@ -84,14 +84,22 @@ Status check(Problem const& p) {
     return failure(
         "expected at most %d sequences and heads, got %d and %d. Next step: split the batch",
         kGridLimit, p.batch, p.heads_q);
-  int64_t const tiles = (int64_t(p.seqlen_q) + 63) / 64 * p.heads_q * p.batch;
   constexpr int64_t kTileLimit = int64_t{1} << 30;
-  if (tiles > kTileLimit)
+  auto const tiles = [&](int seqlen, int heads) {
+    return (int64_t(seqlen) + 63) / 64 * heads * p.batch;
+  };
+  if (tiles(p.seqlen_q, p.heads_q) > kTileLimit)
     return failure(
         "expected at most 2^30 tiles of 64 rows, got %lld from max_seqlen_q %d, %d heads and %d "
         "sequences. Next step: pass the length of the longest sequence as max_seqlen_q, or split "
         "the batch",
-        (long long)tiles, p.seqlen_q, p.heads_q, p.batch);
+        (long long)tiles(p.seqlen_q, p.heads_q), p.seqlen_q, p.heads_q, p.batch);
+  if (tiles(p.seqlen_k, p.heads_k) > kTileLimit)
+    return failure(
+        "expected at most 2^30 tiles of 64 keys, got %lld from max_seqlen_k %d, %d key heads and "
+        "%d sequences. Next step: pass the length of the longest sequence as max_seqlen_k, or "
+        "split the batch",
+        (long long)tiles(p.seqlen_k, p.heads_k), p.seqlen_k, p.heads_k, p.batch);
   return success();
 }
 

@@ -21,8 +21,8 @@ struct BackwardWorkspace {
   bool packed;
   int64_t row_slots;  // over all heads and sequences
   int64_t sum_slots;  // rows that have sums at a time
-  float*
-      lse_log2;  // log2(e) * LSE; +inf for rows that do not exist or see no key: exp2(s - inf) = 0
+  // log2(e) * LSE; +inf for rows that do not exist or see no key: exp2(s - inf) = 0
+  float* lse_log2;
   float* delta;
   float* dq;         // (row block, part, float4, thread) of the consumers' accumulators
   int32_t* turn;     // per row block of dq: how many key blocks have added to it (deterministic)

@@ -197,15 +197,19 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
 }
 
 // Rounds 64 keys of dK or dV and writes them, 64 columns (or 32, where 64 do not divide them) at a
-// time. `scratch`: the bytes of dS that this consumer itself writes and that nobody reads now.
+// time. `scratch`: the rows of dS that this consumer itself writes and that nobody reads now, 128
+// bytes each. A warp keeps to its own 16: the others may be a tile ahead.
 template <class P>
 __device__ __forceinline__ void store_gradient(TensorView const& view, KeyWork<P> const& work,
                                                float (&acc)[P::kHeadDim / 2], float scale,
-                                               void* scratch, int warpgroup, Lane const& lane,
-                                               int head_dim) {
+                                               typename P::Element const* scratch, int warpgroup,
+                                               Lane const& lane, int head_dim) {
   using Element = typename P::Element;
   constexpr int kColumns = P::kHeadDim % 64 == 0 ? 64 : 32;
-  auto const& tile = *static_cast<SmemTile<Element, 64, kColumns> const*>(scratch);
+  constexpr int kTileRows = kColumns == 64 ? 64 : 16;  // rows of 64 bytes start where 128 do
+  int const tile_row = kTileRows == 64 ? lane.warp * 16 : 0;
+  auto const& tile = *reinterpret_cast<SmemTile<Element, kTileRows, kColumns> const*>(
+      scratch + (lane.warp * 16 - tile_row) * 64);
   Sequence const& sequence = work.sequence;
   int const key = work.first_key + warpgroup * 64 + lane.warp * 16;
   Element* const global = row_pointer<Element>(view, sequence, sequence.first_k, key, work.head_k);
@@ -214,7 +218,7 @@ __device__ __forceinline__ void store_gradient(TensorView const& view, KeyWork<P
     float part[kColumns / 2];
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) part[i] = acc[column / 2 + i];
-    store_rows(tile, lane.warp * 16, part, scale, scale, global + column, view.stride_seq,
+    store_rows(tile, tile_row, part, scale, scale, global + column, view.stride_seq,
                sequence.length_k - key, head_dim - column);
   }
 }
@@ -239,7 +243,7 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
     }
     // The other consumer may still read the dS of the last row block, but not the one before it.
     static_assert(P::kStages == 2, "the next stage is the one before the last");
-    void* const scratch = s.ds[pipe.stage].data + warpgroup * 64 * 64;
+    auto const* const scratch = s.ds[pipe.stage].data + warpgroup * 64 * 64;
     store_gradient(p.dv, work, grad.dv, P::kDropout ? kLiftedScale<typename P::Element> : 1.f,
                    scratch, warpgroup, lane, p.problem.head_dim);
     store_gradient(p.dk, work, grad.dk, p.problem.softmax_scale, scratch, warpgroup, lane,

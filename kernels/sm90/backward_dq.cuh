@@ -30,8 +30,8 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
     KeyWork<P> const work(p, tile);
     int const stream = workspace.stream(work.sequence, work.head_k);
     // Streams are claimed in order, so these sums have been 0 for long, and nobody waits for later
-    // ones.
-    if (leader && work.rows.count > 0 && !workspace.first_user(stream))
+    // ones. Tiles without rows wait too: once all tiles are counted the sums are rounded.
+    if (leader && !workspace.first_user(stream))
       wait_count(workspace.rounded + stream - workspace.recycled, workspace.row_blocks());
     for (int head = work.first_head; head < work.first_head + work.group; ++head) {
       int64_t const first_sum = workspace.first_sum(work.sequence, head);
@@ -43,6 +43,7 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
         int64_t const sum = first_sum + block * P::kBlockM;
         int32_t* const turn = workspace.turn + sum / P::kBlockM;
         if (p.deterministic && leader) wait_count(turn, work.earlier_key_blocks(block));
+        __syncwarp();
 #pragma unroll
         for (int part = 0; part < P::kConsumers; ++part) {
           barrier_sync(full + part, kWarpgroupThreads + kWarpThreads);

@@ -1,4 +1,4 @@
-// Launches the three kernels of one backward policy; included by the instantiation files alone.
+// Launches the kernels of one backward policy; included by the instantiation files alone.
 #pragma once
 
 #include "prep/backward_preprocess.cuh"
@@ -45,6 +45,9 @@ Status launch_backward(BackwardParams const& p) {
   using Element = typename P::Element;
   Problem const& problem = p.problem;
   static_assert(sizeof(Smem) <= kSharedMemoryBytes, "the tiles of a policy fit one CTA's memory");
+  static_assert(P::kBlockM == kBackwardBlockM<P::kHeadDim> &&
+                    (kWide<P> || P::kBlockN == kRecyclingKeys<P::kHeadDim>),
+                "the workspace is laid out for all policies of a head dim");
   int const smem_bytes = sizeof(Smem);
   BackwardMaps maps;
   Status status = make_maps<Smem>(maps, p);
@@ -60,10 +63,14 @@ Status launch_backward(BackwardParams const& p) {
       <<<rows, prep::kPreprocessThreads, 0, stream>>>(p, workspace);
   if constexpr (kWide<P>) {
     Kernel<<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps);
+    status = check(cudaGetLastError(), "launching the backward kernels");
   } else {
     int const grid = min(int(keys.x * keys.y * keys.z), problem.num_sms);
-    launch_overlapped(Kernel, grid, P::kThreads, smem_bytes, stream, p, workspace, maps);
+    status =
+        check(launch_overlapped(Kernel, grid, P::kThreads, smem_bytes, stream, p, workspace, maps),
+              "launching the backward kernels");
   }
+  if (!status.ok()) return status;
   if (workspace.recycled == 0) {
     using DqParts = prep::DqParts<P::kHeadDim, P::kBlockM, P::kPartColumns>;
     prep::dq_convert_kernel<Element, DqParts><<<rows, DqParts::kThreads, 0, stream>>>(p, workspace);

@@ -32,9 +32,9 @@ struct KeyWork {
 
   // Tells ptxas what it loses track of across tiles: with dropout it then spills less.
   __device__ __forceinline__ void make_uniform() {
-    for (int* value : {&head_k, &first_head, &group, &first_key, &sequence.index, &sequence.length_q,
-                       &sequence.length_k, &sequence.key_begin, &sequence.key_end, &rows.first,
-                       &rows.count, &rows.unmasked_begin})
+    for (int* value : {&head_k, &first_head, &group, &first_key, &sequence.index,
+                       &sequence.length_q, &sequence.length_k, &sequence.key_begin,
+                       &sequence.key_end, &rows.first, &rows.count, &rows.unmasked_begin})
       *value = warp_uniform(*value);
     rows.keys_whole = __any_sync(0xffffffff, rows.keys_whole);
   }

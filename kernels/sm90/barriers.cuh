@@ -17,9 +17,8 @@ enum BackwardBarrier : int {
   // Wide heads: both consumer warpgroups arrive and wait: nobody reads K and V any more, their
   // memory becomes scratch.
   kEpilogue = 2,
-  // + warpgroup, + 2 for every other row block: the consumers arrive when they have written their
-  // part
-  // of dQ; the writer waits. Two, so that of two writers each waits for its own row blocks.
+  // + warpgroup, + 2 * stage: the consumers arrive when they have written their part of dQ; the
+  // writer of every other row block waits, or the only writer.
   kQueryGradientFull = 3,  // 3, 4, 5, 6
   // + warpgroup: the writer arrives when that part has been read; the consumers wait.
   kQueryGradientEmpty = 7,  // 7, 8

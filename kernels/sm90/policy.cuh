@@ -127,8 +127,8 @@ struct BackwardTile {
 
 // A consumer thread holds BlockM / 2 registers each of S^T and dP^T, as many of their 16-bit forms,
 // and HeadDim / 2 each of dK and dV; P^T and dS^T reuse what S^T and dP^T leave. d64 and d128: 192
-// of 240 before dQ. d32 takes 160, but no row block between 128 and 256 splits into parts of dQ.
-// d96: 128 rows would take 224.
+// before dQ, of 232, with dropout 240. d32 takes 160, but no row block between 128 and 256 splits
+// into parts of dQ. d96: 128 rows would take 224.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy;
 template <DType Type, bool Causal, bool Dropout>

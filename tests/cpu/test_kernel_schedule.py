@@ -193,7 +193,7 @@ def test_sums_of_dq_are_recycled_by_streams_that_are_far_apart(dump):
         streams, key_blocks = batch * heads_k, -(-keys // 128)
         together = recycled or streams
         assert slots == together * group * padded
-        # Every CTA has a tile of a newer stream, and another, before memory is needed again.
+        # As many tiles of newer streams as four for each SM, before memory is needed again.
         assert recycled == 0 or (recycled - 1) * key_blocks >= 4 * sms, case
         assert total >= 4 * (slots * 64 + 2 * streams * group * padded)
         first, users = {}, {}

@@ -48,8 +48,14 @@ def cases() -> list[Case]:
         dim=(64, 128),
         causal=(False, True),
     )
+    # More streams than the backward keeps sums of dQ for.
+    recycled = variants(
+        Case(batch=40, sq=70, sk=130, heads_q=16, heads_k=8),
+        dim=(64, 96, 128),
+        causal=(False, True),
+    )
     wide = variants(Case(lengths=PACKED, deterministic=True), dim=(136, 200), causal=(False, True))
-    return dense + partial + deterministic + packed + many + padded + wide
+    return dense + partial + deterministic + packed + many + padded + recycled + wide
 
 
 if __name__ == "__main__":

@@ -266,6 +266,57 @@ def test_key_ranges(case):
     judge(make_problem(case))
 
 
+# More streams (sequences x key heads) than the backward keeps sums of dQ for: their memory is
+# recycled. Sequences without keys are done at once, and must not disturb those before them.
+MANY = Case(batch=40, sq=300, sk=200, heads_q=16, heads_k=8)
+EMPTY = (0, 0)
+
+
+def assert_recycled(case):
+    key_blocks = -(-case.sk // 128)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert case.batch * case.heads_k > -(-4 * processors // key_blocks) + 1
+
+
+@parametrize(
+    variants(MANY, dim=(32, 40, 64, 96, 104, 128), causal=(False, True), dropout_p=(0.0, 0.1))
+)
+def test_recycled_sums(case):
+    assert_recycled(case)
+    judge(make_problem(case))
+
+
+@parametrize(
+    variants(
+        MANY,
+        dim=(64, 128),
+        causal=(False, True),
+        key_ranges=(
+            ((0, 200),) + (EMPTY,) * 39,
+            ((0, 200), EMPTY) * 20,
+            (EMPTY,) * 20 + ((60, 100),) * 20,
+            tuple((i, 200 - 5 * i) for i in range(40)),
+        ),
+    )
+)
+def test_recycled_sums_beside_sequences_without_keys(case):
+    assert_recycled(case)
+    problem = make_problem(case)
+    judge(problem)
+    first = run_kernel(problem)
+    for _ in range(20):
+        again = run_kernel(problem)
+        for name in ("out", "dk", "dv"):
+            assert torch.equal(first[name], again[name]), name
+        torch.testing.assert_close(first["dq"], again["dq"], rtol=2e-2, atol=1e-3)
+
+
+@parametrize(variants(replace(MANY, sq=1, sk=1), dim=(64, 128), causal=(False, True), batch=(80,)))
+def test_recycled_sums_of_one_row(case):
+    assert_recycled(case)
+    judge(make_problem(case))
+
+
 @parametrize(variants(Case(sq=200, sk=333), causal=(False, True), softmax_scale=(0.01, 0.5, 3.0)))
 def test_scale(case):
     judge(make_problem(case))

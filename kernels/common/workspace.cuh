@@ -4,9 +4,10 @@
 //
 // A stream is one key head of one sequence with the query heads that share it. Streams are worked
 // on one after the other, so sums are needed for a few of them at a time. Recycled, stream n has
-// the memory of stream n - recycled, all of which stays in the L2, and the backward itself rounds
-// the sums to dQ. Packed sequences, whose lengths differ, small problems and the kernel for wide
-// heads keep sums for all, and a kernel after the backward rounds them.
+// the memory of stream n - recycled, and the backward itself rounds the sums to dQ. Packed
+// sequences, whose lengths differ, deterministic sums, which take turns and are late, small
+// problems and the kernel for wide heads keep sums for all, and a kernel after the backward rounds
+// them.
 #pragma once
 
 #include "common/blocks.cuh"

@@ -1,12 +1,13 @@
 // Backward attention on Hopper: a persistent, warp-specialised kernel. A tile is a block of 128
 // keys.
 //
-//   producer warp    claims a tile; K and V; then Q, LSE and dO, delta of each row block, in two
-//   stages 2 consumers      64 keys each, for every row block:
+//   producer warp    claims a tile; K and V, once; then Q, LSE and dO, delta of each row block
+//   2 consumers      64 keys each, for every row block:
 //                      S^T = K Q^T and dP^T = V dO^T, P^T and dS^T in registers,
 //                      dV += P^T dO, dK += dS^T Q from registers, dQ = dS K through shared memory
-//   writer warp      adds each dQ of a row block to its fp32 sums in global memory; deterministic:
-//   two 2 rounding warps turn sums that are complete into dQ, where their memory is recycled
+//   writer warp      adds each dQ of a row block to its fp32 sums in global memory
+//   2 more warps     turn sums that are complete into dQ, where their memory is recycled;
+//                      deterministic, the first is a second writer
 //
 // With grouped query heads a tile goes over all heads of the group, so that dK and dV stay in
 // registers.

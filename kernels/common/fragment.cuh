@@ -19,6 +19,14 @@ __device__ __forceinline__ void fill_zero(float (&acc)[N]) {
   for (int i = 0; i < N; ++i) acc[i] = 0.f;
 }
 
+// Rows g (low) and g + 8 (high) of a lane become zero, whatever they hold.
+template <int N>
+__device__ __forceinline__ void clear_rows(float (&acc)[N], bool low, bool high) {
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+    if (j / 2 % 2 == 0 ? low : high) acc[j] = 0.f;
+}
+
 // Columns 16k .. 16k + 15 of the accumulator are step k of an A operand with the same rows.
 template <class T, int N>
 __device__ __forceinline__ void to_operand(uint32_t (&operand)[N / 8][4], float const (&acc)[N]) {
@@ -49,27 +57,29 @@ template <class T, class Tile, int N>
 __device__ __forceinline__ void store_rows(Tile const& tile, int first_row, float const (&acc)[N],
                                            float scale_low, float scale_high, T* global,
                                            int64_t stride, int rows, int columns) {
-  constexpr int kUnits = 2 * N / 8;
+  constexpr int kUnits = 2 * N / 8;                   // of a row
+  constexpr int kRowsAtOnce = kWarpThreads / kUnits;  // lanes beyond them rest
+  static_assert(kRowsAtOnce > 0, "a warp writes whole rows");
   uint32_t operand[N / 8][4];
 #pragma unroll
   for (int k = 0; k < N / 8; ++k)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float const scale = i % 2 ? scale_high : scale_low;
-      // A row that sees no key has scale 0, and maybe NaN in its accumulator: 0 * NaN from V.
-      float const low = scale == 0.f ? 0.f : acc[8 * k + 2 * i] * scale;
-      float const high = scale == 0.f ? 0.f : acc[8 * k + 2 * i + 1] * scale;
-      operand[k][i] = pack<T>(low, high);
+      operand[k][i] = pack<T>(acc[8 * k + 2 * i] * scale, acc[8 * k + 2 * i + 1] * scale);
     }
   store_operand(tile, operand, first_row);
   __syncwarp();
   int const lane = threadIdx.x % kWarpThreads;
+  int const first = lane / kUnits, unit = lane % kUnits;
+  int const end = first < kRowsAtOnce && unit * 8 < columns ? min(rows, 16) : 0;
+  global += first * stride + unit * 8;
 #pragma unroll
-  for (int i = lane; i < 16 * kUnits; i += kWarpThreads) {
-    int const row = i / kUnits, unit = i % kUnits;
-    uint4 const value = load_shared_16b(tile.address() + Tile::unit_offset(first_row + row, unit));
-    if (row < rows && unit * 8 < columns)
-      *reinterpret_cast<uint4*>(global + row * stride + unit * 8) = value;
+  for (int i = 0; i < 16; i += kRowsAtOnce, global += kRowsAtOnce * stride) {
+    int const row = first + i;
+    if (row < end)
+      store_global_16b(global,
+                       load_shared_16b(tile.address() + Tile::unit_offset(first_row + row, unit)));
   }
   __syncwarp();
 }

@@ -11,20 +11,24 @@ namespace hf_flashattn {
 template <int N>
 __device__ __forceinline__ void mask_keys(float (&scores)[N], Sequence const& s, bool causal,
                                           int first_row, int first_key, int quad) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    int const row_end = first_row + 8 * i + s.diagonal() + 1;
-    // Relative to this lane's first column, so that the comparisons are with constants.
-    int const end = (causal ? min(s.key_end, row_end) : s.key_end) - first_key - 2 * quad;
-    int const begin = s.key_begin - first_key - 2 * quad;
+  // Elements whose column, relative to this lane's first, is hidden: comparisons with constants.
+  auto const hide = [&](int i, auto const& hidden) {
 #pragma unroll
     for (int j = 0; j < N; j += 4)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        int const column = 2 * j + e;
-        if (column >= end || column < begin) scores[j + 2 * i + e] = -infinity();
-      }
+      for (int e = 0; e < 2; ++e)
+        if (hidden(2 * j + e)) scores[j + 2 * i + e] = -infinity();
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int const row_end = first_row + 8 * i + s.diagonal() + 1;
+    int const end = (causal ? min(s.key_end, row_end) : s.key_end) - first_key - 2 * quad;
+    hide(i, [=](int column) { return column >= end; });
   }
+  if (s.key_begin <= first_key) return;  // nearly always
+  int const begin = s.key_begin - first_key - 2 * quad;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) hide(i, [=](int column) { return column < begin; });
 }
 
 // scores(key, row): the first row that sees each of this lane's keys first_key and first_key + 8.

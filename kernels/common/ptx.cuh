@@ -154,6 +154,14 @@ __device__ __forceinline__ void store_shared_zero_16b(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
 }
 
+// One 16-byte store. Assigned through a pointer, four values that come out of assembly leave as
+// four stores of 4 bytes.
+__device__ __forceinline__ void store_global_16b(void* global, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // global[0 .. 3] += value, in the L2; nobody waits for it. 16-byte aligned.
 __device__ __forceinline__ void reduce_add_16b(float* global, float4 value) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(global),

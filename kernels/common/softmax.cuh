@@ -60,7 +60,7 @@ struct OnlineSoftmax {
       total += __shfl_xor_sync(0xffffffff, total, 1);
       total += __shfl_xor_sync(0xffffffff, total, 2);
       bool const empty = total == 0.f;
-      normalise[i] = empty ? 0.f : 1.f / total;
+      normalise[i] = empty ? 0.f : __fdividef(1.f, total);
       lse[i] = empty ? -infinity() : offset[i] * kLn2 + __logf(total);
     }
   }
@@ -75,7 +75,7 @@ struct OnlineSoftmax {
       float const next = raised ? highest[i] * scale_log2 : offset[i];
       // Before the first key there is nothing to rescale, and the difference could overflow.
       rescale[i] = limit[i] == -infinity() ? 0.f : exp2_approx(offset[i] - next);
-      limit[i] = raised ? highest[i] + kOctaves / scale_log2 : limit[i];
+      limit[i] = raised ? highest[i] + __fdividef(kOctaves, scale_log2) : limit[i];
       offset[i] = next;
       sum[i] *= rescale[i];
     }

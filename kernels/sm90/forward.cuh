@@ -269,6 +269,9 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         release(s.v_empty[last.stage]);
         float normalise[2], lse[2];
         softmax.finish(normalise, lse);
+        // A row that sees no key gives 0, though V's NaN may have reached it as 0 * NaN.
+        if (__any_sync(0xffffffff, normalise[0] == 0.f || normalise[1] == 0.f))
+          clear_rows(out, normalise[0] == 0.f, normalise[1] == 0.f);
         if constexpr (P::kDropout) {
           float const scale = keep_scale(problem.dropout_p) / kFlagValue<Element>;
           normalise[0] *= scale;

@@ -37,9 +37,9 @@ Status launch_static(ForwardParams const& p) {
   if (!status.ok()) return status;
   Problem const& problem = p.problem;
   ForwardScheduler<P> const scheduler(problem, P::kBlockM, P::kCausal);
-  int const grid = scheduler.tiles() < problem.num_sms ? scheduler.tiles() : problem.num_sms;
   auto const stream = static_cast<cudaStream_t>(problem.stream);
-  forward_kernel<P><<<grid, P::kThreads, kForwardSmemBytes<P>, stream>>>(p, maps, scheduler);
+  forward_kernel<P>
+      <<<scheduler.grid, P::kThreads, kForwardSmemBytes<P>, stream>>>(p, maps, scheduler);
   return check(cudaGetLastError(), "launching the forward kernel");
 }
 

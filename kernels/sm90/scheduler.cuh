@@ -2,6 +2,7 @@
 // the host knows all lengths; a list that CTAs claim tiles from where only the device does.
 #pragma once
 
+#include "common/divide.cuh"
 #include "common/mbarrier.cuh"
 #include "common/tile_list.cuh"
 
@@ -21,53 +22,72 @@ struct Work {
 // CTA always gets the longest of a step. For other causal attention.
 template <bool CanFold>
 struct TileScheduler {
-  int row_blocks, heads, streams;  // streams: (head, sequence), each has row_blocks tiles
-  int chunk;                       // streams a chunk; 0: head by head, or folded
+  Divisor row_blocks, heads;
+  int streams;  // (head, sequence); each has row_blocks tiles
+  int grid;     // CTAs: at most one an SM, and none without a tile
+  // In chunks: streams a chunk (0: head by head, or folded), tiles a chunk, streams of the last.
+  Divisor chunk, chunk_tiles, last_chunk;
+  // Folded: pairs a stream; how many pairs every CTA has at least, and how many CTAs have one more.
+  Divisor half;
+  int pairs, more_pairs;
 
   __host__ TileScheduler(Problem const& p, int block_m, bool causal)
-      : row_blocks(ceil_div(p.seqlen_q, block_m)), heads(p.heads_q), streams(p.heads_q * p.batch),
-        chunk(0) {
-    bool const many = int64_t(streams) * row_blocks >= 3 * int64_t(p.num_sms);
-    if (causal && !(CanFold && many)) chunk = streams;
-    if (many && chunk > p.num_sms / 2) chunk = p.num_sms / 2;
-  }
+      : TileScheduler(p, ceil_div(p.seqlen_q, block_m), p.heads_q * p.batch, causal) {}
 
-  __host__ __device__ int tiles() const { return streams * row_blocks; }
+  __host__ __device__ int tiles() const { return streams * row_blocks.value; }
 
-  // The next tile of CTA `cta` of `grid`, and on to the step after it; false if it has no more.
-  __host__ __device__ __forceinline__ bool next(int& step, Work& work, int cta, int grid) const {
+  // The next tile of CTA `cta`, and on to the step after it; false if it has no more.
+  __host__ __device__ __forceinline__ bool next(int& step, Work& work, int cta) const {
     // The two tiles of a folded pair count as two steps, so a CTA may end two steps later. A loop,
     // though only the last steps can be empty: without it ptxas spills in the kernel's main loop.
     for (; step * grid < tiles() + (CanFold ? 2 * grid : 0); ++step) {
-      int stream;
-      if (chunk > 0) {
+      int stream, block;
+      if (chunk.value > 0) {
         int const tile = step * grid + (step % 2 == 0 ? cta : grid - 1 - cta);
         if (tile >= tiles()) continue;
-        int const first = tile / (chunk * row_blocks) * chunk;
-        int const size = min(chunk, streams - first), rest = tile - first * row_blocks;
-        stream = first + rest % size;
-        work.block = row_blocks - 1 - rest / size;
+        int number, rest, place;
+        chunk_tiles.divide(tile, number, rest);
+        int const first = number * chunk.value;
+        (first + chunk.value <= streams ? chunk : last_chunk).divide(rest, block, place);
+        stream = first + place;
+        block = row_blocks.value - 1 - block;
       } else if constexpr (CanFold) {
-        int const half = row_blocks / 2, folded = streams * half;
-        int const own = folded > cta ? (folded - cta - 1) / grid + 1 : 0;
+        int const own = pairs + (cta < more_pairs ? 1 : 0);
         bool const pair = step < 2 * own;
         int const unit = (pair ? step / 2 : step - own) * grid + cta;
-        if (unit >= folded + streams * (row_blocks % 2)) continue;
-        stream = pair ? unit / half : unit - folded;
-        int const shorter = pair ? unit % half : half;
-        work.block = pair && step % 2 == 0 ? row_blocks - 1 - shorter : shorter;
+        int const folded = streams * half.value;
+        if (unit >= folded + streams * (row_blocks.value % 2)) continue;
+        if (pair) half.divide(unit, stream, block);
+        else stream = unit - folded, block = half.value;
+        if (pair && step % 2 == 0) block = row_blocks.value - 1 - block;
       } else {
         int const tile = step * grid + cta;
         if (tile >= tiles()) continue;
-        stream = tile / row_blocks;
-        work.block = tile % row_blocks;
+        row_blocks.divide(tile, stream, block);
       }
-      work.head = stream % heads;
-      work.index = stream / heads;
+      work.block = block;
+      heads.divide(stream, work.index, work.head);
       ++step;
       return true;
     }
     return false;
+  }
+
+ private:
+  __host__ TileScheduler(Problem const& p, int row_blocks, int streams, bool causal)
+      : TileScheduler(p, row_blocks, streams, chunk_of(p, row_blocks, streams, causal),
+                      min(streams * row_blocks, p.num_sms)) {}
+
+  __host__ TileScheduler(Problem const& p, int row_blocks, int streams, int chunk, int grid)
+      : row_blocks(row_blocks), heads(p.heads_q), streams(streams), grid(grid), chunk(chunk),
+        chunk_tiles(chunk * row_blocks), last_chunk(chunk > 0 ? streams % chunk : 0),
+        half(row_blocks / 2), pairs(streams * (row_blocks / 2) / max(grid, 1)),
+        more_pairs(streams * (row_blocks / 2) % max(grid, 1)) {}
+
+  static __host__ int chunk_of(Problem const& p, int row_blocks, int streams, bool causal) {
+    bool const many = int64_t(streams) * row_blocks >= 3 * int64_t(p.num_sms);
+    if (many) return causal && !CanFold ? min(streams, p.num_sms / 2) : 0;
+    return causal ? streams : 0;
   }
 };
 
@@ -78,7 +98,7 @@ struct StaticTiles {
   int step = 0;
 
   __device__ __forceinline__ bool next(Work& work) {
-    return scheduler.next(step, work, blockIdx.x, gridDim.x);
+    return scheduler.next(step, work, blockIdx.x);
   }
 };
 

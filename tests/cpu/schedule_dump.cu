@@ -17,10 +17,9 @@ namespace hf_flashattn {
 template <bool Fold>
 void print_tiles(Problem const& p, int block_m) {
   sm90::TileScheduler<Fold> const scheduler(p, block_m, p.causal);
-  int const grid = scheduler.tiles() < p.num_sms ? scheduler.tiles() : p.num_sms;
-  for (int cta = 0; cta < grid; ++cta) {
+  for (int cta = 0; cta < scheduler.grid; ++cta) {
     sm90::Work work;
-    for (int step = 0; scheduler.next(step, work, cta, grid);)
+    for (int step = 0; scheduler.next(step, work, cta);)
       std::printf("%d,%d,%d ", work.block, work.head, work.index);
   }
   std::printf("\n");

@@ -11,8 +11,8 @@ goes through in pieces. Seeds change weights, dropout and the order of blocks.
 
 mini-CONTEXT-SEED   8 layers of 512, three seeds
 gpt2-CONTEXT-0      GPT-2 small, once
-eager-1024-0        GPT-2 small with eager attention, not compiled, for --eager-steps alone: what its
-                    run at 1k would take, for the wall clock
+eager-1024-0        GPT-2 small with eager attention, not compiled, for --eager-steps alone: what
+                    its run at 1k would take, for the wall clock
 
 tokens_per_second is without the first ten steps, which compile; wall_seconds is of the whole job.
 What jobs have left in --runs or in the file of --json is not run again, so a list that was cut off,
@@ -312,7 +312,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens-per-step", type=int, default=2**16, metavar="N")
     add("--eager-steps", type=int, default=40, metavar="N")
     add("--window", type=int, default=max(CONTEXTS), metavar="N", help="held-out, in tokens")
-    add("--eval-blocks", type=int, default=256, metavar="N", help="windows")
+    add("--eval-blocks", type=int, default=176, metavar="N", help="windows")
     add("--no-compile", action="store_true")
     add("--max-seconds", type=float, default=float("inf"), metavar="S", help="of this call")
     add("--runs", type=Path, default=Path("runs/context"), metavar="DIR")

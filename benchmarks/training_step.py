@@ -181,7 +181,8 @@ def contender(
         report = hf_flashattn.patch_model(model, unpad=attention == UNPADDED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type == "cuda")
     if compiled:
-        model.compile()
+        # All share code objects: what one has seen of other shapes must not be known to the next.
+        model.compile(dynamic=None if attention == FLAT else False)
     return Contender(attention, model, optimizer, report)
 
 

@@ -4,9 +4,10 @@
 
 One sequence a step, bf16 autocast on fp32 weights, dropout 0.1, no optimizer; contexts double from
 512 on. An attention is measured alone: its model is built, two steps are made (one, where it takes
-long), the last counts. Peak is that of torch's allocator, weights and gradients included. `body` is the model without the
-head over 50257 logits, whose fp32 copies hide all else at long contexts; `whole` has it and the
-loss.
+long), the last counts. Peak is that of torch's allocator, weights and gradients included. `body` is
+the model without the head over 50257 logits, whose fp32 copies hide all else at long contexts;
+`whole` has it and the loss.
+
 Where a step runs out of memory, or --most-seconds pass in it, the longer contexts are left out;
 after --max-seconds all are. The JSON is written after every row.
 """

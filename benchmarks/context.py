@@ -15,8 +15,9 @@ eager-1024-0        GPT-2 small with eager attention, not compiled, for --eager-
                     its run at 1k would take, for the wall clock
 
 tokens_per_second is without the first ten steps, which compile; wall_seconds is of the whole job.
-What jobs have left in --runs or in the file of --json is not run again, so a list that was cut off,
-by --max-seconds or else, is continued by the same command. The JSON is written after every job.
+What jobs have left in --runs or in the file of --json is not run again, and a job that was stopped
+goes on from its newest checkpoint, so the same command continues a list that was cut off, by
+--max-seconds or else. The JSON is written after every job.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ CONTEXTS = (1024, 2048, 4096, 8192)
 SEEDS = (0, 1, 2)
 LR = 1e-3
 KEPT_LOSSES = 100  # points of a loss curve in the JSON
+SAVE_EVERY = 400  # steps
+GUESSED = {"gpt2": 350e3, "mini": 900e3}  # tokens/s, while no job of this model is done
 COLORS = ("#a0aec0", "#63b3ed", "#2b6cb0", "#c05621")  # of the contexts
 
 
@@ -62,10 +65,10 @@ class Job:
         what = "eager" if self.attention == "eager" else self.model
         return f"{what}-{self.context}-{self.seed}"
 
+    def tokens(self, args: argparse.Namespace) -> int:
+        return args.eager_steps * args.tokens_per_step if self.attention == "eager" else args.tokens
+
     def command(self, args: argparse.Namespace, folder: Path) -> list[str]:
-        tokens = args.tokens
-        if self.attention == "eager":
-            tokens = args.eager_steps * args.tokens_per_step
         options = {
             "--corpus": args.corpus,
             "--tokenizer": args.tokenizer or args.corpus / "gpt2",
@@ -74,12 +77,13 @@ class Job:
             "--attention": self.attention,
             "--context": self.context,
             "--packing": "whole",
-            "--tokens": tokens,
+            "--tokens": self.tokens(args),
             "--tokens-per-step": args.tokens_per_step,
             "--lr": LR,
             "--eval-window": args.window,
             "--eval-blocks": args.eval_blocks,
             "--seed": self.seed,
+            "--save-every": SAVE_EVERY,
             "--output": folder,
         }
         given = [
@@ -87,14 +91,17 @@ class Job:
         ]
         if self.attention != "eager" and not args.no_compile:
             given.append("--compile")
-        return [sys.executable, str(TRAIN), *given, "--overwrite", *(["--cpu"] if args.cpu else [])]
+        begun = any(folder.glob("checkpoint-*"))
+        given += ["--resume" if begun else "--overwrite", *(["--cpu"] if args.cpu else [])]
+        return [sys.executable, str(TRAIN), *given]
 
 
 def all_jobs() -> list[Job]:
     """The longest first, and a seed of every context before the next seed."""
+    contexts = CONTEXTS[::-1]
     return [
-        *(Job("gpt2", context, 0) for context in CONTEXTS),
-        *(Job("mini", context, seed) for seed in SEEDS for context in CONTEXTS),
+        *(Job("gpt2", context, 0) for context in contexts),
+        *(Job("mini", context, seed) for seed in SEEDS for context in contexts),
         Job("gpt2", CONTEXTS[0], 0, "eager"),
     ]
 
@@ -121,13 +128,16 @@ class Queue:
         return self.args.max_seconds - (time.monotonic() - self.started)
 
     def expected(self, job: Job) -> float:
-        """Seconds of the longest job of this model that is done; 0 before there is one."""
-        done = [
-            entry["wall_seconds"]
-            for entry in self.found.values()
-            if (entry["model"], entry["attention"]) == (job.model, job.attention)
-        ]
-        return max(done, default=0.0)
+        """Seconds of a finished job like this one: of its context, else of its model."""
+        for like in (("model", "attention", "context"), ("model", "attention")):
+            done = [
+                entry["wall_seconds"]
+                for entry in self.found.values()
+                if all(entry[key] == getattr(job, key) for key in like)
+            ]
+            if done:
+                return max(done)
+        return job.tokens(self.args) / GUESSED.get(job.model, 1e6)
 
     def run(self, devices: Sequence[str | None]) -> None:
         threads = [threading.Thread(target=self._work, args=(device,)) for device in devices]
@@ -195,6 +205,7 @@ def compact(job: Job, folder: Path) -> dict[str, Any]:
         "layers": settings["layers"],
         "hidden": settings["hidden"],
         "steps": run["steps"],
+        "resumed_at": run["resumed_at"],
         "tokens": run["steps"] * tokens_per_step,
         "tokens_per_step": tokens_per_step,
         "tokens_per_second": run["tokens_per_second"],

@@ -7,6 +7,7 @@ import importlib
 import json
 import lzma
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_no_job_is_started_that_does_not_fit(context, corpus, tmp_path, capsys, 
     jobs = json.loads((tmp_path / "context.json").read_text())["jobs"]
     assert [entry["name"] for entry in jobs] == ["tiny-32-0"]
     assert "no time for tiny-64-0" in capsys.readouterr().out
+
+
+def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(context, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(context, "SAVE_EVERY", 2)
+    given = options(corpus, tmp_path, "--jobs", "tiny-32-0")
+    assert context.main(given) == 0
+    (whole,) = json.loads((tmp_path / "context.json").read_text())["jobs"]
+    folder = tmp_path / "runs" / "tiny-32-0"  # as if it had been stopped after the third step
+    for path in (tmp_path / "context.json", folder / "results.json", folder / "seconds.json"):
+        path.unlink()
+    for path in folder.glob("checkpoint-*4"):
+        shutil.rmtree(path)
+    assert context.main(given) == 0
+    (resumed,) = json.loads((tmp_path / "context.json").read_text())["jobs"]
+    assert (whole["resumed_at"], resumed["resumed_at"]) == (0, 2)
+    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-4)
 
 
 def test_a_job_that_fails_is_named(context, corpus, tmp_path, capsys):

@@ -91,6 +91,8 @@ class Job:
         ]
         if self.attention != "eager" and not args.no_compile:
             given.append("--compile")
+        if not args.cpu:
+            given.append("--strict")  # rather an error than a benchmark of something else
         begun = any(folder.glob("checkpoint-*"))
         given += ["--resume" if begun else "--overwrite", *(["--cpu"] if args.cpu else [])]
         return [sys.executable, str(TRAIN), *given]

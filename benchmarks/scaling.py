@@ -65,7 +65,7 @@ def command(layout: str, kind: str, args: argparse.Namespace, output: Path) -> l
     if args.cache_dir:
         options["--cache-dir"] = args.cache_dir
     given = [str(part) for option in options.items() for part in option]
-    flags = [*(["--compile"] if args.compile else []), *(["--cpu"] if args.cpu else [])]
+    flags = [*(["--compile"] if args.compile else []), "--cpu" if args.cpu else "--strict"]
     script = str(EXAMPLES / "train_gpt2.py")
     return [sys.executable, "-m", "accelerate.commands.launch", *launch, script, *given, *flags]
 

@@ -239,8 +239,11 @@ def held_out_windows(
 def _tokenise(documents: Dataset, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
     """(ids, ends, bytes of text), as in Tokens."""
     end = tokenizer.eos_token_id
+    workers = min(len(os.sched_getaffinity(0)), len(documents) // DOCUMENTS_A_WORKER)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
+        if workers > 1:  # this is one of them: else each would start as many threads again
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         encoded = tokenizer(
             batch["text"],
             add_special_tokens=False,
@@ -252,7 +255,6 @@ def _tokenise(documents: Dataset, tokenizer: Tokenizer) -> tuple[np.ndarray, np.
             "bytes": [len(text.encode()) for text in batch["text"]],
         }
 
-    workers = min(len(os.sched_getaffinity(0)), len(documents) // DOCUMENTS_A_WORKER)
     found = documents.map(
         encode,
         batched=True,

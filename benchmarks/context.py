@@ -27,6 +27,7 @@ import fnmatch
 import json
 import os
 import queue
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from typing import Any
 import torch
 from training_step import save
 
-TRAIN = Path(__file__).parents[1] / "examples" / "train_gpt2.py"
+TRAIN = os.path.relpath(Path(__file__).parents[1] / "examples" / "train_gpt2.py")
 CONTEXTS = (1024, 2048, 4096, 8192)
 SEEDS = (0, 1, 2)
 LR = 1e-3
@@ -95,7 +96,7 @@ class Job:
             given.append("--strict")  # rather an error than a benchmark of something else
         begun = any(folder.glob("checkpoint-*"))
         given += ["--resume" if begun else "--overwrite", *(["--cpu"] if args.cpu else [])]
-        return [sys.executable, str(TRAIN), *given]
+        return [sys.executable, TRAIN, *given]
 
 
 def all_jobs() -> list[Job]:
@@ -186,6 +187,8 @@ class Queue:
             self.found[job.name] = entry = compact(job, folder)
             write(self.args.json, self.found)
             print(line(entry), flush=True)
+        for used_up in (folder / "model", *folder.glob("checkpoint-*")):
+            shutil.rmtree(used_up)
 
 
 def compact(job: Job, folder: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from training_step import ATTENTIONS, save
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(os.path.relpath(Path(__file__).parents[1] / "examples"))
 LAYOUTS = ("one", "ddp", "fsdp")
 KINDS = ("speed", "curve")
 

@@ -7,7 +7,6 @@ import importlib
 import json
 import lzma
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -97,18 +96,26 @@ def test_no_job_is_started_that_does_not_fit(context, corpus, tmp_path, capsys, 
 
 def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(context, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(context, "SAVE_EVERY", 2)
+    monkeypatch.setattr(context.shutil, "rmtree", lambda folder: None)
     given = options(corpus, tmp_path, "--jobs", "tiny-32-0")
     assert context.main(given) == 0
     (whole,) = json.loads((tmp_path / "context.json").read_text())["jobs"]
     folder = tmp_path / "runs" / "tiny-32-0"  # as if it had been stopped after the third step
     for path in (tmp_path / "context.json", folder / "results.json", folder / "seconds.json"):
         path.unlink()
-    for path in folder.glob("checkpoint-*4"):
-        shutil.rmtree(path)
+    (last,) = folder.glob("checkpoint-*4")
+    last.rename(tmp_path / "lost")
+    monkeypatch.undo()
+    monkeypatch.setattr(context, "all_jobs", lambda: [context.Job("tiny", 32, 0)])
     assert context.main(given) == 0
     (resumed,) = json.loads((tmp_path / "context.json").read_text())["jobs"]
     assert (whole["resumed_at"], resumed["resumed_at"]) == (0, 2)
     assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "losses.png",
+        "results.json",
+        "seconds.json",
+    ]
 
 
 def test_a_job_that_fails_is_named(context, corpus, tmp_path, capsys):

@@ -78,7 +78,8 @@ results:  ## on a Hopper GPU: the JSON files in benchmarks/results, the plot and
 	PYTHONPATH=. $(GPU_PY) benchmarks/host_overhead.py --json $(RESULTS)/host_overhead.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/packed.py --json $(RESULTS)/packed.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --steps 30 --overlay-steps 300 --json $(RESULTS)/training_step.json
-	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --models gpt2,gpt2-medium --contexts 512,1024,2048,4096,8192 --json $(RESULTS)/gpt2_grid.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --models gpt2,gpt2-medium --contexts 512,1024,2048,4096,8192 --compile both --tokens 16384 --json $(RESULTS)/gpt2_grid.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --models bert-large-full,bert-large-half --compile both --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad,hf_flashattn_flat --json $(RESULTS)/bert_large_compiled.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/memory.py --json $(RESULTS)/memory.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/step_parts.py --json $(RESULTS)/step_parts.json
 	PYTHONPATH=. $(GPU_PY) docs/results.py

@@ -3,11 +3,13 @@
     python benchmarks/memory.py --json benchmarks/results/memory.json
 
 One sequence a step, bf16 autocast on fp32 weights, dropout 0.1, no optimizer; contexts double from
-512 on. An attention is measured alone: its model is built, two steps are made, the second counts.
-Peak is that of torch's allocator, weights and gradients included. `body` is the model without the
-head over 50257 logits, whose fp32 copies hide all else at long contexts; `whole` has it and the
-loss.
-Where a step runs out of memory, or --most-seconds pass in it, the longer contexts are left out.
+512 on. An attention is measured alone: its model is built, two steps are made (one, where it takes
+long), the last counts. Peak is that of torch's allocator, weights and gradients included. `body` is
+the model without the head over 50257 logits, whose fp32 copies hide all else at long contexts;
+`whole` has it and the loss.
+
+Where a step runs out of memory, or --most-seconds pass in it, the longer contexts are left out;
+after --max-seconds all are. The JSON is written after every row.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from training_step import ATTENTIONS, SHAPES, TINY, contender, environment, save, timed
 
 PARTS = ("body", "whole")
+LONG_MS = 2000  # a first step that long is not slow for being the first
 COLORS = {"eager": "#888888", "sdpa": "#2b6cb0", "hf_flashattn": "#c05621"}
 
 
@@ -45,7 +48,8 @@ def measure(
 
 
 def _two_steps(attention: str, part: str, shape: Any, device: torch.device) -> dict[str, Any]:
-    current = contender("gpt2", shape, attention, 0, device, compiled=False)
+    with device:  # random numbers for 125 M weights take a CPU seconds
+        current = contender("gpt2", shape, attention, 0, device, compiled=False)
     ids = torch.randint(5, shape.vocab, (1, shape.length), device=device)
 
     def step() -> torch.Tensor:
@@ -62,6 +66,8 @@ def _two_steps(attention: str, part: str, shape: Any, device: torch.device) -> d
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         loss, milliseconds = timed(step, device)
+        if milliseconds > LONG_MS:
+            break
     if not bool(loss.isfinite()):
         raise SystemExit(f"error: expected a finite loss with {attention}; got {loss.item()}")
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -102,8 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--first", type=int, default=512, metavar="N", help="shortest context")
-    parser.add_argument("--last", type=int, default=2**17, metavar="N", help="longest context")
+    parser.add_argument("--last", type=int, default=2**18, metavar="N", help="longest context")
     parser.add_argument("--most-seconds", type=float, default=20, metavar="S", help="of a step")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--max-seconds", type=float, default=float("inf"), metavar="S", help="begin nothing after S"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model: for tests")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="beside it a PNG of that name")
@@ -112,10 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     outcome: dict[str, Any] = environment(device) | {"kind": "memory", "rows": []}
     started = time.perf_counter()
-    for part in PARTS:
+    for part in args.parts:
         for attention in args.attention:
             context = args.first
             while context <= args.last:
+                if time.perf_counter() - started > args.max_seconds:
+                    print(f"no time for {part} {attention} from {context} on")
+                    break
                 row = measure(attention, part, context, args.tiny, device)
                 outcome["rows"].append(row)
                 print(_line(row), flush=True)

@@ -1,12 +1,18 @@
-"""Throughput of data-parallel training on one GPU and on two: GPT-2 small under DDP.
+"""GPT-2 small on one GPU and on two, by DDP and by FSDP, through `accelerate launch`.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
-Each count of processes is a torchrun of its own, on one node. Every process has the step of
-training_step.py (16 x 1024 random tokens of its own, bf16 autocast, fused AdamW, dropout 0.1), its
-model inside DistributedDataParallel, NCCL on GPUs and gloo on CPUs. A step's time is that of the
-slowest process; the median is over the steps after warm-up. Efficiency: tokens/s of n processes
-over n times those of the first count.
+Every run is examples/train_gpt2.py with the configuration of examples/accelerate that its name
+says; `one` has neither. --tokens-per-step tokens make a step of all of them, so that one GPU goes
+through as many microbatches as both, and sees the same blocks in the same order. Text: the standard
+library, or --corpus.
+
+speed   dropout 0.1, --steps steps. Efficiency: tokens/s over those of as many runs on one GPU,
+        without the first ten steps
+curve   no dropout, whose masks depend on how a batch is cut, --curve-steps steps: the losses are
+        those of one GPU but for the order of sums. gap: mean and largest distance of the losses
+
+The JSON is written after every run; a run that is in it already is not made again.
 """
 
 from __future__ import annotations
@@ -14,142 +20,186 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from training_step import (
-    ATTENTIONS,
-    SHAPES,
-    TINY,
-    contender,
-    environment,
-    ran_on,
-    random_batch,
-    save,
-    timed,
-)
+from training_step import ATTENTIONS, save
+
+EXAMPLES = Path(os.path.relpath(Path(__file__).parents[1] / "examples"))
+LAYOUTS = ("one", "ddp", "fsdp")
+KINDS = ("speed", "curve")
 
 
-def worker(args: argparse.Namespace) -> None:
-    """One process of a torchrun; rank 0 writes the results of all to --json."""
-    on_gpu = not args.cpu
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-    runs = {attention: _run(attention, args, device, rank) for attention in args.attention}
-    if rank == 0:
-        save(args.json, environment(device) | {"runs": runs})
-    # Left to the interpreter's exit, gloo's threads sometimes abort the process.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def command(layout: str, kind: str, args: argparse.Namespace, output: Path) -> list[str]:
+    if layout == "one":
+        launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "bf16"]
+        launch += ["--dynamo_backend", "no"]
+    else:
+        launch = ["--config_file", str(EXAMPLES / "accelerate" / f"{layout}.yaml")]
+        launch += ["--main_process_port", str(free_port())]
+    if args.cpu:
+        launch += ["--mixed_precision", "no"]
+    steps, dropout = (args.steps, 0.1) if kind == "speed" else (args.curve_steps, 0.0)
+    options: dict[str, Any] = {
+        "--size": args.size,
+        "--context": args.context,
+        "--tokens-per-step": args.tokens_per_step,
+        "--attention": args.attention,
+        "--steps": steps,
+        "--dropout": dropout,
+        "--eval-blocks": 32,
+        "--output": output,
+    }
+    if args.corpus:
+        options |= {"--corpus": args.corpus, "--tokenizer": args.corpus / "gpt2"}
+    if args.cache_dir:
+        options["--cache-dir"] = args.cache_dir
+    given = [str(part) for option in options.items() for part in option]
+    flags = [*(["--compile"] if args.compile else []), "--cpu" if args.cpu else "--strict"]
+    script = str(EXAMPLES / "train_gpt2.py")
+    return [sys.executable, "-m", "accelerate.commands.launch", *launch, script, *given, *flags]
 
 
-def _run(
-    attention: str, args: argparse.Namespace, device: torch.device, rank: int
-) -> dict[str, Any]:
-    shape = (TINY if args.tiny else SHAPES)["gpt2"]
-    current = contender("gpt2", shape, attention, 0, device, compiled=False)
-    current.model = DistributedDataParallel(current.model, gradient_as_bucket_view=True)
-    generator = torch.Generator().manual_seed(rank)
-    times = []
-    for step in range(args.warmup + args.steps):
-        batch = {k: v.to(device) for k, v in random_batch("gpt2", shape, generator).items()}
-        torch.distributed.barrier()
-        _, milliseconds = timed(lambda b=batch: current.step(b), device)
-        slowest = torch.tensor(milliseconds, device=device)
-        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
-        if step >= args.warmup:
-            times.append(slowest.item())
-    median = statistics.median(times)
-    tokens = shape.batch * shape.length * torch.distributed.get_world_size()
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Failed(RuntimeError):
+    """A run that did not end well, with what it said last."""
+
+
+def run(layout: str, kind: str, args: argparse.Namespace, limit: float) -> dict[str, Any]:
+    """An entry of the JSON. Raises Failed where the run fails, or takes longer than `limit` s."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out"
+        given = command(layout, kind, args, output)
+        process = subprocess.Popen(
+            given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and what it has launched
+            said, _ = process.communicate()
+            raise Failed(f"not done within {limit:.0f} s:\n{said[-2000:]}") from error
+        if process.returncode:
+            raise Failed(f"exit code {process.returncode}:\n{said[-4000:]}")
+        result = json.loads((output / "results.json").read_text())
+    trained, settings = result["runs"][args.attention], result["settings"]
+    report = trained["attention_report"]
     return {
-        "step_ms": {"median": median, "all": times},
-        "tokens_per_second": tokens / median * 1e3,
-        "ran_on": ran_on(current.report),
+        "layout": layout,
+        "kind": kind,
+        "attention": args.attention,
+        "processes": settings["processes"],
+        "settings": settings,
+        "tokens_per_second": trained["tokens_per_second"],
+        "seconds_per_step": trained["seconds_per_step"],
+        "peak_memory_gib": trained["peak_memory_gib"],
+        "losses": trained["losses"],
+        "perplexity": trained["perplexities"][-1]["perplexity"],
+        "ran_on": report
+        and dict(Counter(f"{row['runs']}: {row['why']}" for row in report["rows"])),
+        "device": result["device"],
+        "versions": result["versions"],
+        "command": " ".join(given[1:]),
     }
 
 
-def launch(processes: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The results of a torchrun with so many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "runs.json"
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", str(processes), __file__, "--worker", "--json", str(path)),
-            *("--attention", *args.attention),
-            *("--steps", str(args.steps), "--warmup", str(args.warmup)),
-            *(["--tiny"] if args.tiny else []),
-            *(["--cpu"] if args.cpu else []),
-        ]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=args.timeout, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise SystemExit(
-                f"error: expected {processes} process(es) to be done within {args.timeout} s; got "
-                "no end; next step: a longer --timeout, or fewer --steps"
-            ) from error
-        if done.returncode:
-            raise SystemExit(f"error: {processes} process(es) failed:\n{done.stderr[-4000:]}")
-        return json.loads(path.read_text())
+def compare_with_one(runs: Sequence[dict[str, Any]]) -> None:
+    """Adds `efficiency` and `gap` to what there is a run on one GPU for."""
+    alone = {entry["kind"]: entry for entry in runs if entry["layout"] == "one"}
+    for entry in runs:
+        one = alone.get(entry["kind"])
+        if one is None:
+            continue
+        speedup = entry["tokens_per_second"] / one["tokens_per_second"]
+        entry |= {"speedup": speedup, "efficiency": speedup / entry["processes"]}
+        gaps = [abs(a - b) for a, b in zip(entry["losses"], one["losses"], strict=True)]
+        entry["gap"] = {"mean": statistics.fmean(gaps), "largest": max(gaps)}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--attention", choices=ATTENTIONS, default="hf_flashattn")
+    add("--size", default="gpt2")
+    add("--context", type=int, default=1024, metavar="N")
+    add("--tokens-per-step", type=int, default=2**15, metavar="N", help="of all GPUs together")
+    add("--steps", type=int, default=60, metavar="N", help="of a speed run")
+    add("--curve-steps", type=int, default=200, metavar="N")
+    add("--compile", action="store_true")
+    add("--corpus", type=Path, metavar="DIR", help="of prepare_corpus.py")
+    add("--cache-dir", type=Path, metavar="DIR", help="of tokens, see train_gpt2.py")
+    add("--max-seconds", type=float, default=float("inf"), metavar="S", help="of this call")
+    add("--cpu", action="store_true")
+    add("--json", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
-    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
-    parser.add_argument("--steps", type=int, default=30, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--timeout", type=float, default=280, metavar="S", help="of one launch")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: for tests")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args(argv)
-    if args.worker:
-        worker(args)
-        return 0
-    if not args.cpu and torch.cuda.device_count() < max(args.processes):
+    args = parse(argv)
+    if not args.cpu and torch.cuda.device_count() < 2 and args.layouts != ["one"]:
         raise SystemExit(
-            f"error: expected {max(args.processes)} GPUs; got {torch.cuda.device_count()}; "
-            "next step: --processes 1, or --cpu --tiny to try it out"
+            f"error: expected 2 GPUs; got {torch.cuda.device_count()}; next step: --layouts one, "
+            "or --cpu --size tiny --layouts one ddp to try it out"
         )
-    outcome: dict[str, Any] = {}
-    for processes in args.processes:
-        found = launch(processes, args)
-        if not outcome:
-            outcome = {k: found[k] for k in ("versions", "device")}
-            outcome |= {"kind": "scaling", "command": " ".join(sys.argv), "counts": []}
-        outcome["counts"].append({"processes": processes, "runs": found["runs"]})
-        save(args.json, outcome)
-    _add_efficiency(outcome["counts"])
-    save(args.json, outcome)
-    print(f"{'attention':<14}{'processes':>10}{'ms/step':>10}{'tokens/s':>12}{'efficiency':>12}")
-    for count in outcome["counts"]:
-        for attention, run in count["runs"].items():
-            print(
-                f"{attention:<14}{count['processes']:>10}{run['step_ms']['median']:>10.1f}"
-                f"{run['tokens_per_second']:>12,.0f}{run['efficiency']:>12.2f}"
-            )
-    return 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn in every worker
+    outcome: dict[str, Any] = {"kind": "scaling", "command": " ".join(sys.argv), "runs": []}
+    if args.json and args.json.is_file():
+        outcome["runs"] = json.loads(args.json.read_text())["runs"]
+    known = {(entry["layout"], entry["kind"]) for entry in outcome["runs"]}
+    started, failed = time.monotonic(), False
+    for kind in args.kinds:
+        for layout in args.layouts:
+            left = args.max_seconds - (time.monotonic() - started)
+            if (layout, kind) in known:
+                continue
+            if left <= 0:
+                print(f"no time for {layout} {kind}")
+                continue
+            try:
+                entry = run(layout, kind, args, min(left, 1e6))
+            except Failed as error:
+                failed = True
+                print(f"error: expected {layout} {kind} to train; got {error}", file=sys.stderr)
+                continue
+            outcome["runs"].append(entry)
+            compare_with_one(outcome["runs"])
+            save(args.json, {k: entry[k] for k in ("device", "versions")} | outcome)
+            print(line(entry), flush=True)
+    return int(failed)
 
 
-def _add_efficiency(counts: list[dict[str, Any]]) -> None:
-    first = counts[0]
-    for count in counts:
-        for attention, run in count["runs"].items():
-            alone = first["runs"][attention]["tokens_per_second"] / first["processes"]
-            run["efficiency"] = run["tokens_per_second"] / count["processes"] / alone
+def line(entry: dict[str, Any]) -> str:
+    text = (
+        f"{entry['kind']:<6}{entry['layout']:<5}{entry['processes']} GPU(s)"
+        f"{entry['tokens_per_second']:>12,.0f} tokens/s   last loss {entry['losses'][-1]:.4f}"
+    )
+    if "gap" in entry and entry["layout"] != "one":
+        gap = entry["gap"]
+        text += (
+            f"   x one {entry['speedup']:.2f}   gap {gap['mean']:.1e}, at most {gap['largest']:.1e}"
+        )
+    return text
 
 
 if __name__ == "__main__":

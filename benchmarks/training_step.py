@@ -2,8 +2,8 @@
 
     python benchmarks/training_step.py --json training_step.json
     python benchmarks/training_step.py --models gpt2 --compile both --overlay-steps 300
-    python benchmarks/training_step.py --models bert-large \\
-        --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad
+    python benchmarks/training_step.py --models bert-large-full,bert-large-half --compile both \\
+        --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad,hf_flashattn_flat
 
 Protocol: bf16 autocast on fp32 weights, fused AdamW, gradient clipping, dropout 0.1 (attention
 included), random weights from one seed. All attentions are built first; then every step runs once
@@ -14,11 +14,22 @@ memory is that of one attention alone: its weights and optimizer state plus what
 gpt2         GPT-2 small, 16 x 1024 random tokens, next-token loss
 gpt2-medium  the same, 24 layers of 1024
 bert-large   BERT-large, 32 x 512 with lengths uniform in 128..512, right-padded, masked-token loss
-             on 15 % of the real tokens; tokens/s counts real tokens. hf_flashattn_unpad, for
-             this model alone, is hf_flashattn with unpad=True: all layers run without padding
+             on 15 % of the real tokens; tokens/s counts real tokens
+bert-large-half, bert-large-full
+             the same with lengths uniform in 1..512, of which half is padding; and with no
+             padding at all, so with no padding mask either
+
+Two more attentions, for padded rows alone:
+
+hf_flashattn_unpad  patch_model(model, unpad=True): all layers run without padding. Not compiled,
+                    as a graph can not read the number of tokens and would run padded
+hf_flashattn_flat   the batch without padding from the start, as DataCollatorWithFlattening hands it
+                    over: tokens (1, total), where rows end in cu_seq_lens. Compiled once, for any
+                    total
 
 --contexts 512,1024,2048,4096,8192 measures the GPT-2 models at each of these lengths, at --tokens a
-step; an attention that runs out of memory is left out there, and the JSON says so.
+step; an attention that runs out of memory is left out there, and the JSON says so. Parts of a grid
+may run apart, each with a --json of its own. After --max-seconds nothing more is begun.
 
 --overlay-steps N trains GPT-2 small for N steps with eager and hf_flashattn, same weights, same
 batches: the bytes of the standard library's .py files as tokens, so that nothing but Python is
@@ -46,12 +57,12 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 ATTENTIONS = ("eager", "sdpa", "hf_flashattn")
-UNPADDED = "hf_flashattn_unpad"  # only when asked for, and only where rows are padded
+UNPADDED, FLAT = "hf_flashattn_unpad", "hf_flashattn_flat"  # only when asked for, in padded rows
 OVERLAID = ("eager", "hf_flashattn")
 IGNORED = -100  # a label that the loss leaves out
 DROPOUT = 0.1
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors, and lengths of a flat batch
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,15 @@ SHAPES = {
     "gpt2": Shape(12, 768, 12, 50257, 16, 1024, 1024),
     "gpt2-medium": Shape(24, 1024, 16, 50257, 16, 1024, 1024),
     "bert-large": Shape(24, 1024, 16, 30522, 32, 512, 128),
+    "bert-large-half": Shape(24, 1024, 16, 30522, 32, 512, 1),
+    "bert-large-full": Shape(24, 1024, 16, 30522, 32, 512, 512),
 }
 TINY = {  # same code on a CPU within seconds
     "gpt2": Shape(2, 64, 1, 512, 2, 32, 32),
     "gpt2-medium": Shape(3, 64, 1, 512, 2, 32, 32),
     "bert-large": Shape(2, 64, 1, 512, 2, 32, 8),
+    "bert-large-half": Shape(2, 64, 1, 512, 4, 32, 1),
+    "bert-large-full": Shape(2, 64, 1, 512, 2, 32, 32),
 }
 
 
@@ -90,6 +105,10 @@ class Contender:
     milliseconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+
+    def form(self, batch: Batch) -> Batch:
+        """The batch, on the CPU still, as this attention wants it."""
+        return flattened(batch) if self.name == FLAT else batch
 
     def step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; the loss stays on the device."""
@@ -153,7 +172,7 @@ def contender(
     compiled: bool,
     lr: float = 1e-4,
 ) -> Contender:
-    own = attention in ("hf_flashattn", UNPADDED)
+    own = attention in ("hf_flashattn", UNPADDED, FLAT)
     model = make_model(name, shape, "sdpa" if own else attention, seed).to(device).train()
     report = None
     if own:
@@ -162,7 +181,8 @@ def contender(
         report = hf_flashattn.patch_model(model, unpad=attention == UNPADDED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type == "cuda")
     if compiled:
-        model.compile()
+        # All share code objects: what one has seen of other shapes must not be known to the next.
+        model.compile(dynamic=None if attention == FLAT else False)
     return Contender(attention, model, optimizer, report)
 
 
@@ -178,11 +198,37 @@ def random_batch(name: str, shape: Shape, generator: torch.Generator) -> Batch:
     masked[:, 0] = True  # no row without a label
     labels = torch.where(masked, ids, torch.full_like(ids, IGNORED))
     ids = torch.where(masked, torch.full_like(ids, 4), ids)
-    return {
-        "input_ids": torch.where(real, ids, torch.zeros_like(ids)),
-        "attention_mask": real.long(),
-        "labels": labels,
+    batch = {"input_ids": torch.where(real, ids, torch.zeros_like(ids)), "labels": labels}
+    return batch if shape.shortest == shape.length else batch | {"attention_mask": real.long()}
+
+
+def flattened(batch: Batch) -> Batch:
+    """The rows of a padded batch one after the other, without padding: tokens (1, total).
+
+    The longest row is said to be as long as the padded batch, so that a graph holds for any batch.
+    """
+    real = batch["attention_mask"].bool()  # (B, S)
+    lengths = real.sum(1)
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)  # (B + 1,)
+    positions = torch.arange(real.shape[1]).expand_as(real)
+    flat = {name: batch[name][real][None] for name in ("input_ids", "labels")}
+    flat["position_ids"] = positions[real][None]
+    longest = real.shape[1]
+    return flat | {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Its tensors there; for compilers the number of tokens of a flat batch is a symbol."""
+    moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    if "cu_seq_lens_q" in batch:
+        for name in ("input_ids", "labels", "position_ids"):
+            torch._dynamo.mark_dynamic(moved[name], 1)
+    return moved
 
 
 def real_tokens(batch: Batch) -> int:
@@ -204,12 +250,12 @@ def measure(
         batch = batches()
         counted = step >= warmup
         tokens += real_tokens(batch) if counted else 0
-        batch = {key: value.to(device) for key, value in batch.items()}
+        formed = {current.name: to_device(current.form(batch), device) for current in contenders}
         turn = step % len(contenders)
         for current in [*contenders[turn:], *contenders[:turn]]:
             torch.manual_seed(seed + step)  # the same dropout outside of attention
             before = _reset_peak(device)
-            loss, elapsed = timed(lambda c=current, b=batch: c.step(b), device)
+            loss, elapsed = timed(lambda c=current, b=formed[current.name]: c.step(b), device)
             current.losses.append(loss.item())
             if counted:
                 current.milliseconds.append(elapsed)
@@ -246,7 +292,7 @@ def benchmark(
     ]
     generator = torch.Generator().manual_seed(args.seed)
     missing: dict[str, dict[str, Any]] = {}
-    if args.contexts:
+    if args.contexts and name.startswith("gpt2"):
         contenders, missing = leave_out_what_does_not_fit(
             contenders, random_batch(name, shape, generator), device
         )
@@ -269,11 +315,10 @@ def leave_out_what_does_not_fit(
 ) -> tuple[list[Contender], dict[str, dict[str, Any]]]:
     """Those that can make a step beside the others, and a record of those that can not."""
     fitting, missing = [], {}
-    batch = {key: value.to(device) for key, value in batch.items()}
     while contenders:
         current = contenders.pop(0)
         try:
-            current.step(batch)
+            current.step(to_device(current.form(batch), device))
             fitting.append(current)
         except torch.cuda.OutOfMemoryError as error:
             missing[current.name] = {"out_of_memory": str(error).splitlines()[0]}
@@ -281,6 +326,14 @@ def leave_out_what_does_not_fit(
             del current
             _free(device)
     return fitting, missing
+
+
+def attentions_for(shape: Shape, compiled: bool, asked: Sequence[str]) -> list[str]:
+    """Of those asked for, the ones that make sense: none without padding where there is none."""
+    left_out = {UNPADDED} if compiled else set()
+    if shape.shortest == shape.length:
+        left_out = {UNPADDED, FLAT}
+    return [name for name in asked if name not in left_out]
 
 
 def shapes_of(name: str, args: argparse.Namespace) -> list[Shape]:
@@ -448,17 +501,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=2**15, help="of a step, with --contexts")
     parser.add_argument("--overlay-steps", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--max-seconds", type=float, default=float("inf"), metavar="S", help="begin nothing after S"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: for tests")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     args.models = _names(args.models, tuple(SHAPES), "--models") if args.models else []
-    args.attention = _names(args.attention, (*ATTENTIONS, UNPADDED), "--attention")
-    if UNPADDED in args.attention and args.models != ["bert-large"]:
+    args.attention = _names(args.attention, (*ATTENTIONS, UNPADDED, FLAT), "--attention")
+    unpadded = [name for name in args.attention if name in (UNPADDED, FLAT)]
+    padded = [name for name, s in SHAPES.items() if s.shortest < s.length]
+    if unpadded and not set(args.models) & set(padded):
         raise SystemExit(
-            f"error: expected --models bert-large with {UNPADDED}, as nothing else is padded; got "
-            f"--models {','.join(args.models)}; next step: --models bert-large"
+            f"error: expected --models {' or '.join(padded)} with {unpadded[0]}, as nothing else "
+            f"is padded; got --models {','.join(args.models)}; next step: --models {padded[0]}"
+        )
+    if args.compile == "yes" and args.attention == [UNPADDED]:
+        raise SystemExit(
+            f"error: expected {FLAT} to compile, as {UNPADDED} would run padded; got --compile yes "
+            f"--attention {UNPADDED}; next step: --attention {FLAT}"
         )
     if args.steps < 1:
         raise SystemExit(
@@ -480,17 +543,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "models": [],
         "runs": {},
     }
-    shapes = [(name, shape) for name in args.models for shape in shapes_of(name, args)]
-    for name, shape in shapes:
-        for compiled in {"no": [False], "yes": [True], "both": [False, True]}[args.compile]:
-            runs = benchmark(name, shape, args.attention, compiled, args, device)
-            print(table(name, shape, compiled, runs), flush=True)
-            outcome["models"].append(
-                {"name": name, "shape": asdict(shape), "compile": compiled, "runs": runs}
-            )
-            save(args.json, outcome)  # the overlay takes minutes; what is measured is kept
-            _free(device)
-    if args.overlay_steps:
+    started = time.perf_counter()
+    cells = [
+        (name, shape, compiled)
+        for name in args.models
+        for shape in shapes_of(name, args)
+        for compiled in {"no": [False], "yes": [True], "both": [False, True]}[args.compile]
+    ]
+    for name, shape, compiled in cells:
+        began = time.perf_counter()
+        if began - started > args.max_seconds:
+            print(f"no time for {name}, {shape.batch} x {shape.length}, compile {compiled}")
+            continue
+        attentions = attentions_for(shape, compiled, args.attention)
+        runs = benchmark(name, shape, attentions, compiled, args, device)
+        print(table(name, shape, compiled, runs), flush=True)
+        entry = {"name": name, "shape": asdict(shape), "compile": compiled, "runs": runs}
+        outcome["models"].append(entry | {"seconds": time.perf_counter() - began})
+        save(args.json, outcome)  # the overlay takes minutes; what is measured is kept
+        _free(device)
+    if args.overlay_steps and time.perf_counter() - started <= args.max_seconds:
         shape = (TINY if args.tiny else SHAPES)["gpt2"]
         outcome["runs"] = overlay(shape, args.overlay_steps, args.seed, device)
         for label, run in outcome["runs"].items():

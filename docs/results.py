@@ -42,14 +42,14 @@ class Row:
 # ---- cells ---------------------------------------------------------------------------------------
 
 
-def speed(model: str, compiled: bool = False) -> Callable[[list[Json]], str | None]:
-    """Speed of a training step over the others, a line for every shape that was measured."""
+def speed(model: str) -> Callable[[list[Json]], str | None]:
+    """Speed of a step that is not compiled over the others, a line for every shape."""
 
     def cell(files: list[Json]) -> str | None:
         lines = []
         for entry in (entry for file in files for entry in file["models"]):
             runs = entry["runs"]
-            if entry["name"] != model or entry["compile"] != compiled or OURS not in runs:
+            if entry["name"] != model or entry["compile"] or OURS not in runs:
                 continue
             shape = f"{entry['shape']['batch']} x {entry['shape']['length']}"
             if "step_ms" not in runs[OURS]:
@@ -64,6 +64,37 @@ def speed(model: str, compiled: bool = False) -> Callable[[list[Json]], str | No
                     parts.append(f"x {other} {ratio}")
                 label = "" if own == OURS else f" ({own.removeprefix(OURS + '_')})"
                 lines.append(f"{shape}{label}: {ms:.1f} ms, {', '.join(parts)}")
+        return _lines(lines)
+
+    return cell
+
+
+def compiled_speed(model: str) -> Callable[[list[Json]], str | None]:
+    """Speed of compiled steps over the others compiled, and over eager that is not."""
+
+    def cell(files: list[Json]) -> str | None:
+        entries = [e for file in files for e in file["models"] if e["name"] == model]
+        plain = {
+            tuple(e["shape"].values()): e["runs"]["eager"]["step_ms"]["median"]
+            for e in entries
+            if not e["compile"] and "step_ms" in e["runs"].get("eager", {})
+        }
+        lines = []
+        for entry in (e for e in entries if e["compile"]):
+            shape, runs = entry["shape"], entry["runs"]
+            times = {
+                name: run["step_ms"]["median"] for name, run in runs.items() if "step_ms" in run
+            }
+            for own in (name for name in times if name.startswith(OURS)):
+                line = f"{shape['batch']} x {shape['length']}"
+                line += "" if own == OURS else f" ({own.removeprefix(OURS + '_')})"
+                line += f": {times[own]:.1f} ms"
+                for other in (name for name in runs if not name.startswith(OURS)):
+                    got = f"{times[other] / times[own]:.2f}" if other in times else "out of memory"
+                    line += f", x {other} {got}"
+                eager = plain.get(tuple(shape.values()))
+                line += "" if eager is None else f", x eager not compiled {eager / times[own]:.2f}"
+                lines.append(line)
         return _lines(lines)
 
     return cell
@@ -84,20 +115,24 @@ def overlay(files: list[Json]) -> str | None:
 
 
 def perplexity_by_context(files: list[Json]) -> str | None:
-    """Mean and standard deviation over the seeds, for every size and context."""
-    found: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for file in files:
-        settings = file["settings"]
-        key = tuple(settings[name] for name in ("layers", "hidden", "context"))
-        for run in file["runs"].values():
-            found[key][settings["seed"]] = run["perplexities"][-1]["perplexity"]
+    """Mean and standard deviation over the seeds; the time beside that of eager at 1k."""
+    found: dict[tuple, list[Json]] = defaultdict(list)
+    eager: dict[str, float] = {}  # seconds a token
+    for job in (job for file in files for job in file["jobs"]):
+        if job["attention"] == "eager":
+            eager[job["model"]] = 1 / job["tokens_per_second"]
+        else:
+            found[job["model"], job["context"]].append(job)
     lines = []
-    for (layers, hidden, context), scores in sorted(found.items()):
-        spread = f" +- {statistics.stdev(scores.values()):.2f}" if len(scores) > 1 else ""
-        mean = statistics.fmean(scores.values())
-        lines.append(
-            f"{layers} x {hidden}, context {context}: {mean:.2f}{spread}, {len(scores)} seed(s)"
-        )
+    for (model, context), jobs in sorted(found.items()):
+        scores = [job["perplexity"] for job in jobs]
+        spread = f" +- {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+        line = f"{model}, context {context}: {statistics.fmean(scores):.3f}{spread}"
+        seconds = statistics.fmean(job["tokens"] / job["tokens_per_second"] for job in jobs)
+        line += f", {len(scores)} seed(s), {seconds:.0f} s"
+        if model in eager:
+            line += f" (eager at 1k: {jobs[0]['tokens'] * eager[model]:.0f} s)"
+        lines.append(line)
     return _lines(lines)
 
 
@@ -166,15 +201,20 @@ def longest_sequence(files: list[Json]) -> str | None:
 
 
 def scaling(files: list[Json]) -> str | None:
-    return _lines(
-        [
-            f"{name}, {count['processes']} GPU(s): {run['tokens_per_second']:,.0f} tokens/s,"
-            f" efficiency {run['efficiency']:.2f}"
-            for file in files
-            for count in file["counts"]
-            for name, run in count["runs"].items()
-        ]
-    )
+    lines = []
+    for run in (run for file in files for run in file["runs"]):
+        if "gap" not in run or run["layout"] == "one":
+            continue
+        where = f"{run['layout']}, {run['processes']} GPUs"
+        if run["kind"] == "speed":
+            lines.append(f"{where}: x {run['speedup']:.2f}")
+        else:
+            gap = run["gap"]
+            lines.append(
+                f"{where}: {len(run['losses'])} steps, gap to one GPU {gap['mean']:.1e} nats,"
+                f" at most {gap['largest']:.1e}"
+            )
+    return _lines(lines)
 
 
 def step_parts(files: list[Json]) -> str | None:
@@ -197,13 +237,15 @@ def _lines(lines: Sequence[str]) -> str | None:
 
 STEP = "python benchmarks/training_step.py"
 GRID = (
-    f"{STEP} --models gpt2,gpt2-medium --contexts 512,1024,2048,4096,8192 "
+    f"{STEP} --models gpt2,gpt2-medium --contexts 512,1024,2048,4096,8192 --compile both "
+    "--tokens 16384 "
     "--json benchmarks/results/gpt2_grid.json"
 )
-GPT2 = (
-    "python examples/train_gpt2.py --corpus DIR --tokenizer DIR/gpt2 --size mini --context {N} "
-    "--tokens 105000000 --tokens-per-step 65536 --eval-window 8192 --lr 1e-3 --seed {S} "
-    "--json benchmarks/results/gpt2_context_{N}_seed_{S}.json"
+CONTEXT = "python benchmarks/context.py --corpus DIR --json benchmarks/results/context.json"
+BERT_LARGE = (
+    f"{STEP} --models bert-large-full,bert-large-half --compile both --attention "
+    "eager,sdpa,hf_flashattn,hf_flashattn_unpad,hf_flashattn_flat "
+    "--json benchmarks/results/bert_large_compiled.json"
 )
 BERT = (
     "python examples/train_bert.py --corpus DIR --size mini --attention {A} --batching {B} "
@@ -217,18 +259,21 @@ ROWS = (
         f"{STEP} --overlay-steps 300 --json benchmarks/results/training_step.json",
         speed("gpt2"),
     ),
-    Row("the same at contexts of 512 to 8k", "gpt2_grid.json", GRID, speed("gpt2")),
+    Row("the same at contexts of 512 to 8k", "gpt2_grid*.json", GRID, speed("gpt2")),
     Row(
         "GPT-2 medium trains 3.0x as fast as Hugging Face's, 1.7x as Megatron's (table 2)",
-        "gpt2_grid.json",
+        "gpt2_grid*.json",
         GRID,
         speed("gpt2-medium"),
     ),
     Row(
-        "(all of them under torch.compile, which the paper did not have)",
-        "gpt2_compiled.json",
-        f"{STEP} --models gpt2 --compile yes --json benchmarks/results/gpt2_compiled.json",
-        speed("gpt2", compiled=True),
+        "(GPT-2 small under torch.compile, which the paper did not have)",
+        "gpt2_grid*.json gpt2_compiled.json",
+        GRID,
+        compiled_speed("gpt2"),
+    ),
+    Row(
+        "(GPT-2 medium under torch.compile)", "gpt2_grid*.json", GRID, compiled_speed("gpt2-medium")
     ),
     Row(
         "BERT-large trains 15 % faster than MLPerf 1.1's record (table 1)",
@@ -236,6 +281,18 @@ ROWS = (
         f"{STEP} --models bert-large --attention eager,sdpa,hf_flashattn,hf_flashattn_unpad "
         "--json benchmarks/results/bert_large.json",
         speed("bert-large"),
+    ),
+    Row(
+        "(BERT-large without padding, under torch.compile)",
+        "bert_large_compiled*.json",
+        BERT_LARGE,
+        compiled_speed("bert-large-full"),
+    ),
+    Row(
+        "(BERT-large with half of its places padding, under torch.compile)",
+        "bert_large_compiled*.json",
+        BERT_LARGE,
+        compiled_speed("bert-large-half"),
     ),
     Row(
         "BERT-large reaches 72.0 % of masked tokens in 17.4 instead of 20.0 minutes (table 1)",
@@ -251,8 +308,8 @@ ROWS = (
     ),
     Row(
         "GPT-2 small with 4 times the context: perplexity 17.5 instead of 18.2 (table 4)",
-        "gpt2_context_*.json",
-        GPT2,
+        "context.json",
+        CONTEXT,
         perplexity_by_context,
     ),
     Row(

@@ -101,7 +101,7 @@ class Run:
         text = command.read_corpus(args, self.say)
         tokenizer = get_tokenizer(args.tokenizer, text, args.vocab_size, args.cache_dir)
         blocks = pack_corpus(text, tokenizer, args.context, args.packing, args.seed, args.cache_dir)
-        self.held_out: Any = blocks.held_out
+        self.held_out = blocks.held_out
         if args.eval_window:
             self.held_out = held_out_windows(
                 text, tokenizer, args.eval_window, args.eval_blocks, args.cache_dir

@@ -94,10 +94,11 @@ class Call:
         """position_ids (B or 1, S) that nobody has searched for packed sequences yet.
 
         Transformers looks where there is neither mask nor cache, in causal models, and then makes a
-        mask. An all-ones mask is no mask; with another one, positions say nothing about packing.
+        mask. An all-ones mask is no mask; with another one, or where the caller says where
+        sequences end, positions say nothing about packing.
         """
         positions = self.extra.get("position_ids")
-        if positions is None or self.mask is not None or positions.dim() != 2:
+        if positions is None or self.mask is not None or self.given or positions.dim() != 2:
             return None
         seqlen_q = self.seqlen_q
         if seqlen_q == 1 or seqlen_q != self.seqlen_k or positions.shape[1] != seqlen_q:

@@ -358,6 +358,7 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
             raise _altered(mask, seqlen_q, seqlen_k)
         return known
     tracing = _compat.is_tracing(mask)
+    # Compared by order alone: of symbols, "in (n, n + 1)" is False to torch.compile.
     rows, width = mask.shape[2], mask.shape[3]
     if mask.shape[1] != 1:
         raise _altered(mask, seqlen_q, seqlen_k)
@@ -365,11 +366,11 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
         start, length = mask[:, 0, 0, 0].contiguous(), mask[:, 0, 0, 1].contiguous()
         # Only after a copy to another device is this column read back.
         found = KeyRange(start, length, width > 2, int(mask[0, 0, 0, 3]) if width == 4 else None)
-    elif rows == 2 and width in (seqlen_q + seqlen_k, seqlen_q + seqlen_k + 1):
+    elif rows == 2 and 0 <= width - (seqlen_q + seqlen_k) <= 1:
         query_ids, key_ids = mask[:, 0, 0, :seqlen_q], mask[:, 0, 0, seqlen_q : seqlen_q + seqlen_k]
         plan = None if tracing else plan_varlen(query_ids, key_ids)
         found = Segments(query_ids, key_ids, width > seqlen_q + seqlen_k, plan)
-    elif rows == 3 and width in (seqlen_k, seqlen_k + 1):
+    elif rows == 3 and 0 <= width - seqlen_k <= 1:
         order, inverse, count = mask[:, 0, 0, :seqlen_k], mask[:, 0, 1, :seqlen_k], mask[:, 0, 2, 0]
         found = Compaction(order, inverse, count.contiguous(), width > seqlen_k)
     else:

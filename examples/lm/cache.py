@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from lm.failures import UsageError
 
 
@@ -21,24 +23,25 @@ def default_cache() -> Path:
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Returns `folder`; where it does not exist, `make` fills a temporary one that is then renamed.
 
-    Two processes may do so at the same time: the first rename wins and both results are equal.
+    A process that wants it while another one makes it waits.
     """
     if folder.is_dir():
         return folder
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        lock.acquire()
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     except OSError as error:
+        lock.release()
         raise UsageError(
             f"to write below {folder.parent}", str(error), "name another folder with --cache-dir"
         ) from error
     try:
-        make(work)
-        try:
+        if not folder.is_dir():
+            make(work)
             work.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        lock.release()
     return folder

@@ -1,5 +1,8 @@
 """Documents to blocks of a fixed number of tokens, and blocks to the batch of a step.
 
+Text becomes tokens once, on all cores; every context packs blocks of these. All of it is kept in
+the cache, where a process that comes second waits for the first (cache.py).
+
 Every document ends with the end-of-text token. Two ways to fill blocks, neither with padding:
 
 chain  shuffled documents one after the other, cut every `context` tokens
@@ -11,13 +14,15 @@ whole  a document of at least `context` tokens starts its own block and fills as
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Sequence, Value, load_from_disk
+from datasets import Dataset, Features, Sequence, Value
 
 from lm.cache import made_once
 from lm.corpus import Corpus, unit_hash
@@ -26,7 +31,7 @@ from lm.tokenizer import Tokenizer, tokenizer_fingerprint
 
 Batch = dict[str, torch.Tensor]  # the keyword arguments of a forward
 
-DOCUMENTS_PER_PACK = 1000  # packs are independent; less than one block is lost at the end of each
+DOCUMENTS_A_WORKER = 250  # below it, another process costs more than it saves
 WHOLE_FROM = 2048  # from this context on, `auto` keeps documents whole
 
 
@@ -38,12 +43,47 @@ class Step(NamedTuple):
 
 
 @dataclass
-class Blocks:
-    """Blocks of `context` tokens on disk, column `input_ids` (int32, shape (context,))."""
+class Tokens:
+    """Documents one after the other, each with its end-of-text token."""
 
-    train: Dataset
-    held_out: Dataset
+    ids: np.ndarray  # uint16 or int32 (tokens,), on disk
+    ends: np.ndarray  # int64 (documents,): where each ends in ids
+    text_bytes: int  # of the text that they were
+
+    def documents(self, order: Rows[int] | np.ndarray | None = None) -> list[np.ndarray]:
+        """Views of ids, in this order."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return [
+            self.ids[starts[i] : self.ends[i]]
+            for i in (range(len(self.ends)) if order is None else order)
+        ]
+
+
+@dataclass
+class Blocks:
+    """Blocks of `context` tokens on disk, uint16 or int32 (blocks, context)."""
+
+    train: np.ndarray
+    held_out: np.ndarray
     statistics: dict[str, float]
+
+
+def tokenise(corpus: Corpus, side: str, tokenizer: Tokenizer, cache: Path) -> Tokens:
+    """The tokens of corpus.train or corpus.held_out, made on all cores or found in the cache."""
+
+    def make(folder: Path) -> None:
+        ids, ends, size = _tokenise(getattr(corpus, side), tokenizer)
+        np.save(folder / "ids.npy", ids)
+        np.save(folder / "ends.npy", ends)
+        (folder / "bytes.json").write_text(json.dumps(size))
+
+    key = f"tokens-{corpus.fingerprint}-{tokenizer_fingerprint(tokenizer)}-{side}"
+    folder = made_once(cache / key, make)
+    return Tokens(
+        np.load(folder / "ids.npy", mmap_mode="r"),
+        np.load(folder / "ends.npy"),
+        json.loads((folder / "bytes.json").read_text()),
+    )
 
 
 def pack_corpus(
@@ -72,47 +112,42 @@ def pack_corpus(
 
     def make(folder: Path) -> None:
         statistics: dict[str, float] = {}
-        for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
-            tokens = _tokenise(documents, tokenizer)
-            count = int(sum(tokens["tokens"]))
-            blocks = _pack(tokens.shuffle(seed=seed), context, whole)
+        for side in ("train", "held_out"):
+            tokens = tokenise(corpus, side, tokenizer, cache)
+            lengths = np.diff(tokens.ends, prepend=0)
+            order = np.random.default_rng(seed).permutation(len(lengths))
+            blocks = fill_blocks(tokens.documents(order), context, whole)
             if len(blocks) == 0:
-                raise _too_short(side, context, count, len(documents))
-            blocks.save_to_disk(str(folder / side))
+                raise _too_short(side, context, len(tokens.ids), len(lengths))
+            np.save(folder / f"{side}.npy", blocks)
+            in_long = lengths[lengths >= context].sum()
             statistics |= {
-                f"{side}_tokens": count,
+                f"{side}_tokens": len(tokens.ids),
                 f"{side}_blocks": len(blocks),
-                f"{side}_bytes_per_token": sum(tokens["bytes"]) / count,
-                f"{side}_share_in_documents_of_a_block_or_more": sum(
-                    n for n in tokens["tokens"] if n >= context
-                )
-                / count,
+                f"{side}_bytes_per_token": tokens.text_bytes / len(tokens.ids),
+                f"{side}_share_in_documents_of_a_block_or_more": float(in_long / len(tokens.ids)),
             }
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=1))
 
-    folder = made_once(cache / f"blocks-{key}", make)
-    return Blocks(
-        load_from_disk(str(folder / "train")).with_format("numpy"),
-        load_from_disk(str(folder / "held_out")).with_format("numpy"),
-        json.loads((folder / "statistics.json").read_text()),
-    )
+    folder = made_once(cache / f"packed-{key}", make)
+    sides = [np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "held_out")]
+    return Blocks(*sides, json.loads((folder / "statistics.json").read_text()))
 
 
-def fill_blocks(documents: list[list[int]], context: int, whole: bool) -> list[np.ndarray]:
-    """Blocks of exactly `context` tokens; what does not fill the last one is dropped."""
+def fill_blocks(documents: Rows[Rows[int] | np.ndarray], context: int, whole: bool) -> np.ndarray:
+    """(blocks, context) of the documents' dtype; what does not fill the last one is dropped."""
     blocks: list[np.ndarray] = []
     chain: list[np.ndarray] = []
     for document in documents:
-        tokens = np.asarray(document, dtype=np.int32)
+        tokens = np.asarray(document)
         if whole:
             full = len(tokens) // context * context
-            blocks.extend(tokens[:full].reshape(-1, context))
+            blocks.append(tokens[:full].reshape(-1, context))
             tokens = tokens[full:]
         chain.append(tokens)
-    chained = np.concatenate(chain) if chain else np.empty(0, np.int32)
+    chained = np.concatenate(chain)
     full = len(chained) // context * context
-    blocks.extend(chained[:full].reshape(-1, context))
-    return blocks
+    return np.concatenate([*blocks, chained[:full].reshape(-1, context)])
 
 
 class BatchOrder:
@@ -148,7 +183,7 @@ class BlockBatches:
     """The steps of one process, from blocks of which each is a row; a label is the token itself."""
 
     def __init__(
-        self, blocks: Dataset, batch_size: int, accumulate: int, seed: int, process: int = 0,
+        self, blocks: np.ndarray, batch_size: int, accumulate: int, seed: int, process: int = 0,
         processes: int = 1, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.blocks, self.batch_size, self.device = blocks, batch_size, torch.device(device)
@@ -157,17 +192,13 @@ class BlockBatches:
         self.mine = slice(process * mine, (process + 1) * mine)
 
     def step(self, step: int) -> Step:
-        tokens = fetch(self.blocks, self.order.step(step)[self.mine], self.device)
+        tokens = to_device(self.blocks[self.order.step(step)[self.mine]], self.device)
         rows = tokens.split(self.batch_size)
         return Step([{"input_ids": row, "labels": row} for row in rows], tokens.numel())
 
 
-def fetch(blocks: Dataset, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Token ids of the blocks, int64, shape (len(numbers), tokens of a block), on the device."""
-    return to_device(np.stack(blocks[numbers.tolist()]["input_ids"]), device)
-
-
 def to_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """int64, of the same shape."""
     tokens = torch.from_numpy(rows.astype(np.int64))
     if device.type == "cuda":
         tokens = tokens.pin_memory()
@@ -177,7 +208,7 @@ def to_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
 def held_out_windows(
     corpus: Corpus, tokenizer: Tokenizer, window: int, limit: int, cache: Path
 ) -> np.ndarray:
-    """Windows of window + 1 tokens, int32, shape (up to limit, window + 1), each within a document.
+    """Windows of window + 1 tokens, shape (up to limit, window + 1), each within a document.
 
     Which ones depends on names, text and tokenizer alone: they are the same for every context and
     seed, and so are the `window` tokens to predict in each.
@@ -190,16 +221,14 @@ def held_out_windows(
     def make(folder: Path) -> None:
         names = corpus.held_out["name"][:]
         order = sorted(range(len(names)), key=lambda i: unit_hash("window:" + names[i]))
-        tokens = _tokenise(corpus.held_out.select(order), tokenizer)
-        rows = [
-            np.asarray(ids[: len(ids) // (window + 1) * (window + 1)], np.int32)
-            for ids in tokens["input_ids"]
-        ]
+        tokens = tokenise(corpus, "held_out", tokenizer, cache)
+        documents = tokens.documents(order)
+        rows = [ids[: len(ids) // (window + 1) * (window + 1)] for ids in documents]
         windows = np.concatenate(rows).reshape(-1, window + 1)
         if len(windows) == 0:
             raise UsageError(
                 f"a held-out document of more than {window} tokens for --eval-window {window}",
-                f"{max(tokens['tokens'])} tokens in the longest",
+                f"{max(map(len, documents))} tokens in the longest",
                 "a smaller --eval-window, or text with longer documents",
             )
         np.save(folder / "windows.npy", windows)
@@ -207,10 +236,14 @@ def held_out_windows(
     return np.load(made_once(cache / f"windows-{key}", make) / "windows.npy")[:limit]
 
 
-def _tokenise(documents: Dataset, tokenizer: Tokenizer) -> Dataset:
+def _tokenise(documents: Dataset, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
+    """(ids, ends, bytes of text), as in Tokens."""
     end = tokenizer.eos_token_id
+    workers = min(len(os.sched_getaffinity(0)), len(documents) // DOCUMENTS_A_WORKER)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
+        if workers > 1:  # this is one of them: else each would start as many threads again
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         encoded = tokenizer(
             batch["text"],
             add_special_tokens=False,
@@ -219,32 +252,23 @@ def _tokenise(documents: Dataset, tokenizer: Tokenizer) -> Dataset:
         )["input_ids"]
         return {
             "input_ids": [[*ids, end] for ids in encoded],
-            "tokens": [len(ids) + 1 for ids in encoded],
             "bytes": [len(text.encode()) for text in batch["text"]],
         }
 
-    return documents.map(
+    found = documents.map(
         encode,
         batched=True,
-        batch_size=256,
+        batch_size=64,
+        num_proc=workers if workers > 1 else None,
         remove_columns=documents.column_names,
-        features=Features(
-            {
-                "input_ids": Sequence(Value("int32")),
-                "tokens": Value("int64"),
-                "bytes": Value("int64"),
-            }
-        ),
+        features=Features({"input_ids": Sequence(Value("int32")), "bytes": Value("int64")}),
     )
-
-
-def _pack(tokens: Dataset, context: int, whole: bool) -> Dataset:
-    return tokens.select_columns(["input_ids"]).map(
-        lambda batch: {"input_ids": fill_blocks(batch["input_ids"], context, whole)},
-        batched=True,
-        batch_size=DOCUMENTS_PER_PACK,
-        features=Features({"input_ids": Sequence(Value("int32"), length=context)}),
-    )
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    # Of the Arrow table: as lists of Python, 100 M tokens take minutes.
+    chunks = found.with_format("arrow")[:]["input_ids"].chunks
+    ids = np.concatenate([chunk.flatten().to_numpy().astype(dtype) for chunk in chunks])
+    ends = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks]).cumsum()
+    return ids, ends.astype(np.int64), sum(found["bytes"])
 
 
 def _too_short(side: str, context: int, tokens: int, documents: int) -> UsageError:

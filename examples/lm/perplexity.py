@@ -11,9 +11,8 @@ import evaluate
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 
-from lm.packing import fetch, to_device
+from lm.packing import to_device
 from lm.training import Trainee
 
 METRIC = Path(__file__).parents[1] / "metrics" / "perplexity"
@@ -22,7 +21,7 @@ FIRST_BIN = 128  # positions; every later bin is as wide as all before it
 
 @torch.no_grad()
 def held_out_perplexity(
-    trainee: Trainee, held_out: Dataset | np.ndarray, limit: int, batch_size: int, context: int
+    trainee: Trainee, held_out: np.ndarray, limit: int, batch_size: int, context: int
 ) -> dict[str, Any]:
     """Perplexity over held-out text, shared out between the processes.
 
@@ -36,7 +35,7 @@ def held_out_perplexity(
     """
     accelerator, model = trainee.accelerator, trainee.model
     model.eval()
-    whole = isinstance(held_out, np.ndarray)
+    whole = held_out.shape[1] > context
     width = held_out.shape[1] - 1 if whole else context - 1
     numbers = np.arange(min(limit, len(held_out)))
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -47,11 +46,7 @@ def held_out_perplexity(
     nll: list[float] = []
     for start in range(0, len(mine), batch_size):
         chosen = mine[start : start + batch_size]
-        tokens = (
-            to_device(held_out[chosen], accelerator.device)
-            if whole
-            else fetch(held_out, chosen, accelerator.device)
-        )  # (B, width + 1)
+        tokens = to_device(held_out[chosen], accelerator.device)  # (B, width + 1)
         losses = torch.cat([_losses(model, *part) for part in _blocks(tokens, context)], 1)
         losses = losses[: max(real - start, 0)].double().cpu()
         nll += losses.sum(1).tolist()

@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 torch = pytest.importorskip("torch")
 
+from example_helpers import write_documents  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def script():
@@ -134,19 +136,79 @@ def test_step_parts_writes_and_draws(script, tmp_path: Path):
     assert path.with_suffix(".png").stat().st_size > 1000
 
 
-def test_two_processes_are_measured_as_two(script, tmp_path: Path):
-    path = tmp_path / "scaling.json"
-    options = ["--tiny", "--cpu", "--attention", "sdpa", "--steps", "2", "--warmup", "1"]
-    assert script("scaling").main([*options, "--json", str(path)]) == 0
-    counts = json.loads(path.read_text())["counts"]
-    assert [count["processes"] for count in counts] == [1, 2]
-    one, two = (count["runs"]["sdpa"] for count in counts)
-    assert one["efficiency"] == 1 and two["efficiency"] > 0
-    tokens = [run["tokens_per_second"] * run["step_ms"]["median"] for run in (one, two)]
-    assert tokens[1] == pytest.approx(2 * tokens[0])
+def test_two_processes_are_measured_beside_one_and_continued(script, tmp_path: Path, monkeypatch):
+    pytest.importorskip("datasets")
+    pytest.importorskip("evaluate")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    scaling, path = script("scaling"), tmp_path / "scaling.json"
+    given = scaling.command
+    text = ["--text", str(write_documents(tmp_path)), "--vocab-size", "300"]
+    monkeypatch.setattr(scaling, "command", lambda *args: given(*args) + text)
+    options = ["--cpu", "--size", "tiny", "--context", "32", "--tokens-per-step", "256"]
+    options += ["--curve-steps", "3", "--kinds", "curve", "--cache-dir", str(tmp_path / "cache")]
+    options += ["--json", str(path), "--layouts"]
+    assert scaling.main([*options, "one"]) == 0
+    assert scaling.main([*options, "one", "ddp"]) == 0
+    one, two = json.loads(path.read_text())["runs"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["efficiency"] == 1 and two["efficiency"] == pytest.approx(two["speedup"] / 2)
+    assert two["gap"]["largest"] < 1e-3 and len(two["losses"]) == 3
+
+
+def test_a_run_that_fails_is_said_and_others_go_on(script, tmp_path: Path, monkeypatch, capsys):
+    scaling = script("scaling")
+    monkeypatch.setattr(scaling, "command", lambda *args: [sys.executable, "-c", "exit('no room')"])
+    options = ["--cpu", "--layouts", "one", "ddp", "--kinds", "curve"]
+    assert scaling.main(options) == 1
+    said = capsys.readouterr().err
+    assert said.count("no room") == 2 and "expected ddp curve to train" in said
 
 
 def test_two_gpus_are_needed_for_two_processes(script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit, match="expected 2 GPUs; got 1; next step"):
         script("scaling").main([])
+
+
+def test_flat_batches_have_the_loss_of_padded_ones(script, monkeypatch):
+    training_step = script("training_step")
+    monkeypatch.setattr(training_step, "DROPOUT", 0.0)
+    shape, cpu = training_step.TINY["bert-large-half"], torch.device("cpu")
+    batch = training_step.random_batch("bert-large-half", shape, torch.Generator().manual_seed(0))
+    losses = []
+    for attention in ("eager", training_step.FLAT):
+        current = training_step.contender("bert-large-half", shape, attention, 0, cpu, False)
+        formed = training_step.to_device(current.form(batch), cpu)
+        losses.append([current.step(formed).item() for _ in range(3)])
+    flat = training_step.flattened(batch)
+    assert flat["input_ids"].shape == (1, training_step.real_tokens(batch))
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_attentions_without_padding_are_left_out_where_they_say_nothing(script):
+    training_step = script("training_step")
+    unpadded = [training_step.UNPADDED, training_step.FLAT]
+    for name, compiled, expected in (
+        ("bert-large-half", False, unpadded),
+        ("bert-large-half", True, [training_step.FLAT]),
+        ("bert-large-full", False, []),
+    ):
+        shape = training_step.SHAPES[name]
+        assert training_step.attentions_for(shape, compiled, ["eager", *unpadded]) == [
+            "eager",
+            *expected,
+        ]
+    assert "attention_mask" not in training_step.random_batch(
+        "bert-large-full", training_step.TINY["bert-large-full"], torch.Generator()
+    )
+
+
+def test_nothing_is_begun_after_the_time_limit(script, tmp_path: Path, capsys):
+    path = tmp_path / "steps.json"
+    options = ["--tiny", "--cpu", "--models", "gpt2", "--steps", "1", "--max-seconds", "-1"]
+    assert script("training_step").main([*options, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["models"] == []
+    options = ["--tiny", "--cpu", "--parts", "body", "--last", "512", "--max-seconds", "-1"]
+    assert script("memory").main(options) == 0
+    assert capsys.readouterr().out.count("no time for") == 4

@@ -57,8 +57,11 @@ def test_times_bert_without_padding(training_step, tmp_path: Path, capsys):
 
 def test_unpadding_is_for_padded_models_only(training_step):
     assert "hf_flashattn_unpad" not in training_step.parse([]).attention
-    with pytest.raises(SystemExit, match="expected --models bert-large with hf_flashattn_unpad"):
-        training_step.parse(["--attention", "hf_flashattn_unpad"])
+    with pytest.raises(SystemExit, match="expected --models bert-large or bert-large-half with hf"):
+        training_step.parse(["--models", "gpt2", "--attention", "hf_flashattn_unpad"])
+    with pytest.raises(SystemExit, match="expected hf_flashattn_flat to compile"):
+        options = ["--models", "bert-large", "--attention", "hf_flashattn_unpad"]
+        training_step.parse([*options, "--compile", "yes"])
 
 
 def test_what_was_timed_survives_a_failing_overlay(training_step, tmp_path: Path, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,10 @@ datasets = pytest.importorskip("datasets")
 evaluate = pytest.importorskip("evaluate")
 
 import numpy as np  # noqa: E402
+from lm import packing  # noqa: E402
 from lm.cache import made_once  # noqa: E402
 from lm.corpus import local_files, split_documents, unit_hash  # noqa: E402
-from lm.packing import BatchOrder, fill_blocks, pack_corpus  # noqa: E402
+from lm.packing import BatchOrder, fill_blocks, pack_corpus, tokenise  # noqa: E402
 from lm.tokenizer import get_tokenizer  # noqa: E402
 from lm.training import UNLIMITED, Recipe  # noqa: E402
 
@@ -86,13 +89,29 @@ def test_packing_ends_documents_and_keeps_held_out_text_out(tmp_path: Path):
     tokenizer = get_tokenizer("corpus", corpus, 300, tmp_path)
     blocks = pack_corpus(corpus, tokenizer, 16, "chain", 0, tmp_path)
     for side, packed in ((corpus.train, blocks.train), (corpus.held_out, blocks.held_out)):
-        ids = np.stack(packed[:]["input_ids"])
-        assert ids.shape[1] == 16
-        pieces = tokenizer.decode(ids.flatten()).split("<|endoftext|>")
+        assert packed.shape[1] == 16 and packed.dtype == np.uint16
+        pieces = tokenizer.decode(packed.flatten()).split("<|endoftext|>")
         assert set(pieces[:-1]) <= set(side["text"])  # the last one is cut by the last block
         assert len(pieces) >= len(side)
     again = pack_corpus(corpus, tokenizer, 16, "chain", 0, tmp_path)
-    assert blocks.train[:]["input_ids"].tolist() == again.train[:]["input_ids"].tolist()
+    assert blocks.train.tolist() == again.train.tolist()
+
+
+def test_tokens_are_the_same_however_many_processes_make_them(tmp_path: Path, monkeypatch):
+    texts = [f"document {i} " + f"word{i} " * (i % 7) for i in range(50)]
+    source = datasets.Dataset.from_dict({"name": [str(i) for i in range(50)], "text": texts})
+    corpus = split_documents(source, "test", 0.3)
+    tokenizer = get_tokenizer("corpus", corpus, 300, tmp_path)
+    monkeypatch.setattr(packing, "DOCUMENTS_A_WORKER", 10**6)
+    alone = tokenise(corpus, "train", tokenizer, tmp_path / "alone")
+    monkeypatch.setattr(packing, "DOCUMENTS_A_WORKER", 5)
+    monkeypatch.setattr(packing.os, "sched_getaffinity", lambda process: {0, 1, 2})
+    shared = tokenise(corpus, "train", tokenizer, tmp_path / "shared")
+    assert shared.ids.tolist() == alone.ids.tolist()
+    assert shared.ends.tolist() == alone.ends.tolist()
+    decoded = [tokenizer.decode(ids[:-1]) for ids in shared.documents()]
+    assert decoded == corpus.train["text"][:]
+    assert shared.text_bytes == sum(map(len, decoded))
 
 
 def test_batches_visit_every_block_once_an_epoch():
@@ -135,8 +154,21 @@ def test_a_cached_folder_is_complete_or_not_there(tmp_path: Path):
 
     with pytest.raises(RuntimeError, match="stopped"):
         made_once(tmp_path / "made", fails)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["made.lock"]
     calls = []
     for _ in range(2):
         made_once(tmp_path / "made", lambda folder: calls.append((folder / "all").touch()))
     assert len(calls) == 1 and (tmp_path / "made" / "all").exists()
+
+
+def test_the_second_waits_for_the_first_to_make_a_folder(tmp_path: Path):
+    calls = []
+
+    def slow(folder: Path) -> None:
+        calls.append(folder)
+        time.sleep(0.2)
+        (folder / "all").touch()
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: made_once(tmp_path / "made", slow), range(4)))
+    assert len(calls) == 1 and {(path / "all").exists() for path in found} == {True}

@@ -141,6 +141,44 @@ def test_flash_kwargs_of_a_flattening_collator():
             assert (got[0] - expected).abs().max() < 2e-5
 
 
+def test_a_compiled_flat_batch_is_traced_once_for_any_number_of_tokens():
+    model, graphs = bert(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad(), hf_flashattn.patched(model) as report:
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for lengths in ((5, 1, 7), (4, 4, 2), (1, 6, 5)):
+            ids = tokens(1, sum(lengths))
+            positions = torch.cat([torch.arange(n) for n in lengths])[None]
+            cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            given = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+            given |= {"max_length_q": LENGTH, "max_length_k": LENGTH}
+            expected = [output(model, {"input_ids": p})[0] for p in ids.split(lengths, dim=1)]
+            for x in (ids, positions):
+                torch._dynamo.mark_dynamic(x, 1)
+            got = output(compiled, {"input_ids": ids, "position_ids": positions, **given})
+            assert (got[0] - torch.cat(expected)).abs().max() < 2e-5
+        assert len(graphs) == 1
+        assert {row.runs for row in report.rows} == {"cpu implementation"}
+
+
+def test_compiled_padded_batches_of_another_length_are_one_graph():
+    model = bert()
+    torch.compiler.reset()
+    with torch.no_grad(), hf_flashattn.patched(model):
+        compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+        for length in (LENGTH, LENGTH - 3):
+            ids, mask = tokens()[:, :length], torch.ones(BATCH, length, dtype=torch.long)
+            mask[0, length - 4 :] = 0
+            batch = {"input_ids": ids, "attention_mask": mask}
+            expected, got = output(model, batch), output(compiled, batch)
+            assert ((got - expected) * mask[..., None]).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
 def test_positions_that_do_not_restart_are_not_packed(make):
     """Shifted, constant, arbitrary or plain positions must not cut an encoder's sequence."""

@@ -66,10 +66,38 @@ def test_numbers_are_those_of_the_files(results, tmp_path: Path):
     )
     unpadded = {"eager": step(20.0), "hf_flashattn": step(10.0), "hf_flashattn_unpad": step(5.0)}
     write(tmp_path, "bert_large.json", models=[model("bert-large", 512, **unpadded)])
-    for seed, perplexity in enumerate((4.0, 5.0, 6.0)):
-        settings = {"layers": 8, "hidden": 512, "context": 1024, "seed": seed}
-        runs = {"hf_flashattn": {"perplexities": [{"perplexity": perplexity}]}}
-        write(tmp_path, f"gpt2_context_1024_seed_{seed}.json", settings=settings, runs=runs)
+    half = [model("bert-large-half", 512, eager=step(40.0)), model("bert-large-half", 512)]
+    half[1] |= {
+        "compile": True,
+        "runs": {"sdpa": step(20.0), "hf_flashattn_flat": step(10.0), "eager": full},
+    }
+    write(tmp_path, "bert_large_compiled.json", models=half)
+
+    def job(name: str, perplexity: float, attention: str = "hf_flashattn", speed: float = 50.0):
+        return {
+            "model": name,
+            "attention": attention,
+            "context": 1024,
+            "perplexity": perplexity,
+            "tokens": 1000,
+            "tokens_per_second": speed,
+        }
+
+    jobs = [job("mini", perplexity) for perplexity in (4.0, 5.0, 6.0)]
+    jobs += [job("gpt2", 3.0), job("gpt2", 0.0, "eager", 10.0)]
+    write(tmp_path, "context.json", jobs=jobs)
+    runs = [
+        {"layout": "one", "kind": "speed", "processes": 1, "speedup": 1.0, "gap": {}},
+        {"layout": "ddp", "kind": "speed", "processes": 2, "speedup": 1.95, "gap": {}},
+        {
+            "layout": "fsdp",
+            "kind": "curve",
+            "processes": 2,
+            "losses": [1.0, 2.0],
+            "gap": {"mean": 1e-4, "largest": 2e-3},
+        },
+    ]
+    write(tmp_path, "scaling.json", runs=runs)
     write(
         tmp_path,
         "memory.json",
@@ -90,8 +118,16 @@ def test_numbers_are_those_of_the_files(results, tmp_path: Path):
     assert link == "[gpt2_grid](results/gpt2_grid.json)"
     assert row(page, "GPT-2 medium")[1] == results.NOT_RUN  # the file has none
     assert "4 x 512 (unpad): 5.0 ms, x eager 4.00" in row(page, "BERT-large trains")[1]
-    _, ours, _, command, _ = row(page, "GPT-2 small with 4 times")
-    assert ours == "8 x 512, context 1024: 5.00 +- 1.00, 3 seed(s)" and "and 2 more" in command
+    assert row(page, "(BERT-large with half")[1] == (
+        "4 x 512 (flat): 10.0 ms, x sdpa 2.00, x eager out of memory, x eager not compiled 4.00"
+    )
+    assert row(page, "GPT-2 small with 4 times")[1] == (
+        "gpt2, context 1024: 3.000, 1 seed(s), 20 s (eager at 1k: 100 s)<br>"
+        "mini, context 1024: 5.000 +- 1.000, 3 seed(s), 20 s"
+    )
+    assert row(page, "(data-parallel")[1] == (
+        "ddp, 2 GPUs: x 1.95<br>fsdp, 2 GPUs: 2 steps, gap to one GPU 1.0e-04 nats, at most 2.0e-03"
+    )
     assert row(page, "memory linear")[1] == (
         "eager: 1024 tokens in 3.5 GiB, last doubling x 3.50, out of memory at 2048"
     )

@@ -164,8 +164,11 @@ def _why_not(call: Call) -> str | None:
         return (
             f"{kind} {mask.dim()}-D mask: made by the caller, or neither causal, padded nor packed"
         )
-    if isinstance(found, Segments) and found.plan is None:
-        return "packed or holed mask made outside the compiled region"
+    if isinstance(found, Segments) and found.plan is None and not call.has_lengths:
+        return (
+            "packed: a trace cannot count the sequences; pass cu_seq_lens_q, cu_seq_lens_k, "
+            "max_length_q and max_length_k too, as DataCollatorWithFlattening and TRL do"
+        )
     if (positions := call.unchecked_positions) is not None and _compat.is_tracing(positions):
         return "position_ids from the caller: packed or not cannot be seen while tracing"
     if call.value.shape[-1] != call.query.shape[-1]:
@@ -265,6 +268,8 @@ def _run(call: Call) -> Tensor:
         "deterministic": call.deterministic,
     }
     if isinstance(found, Segments):
+        if found.plan is None:
+            return _run_given(q, k, v, call.extra, options)
         return _run_varlen(q, k, v, found.plan, options)
     if isinstance(found, Packed):
         return _run_varlen(q, k, v, found.unpadding.varlen, options)

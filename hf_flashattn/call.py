@@ -67,9 +67,14 @@ class Call:
         return window - 1, 0 if self.causal else window - 1
 
     @property
-    def given(self) -> bool:
+    def has_lengths(self) -> bool:
         """Whether the caller says where sequences end: cu_seq_lens_q (B + 1,), cu_seq_lens_k."""
-        return self.found is None and self.extra.get("cu_seq_lens_q") is not None
+        return self.extra.get("cu_seq_lens_q") is not None
+
+    @property
+    def given(self) -> bool:
+        """Whether nothing but has_lengths says it."""
+        return self.found is None and self.has_lengths
 
     @property
     def deterministic(self) -> bool:
@@ -97,7 +102,7 @@ class Call:
         mask. An all-ones mask is no mask; with another one, positions say nothing about packing.
         """
         positions = self.extra.get("position_ids")
-        if positions is None or self.mask is not None or positions.dim() != 2:
+        if positions is None or self.mask is not None or positions.dim() != 2 or self.given:
             return None
         seqlen_q = self.seqlen_q
         if seqlen_q == 1 or seqlen_q != self.seqlen_k or positions.shape[1] != seqlen_q:

@@ -18,8 +18,9 @@ the device.
 Reading the device: outside torch.compile, once per 2-D mask, to learn whether the kept keys are
 neighbours (KeyRange) or not (Segments). Under torch.compile
 and CUDA graph capture, never: a 2-D mask becomes a Compaction, right for every mask at the price of
-a gather of K and V (causal: Q too) per layer. Patterns that none of these can express become
-Transformers' boolean mask, and the layer falls back.
+a gather of K and V (causal: Q too) per layer. Packed positions become Segments whose layers need
+the caller's cu_seq_lens, as no trace can count the sequences. Patterns that none of these can
+express become Transformers' boolean mask, and the layer falls back.
 """
 
 from __future__ import annotations
@@ -107,6 +108,9 @@ def attention_mask(
     )
     tracing = _compat.is_tracing(attention_mask)
     pattern = _pattern(mask_function, kwargs, tracing)
+    if pattern is None and _traced_packing(mask_function, arguments):
+        ids = _traced_ids(mask_function, batch_size, q_length, device)
+        return encode_segments(ids, ids, causal=True)
     if (
         pattern is None
         or not isinstance(kv_offset, int)
@@ -122,7 +126,7 @@ def attention_mask(
         arguments.update(q_offset=q_offset, kv_offset=0, attention_mask=attention_mask)
 
     if pattern.packed_ids is not None:
-        if tracing or q_length != kv_length:
+        if q_length != kv_length:
             return _compat.explicit_mask(**arguments)
         ids = pattern.packed_ids.expand(batch_size, -1) + 1
         return encode_segments(ids, ids, causal=pattern.causal)
@@ -166,6 +170,29 @@ def _pattern(
         return _compat.MaskPattern(causal=True, unpacked=True)
     # Closures cannot be read under torch.compile.
     return None if torch.compiler.is_compiling() else _compat.describe_mask(mask_function)
+
+
+def _traced_packing(mask_function: Any, arguments: dict[str, Any]) -> bool:
+    """Under torch.compile: packed sequences from their first token on, and nothing else?"""
+    return (
+        torch.compiler.is_compiling()
+        and arguments["attention_mask"] is None
+        and arguments["q_length"] == arguments["kv_length"]
+        and isinstance(arguments["q_offset"], int)
+        and arguments["q_offset"] == arguments["kv_offset"] == 0
+        and _compat.traced_packing_only(mask_function, arguments)
+    )
+
+
+def _traced_ids(mask_function: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    """int32 (B, S): the number of each token's sequence, from 1.
+
+    A token that does not see the one before it is the first of its sequence.
+    """
+    rows = torch.arange(batch, device=device)[:, None]
+    tokens = torch.arange(1, length, device=device)[None]
+    sees = mask_function(rows, torch.zeros_like(rows), tokens, tokens - 1)  # (B, S - 1)
+    return F.pad((~sees).cumsum(-1), (1, 0)).to(torch.int32) + 1
 
 
 def _windowed(pattern: _compat.MaskPattern, kv_length: int) -> bool:

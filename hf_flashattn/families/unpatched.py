@@ -11,6 +11,7 @@ import functools
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_flashattn import _compat
@@ -28,8 +29,13 @@ def mask_of_a_name(**arguments: Any) -> Tensor | None:
     return attention_mask(**arguments)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a trace neither follows the search nor guards on it
 def _runs_own_code(config_class: type) -> bool:
+    return _search(config_class)
+
+
+@functools.cache
+def _search(config_class: type) -> bool:
     folder = config_class.__module__.rpartition(".configuration_")[2]
     home = sys.modules.get(f"transformers.models.{folder}.modeling_{folder}")
     for key in FAMILIES:

@@ -214,6 +214,38 @@ def test_compile_with_positions_from_the_caller_is_right():
     assert (got - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
+def test_compile_packed_with_lengths(make, use_cache):
+    """Whoever also says where sequences end stays on the op; packings share their graphs."""
+    model, eager = make(), make()
+    options = {"use_cache": use_cache} if make is gpt2 else {}
+    with hf_flashattn.patched(model, strict=True) as report:
+        fast = compiled(model, "aot_eager")
+        for lengths in ([6, 7], [3, 9, 1], [13], [2, 2, 9]):
+            ids = tokens(1, seed=len(lengths))
+            parts = torch.split(ids, lengths, dim=1)
+            with torch.no_grad():
+                expected = torch.cat([output(eager, {"input_ids": x})[0] for x in parts])
+            cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            got = output(
+                fast,
+                {
+                    "input_ids": ids,
+                    "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+                    "cu_seq_lens_q": cu,
+                    "cu_seq_lens_k": cu,
+                    "max_length_q": max(lengths),
+                    "max_length_k": max(lengths),
+                    **options,
+                },
+            )
+            assert (got[0] - expected).abs().max() < 2e-5, lengths
+            got.square().mean().backward()
+        assert_traced_on_op(report)
+        assert {row.calls.cpu for row in report.rows if row.calls.total} == {2}
+
+
 def test_compile_layer_by_layer():
     """Masks made outside the graph go through; the layers' numbers are no guards."""
     for kind in ("left", "none", "holed"):

@@ -348,20 +348,37 @@ def _run_compacted(
 
     Causal: the queries in the same order, and the result back in theirs.
     """
-    causal = options["causal"]
+    causal, order, inverse = options["causal"], found.order, found.inverse
     out = functional.flash_attn_func(
-        _reorder(q, found.order) if causal else q,
-        _reorder(k, found.order),
-        _reorder(v, found.order),
+        _Reorder.apply(q, order, inverse) if causal else q,
+        _Reorder.apply(k, order, inverse),
+        _Reorder.apply(v, order, inverse),
         **options,
         key_start=torch.zeros_like(found.count),
         key_len=found.count,
     )
-    return _reorder(out, found.inverse) if causal else out
+    return _Reorder.apply(out, inverse, order) if causal else out
 
 
-def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """(B, S, H, D) with the tokens of row b in the order order[b]."""
+class _Reorder(torch.autograd.Function):
+    """(B, S, H, D) with the tokens of row b in the order order[b]; inverse[b] leads back.
+
+    The gradient goes back by a gather too. torch's own would add into zeros, one atomic an element,
+    as it cannot know that no token comes twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return _take(x, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(grad, inverse, order), None, None
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
     batch, seqlen = order.shape
     rows = torch.arange(batch, device=x.device)[:, None] * seqlen
     return (

@@ -16,6 +16,8 @@ from model_helpers import (
     padding,
     tokens,
 )
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import hf_flashattn
 
@@ -200,6 +202,33 @@ def test_compile_backward(make):
     scale = max(grad.abs().max() for grad in expected.values())
     for name, grad in expected.items():
         assert (grads[f"_orig_mod.{name}"] - grad).abs().max() < 1e-5 * scale, name
+
+
+@MAKERS
+def test_compiled_padding_goes_back_without_scattering(make):
+    """What a 2-D mask costs a compiled layer is gathers, in the backward too: no index is added."""
+    model, mask, graphs = make(), padding("left"), []
+    inputs = {"input_ids": tokens(), "attention_mask": mask} | (
+        {} if make is bert else {"use_cache": False}
+    )
+
+    def keep(graph, example):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    with hf_flashattn.patched(model, strict=True):
+        fast = torch.compile(
+            model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        )
+        output(fast, inputs).square().mean().backward()
+    forward, backward = graphs
+    assert forward.count("hf_flashattn.forward.default") == 2
+    assert backward.count("hf_flashattn.backward.default") == 2
+    gathers = [name for name in backward if name.startswith("aten.index_select")]
+    assert len(gathers) == 2 * (2 if make is bert else 4)
+    added = [x for x in backward if "index_add" in x or "index_put" in x or "scatter" in x]
+    assert added == []
 
 
 def test_compile_with_positions_from_the_caller_is_right():

@@ -106,6 +106,7 @@ __all__ = [
     "hidden_states_collector",
     "is_tracing",
     "missing",
+    "misstates_causality",
     "plain_name",
     "register",
     "register_masked",
@@ -201,7 +202,7 @@ class MaskPattern:
 
     causal: bool = False
     packed_ids: Tensor | None = None  # (B, S) integer: tokens with equal numbers belong together
-    window: int | None = None  # keys further away than this are masked
+    window: int | None = None  # keys this far away, or further, are masked
     unpacked: bool = False  # composed for packed sequences, of which there are none
 
 
@@ -227,8 +228,10 @@ def describe_mask(mask_function: Callable) -> MaskPattern | None:
             return MaskPattern(packed_ids=held["packed_sequence_mask"])
         if maker == "remap_positions_for_packed_sequence":
             return describe_mask(held["mask_function"])
-        if maker in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+        if maker == "sliding_window_overlay":
             return MaskPattern(window=int(held["sliding_window"]))
+        if maker == "sliding_window_bidirectional_overlay":  # which counts without the token itself
+            return MaskPattern(window=int(held["sliding_window"]) + 1)
     except KeyError:
         return None
     return None
@@ -290,6 +293,22 @@ def eager_function(module: nn.Module) -> Callable | None:
         if function is not None:
             return function
     return None
+
+
+# Folders of Transformers whose modules say causal, or not, against their own eager attention, which
+# goes by masks alone: SDPA and flash attention are wrong there wherever there is no mask.
+_MISSTATED = frozenset(
+    {
+        "aimv2",  # is_causal=False in its text model
+        "bridgetower",  # is_causal=True in layers between text and image
+    }
+)
+
+
+def misstates_causality(cls: type) -> bool:
+    """Whether a model, module or config class is of these; then no mask means: sees everything."""
+    parts = cls.__module__.split(".")
+    return parts[:2] == ["transformers", "models"] and parts[2] in _MISSTATED
 
 
 def attentions_wanted() -> bool:

@@ -92,7 +92,7 @@ def attention_forward(
         None
         if attention_mask is None
         else masks.decode(attention_mask, query.shape[2], key.shape[2]),
-        bool(is_causal if is_causal is not None else getattr(module, "is_causal", True)),
+        _says_causal(module, attention_mask, is_causal),
         dropout,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         kwargs,
@@ -110,6 +110,12 @@ def attention_forward(
         return _run(call), None
     _refuse_or_count(module, settings, reason)
     return fall_back(call, settings.fallback)
+
+
+def _says_causal(module: nn.Module, mask: Tensor | None, is_causal: bool | None) -> bool:
+    if mask is None and _compat.misstates_causality(type(module)):
+        return False
+    return bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
 
 
 def refuse_or_count(module: nn.Module, reason: str) -> None:
@@ -267,6 +273,10 @@ def _run(call: Call) -> Tensor:
         "causal": causal,
         "deterministic": call.deterministic,
     }
+    if call.window != (-1, -1):
+        options["window_size"] = call.window
+    if softcap := call.extra.get("softcap"):
+        options["softcap"] = softcap
     if isinstance(found, Segments):
         if found.plan is None:
             return _run_given(q, k, v, call.extra, options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat
-from hf_flashattn.masks import TRACED, Descriptor, Packed
+from hf_flashattn.masks import TRACED, Descriptor, KeyRange, Packed
 from hf_flashattn.unpadding import VarlenPlan, packed_ids, plan_varlen
 
 # position_ids -> (version, batch, VarlenPlan or None)
@@ -57,6 +57,8 @@ class Call:
         Transformers' sliding_window counts the token itself, flash-attn's does not.
         """
         window = self.extra.get("sliding_window")
+        if isinstance(self.found, KeyRange) and self.found.window is not None:
+            window = self.found.window
         longest = self.seqlen_k
         if isinstance(self.found, Packed):
             longest = self.found.unpadding.seqlen

@@ -7,6 +7,7 @@ shape says what it is, its contents say the whole truth, and what was computed f
 remembered beside it.
 
     KeyRange    (B, 1, 1, 2 | 3 | 4)  [start, length, 0, keys used]: padding; static caches
+                (B, 1, 4 + window, 2 | 3)  the same in every line: a sliding window on top
     Segments    (B, 1, 2, Sq + Sk)    numbers of query and key tokens, 0 is nowhere: holes, packing
     Compaction  (B, 1, 3, Sk)         order that puts the kept keys first, inverse, their count
     Packed      (1, 1, 4, total)      an encoder's batch without its padding: encoder_unpadding.py
@@ -32,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_flashattn import _compat
+from hf_flashattn import _compat, support
 from hf_flashattn.descriptors import (
     Compaction,
     Descriptor,
@@ -115,7 +116,7 @@ def attention_mask(
         pattern is None
         or not isinstance(kv_offset, int)
         or (kv_offset != 0 and pattern.packed_ids is not None)
-        or _windowed(pattern, kv_length)
+        or (_windowed(pattern, kv_length) and not _window_runs(pattern, arguments, tracing))
         or _must_materialize(pattern, q_length, kwargs)
     ):
         return _compat.explicit_mask(**arguments)
@@ -131,6 +132,8 @@ def attention_mask(
         ids = pattern.packed_ids.expand(batch_size, -1) + 1
         return encode_segments(ids, ids, causal=pattern.causal)
 
+    if _windowed(pattern, kv_length):
+        return _range_with_window(pattern, arguments, device)
     if pattern.causal and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_length):
         return _preallocated(arguments, device, tracing)
     if attention_mask is None:
@@ -156,6 +159,22 @@ def stated_mask(**arguments: Any) -> Tensor:
     start = torch.zeros(arguments["batch_size"], dtype=torch.int32, device=device)
     length = start + arguments["kv_length"]
     return encode_range(start, length, causal=pattern.causal, full=True)
+
+
+def legible_mask(**arguments: Any) -> Tensor | None:
+    """attention_mask in Transformers' own form, bool (B, 1, Sq, Sk): for models that read it.
+
+    What the carrier would have said is remembered of this tensor, and found by layers that get it
+    as it is. Under torch.compile it is not.
+    """
+    carrier = attention_mask(**arguments)
+    if carrier is None or carrier.dtype == torch.bool:
+        return carrier
+    legible = _compat.explicit_mask(**arguments)
+    found = _DECODED.get(carrier)
+    if found is not None:
+        _DECODED[legible] = found
+    return legible
 
 
 def _pattern(
@@ -197,6 +216,40 @@ def _traced_ids(mask_function: Any, batch: int, length: int, device: torch.devic
 
 def _windowed(pattern: _compat.MaskPattern, kv_length: int) -> bool:
     return pattern.window is not None and kv_length > pattern.window
+
+
+def _window_runs(
+    pattern: _compat.MaskPattern, arguments: dict[str, Any], tracing: bool
+) -> bool:
+    """Can a KeyRange say this windowed pattern, to kernels that have windows?"""
+    q_length, kv_length, q_offset = (arguments[x] for x in ("q_length", "kv_length", "q_offset"))
+    window = pattern.window - 1, 0 if pattern.causal else pattern.window - 1
+    return (
+        support.explain_features(window=window, causal=pattern.causal) is None
+        and pattern.packed_ids is None
+        and isinstance(q_offset, int)
+        and q_offset + q_length == kv_length
+        and arguments["kv_offset"] == 0
+        and not (tracing and arguments["attention_mask"] is not None)
+    )
+
+
+def _range_with_window(
+    pattern: _compat.MaskPattern, arguments: dict[str, Any], device: torch.device
+) -> Tensor:
+    """A KeyRange, or Transformers' boolean mask if there are holes, for distances count them."""
+    batch, kv_length, mask = (arguments[x] for x in ("batch_size", "kv_length", "attention_mask"))
+    start = torch.zeros(batch, dtype=torch.int32, device=device)
+    length, tokens = start + kv_length, None
+    if mask is not None:
+        kept = _fit(mask, kv_length)
+        tokens = Tokens(kept, _read(kept))
+        start, length, neighbours = _range_of(tokens.known)
+        if not bool(neighbours.all()):
+            return _compat.explicit_mask(**arguments)
+        start, length = torch.stack([start, length]).to(device, non_blocking=True)
+    causal = pattern.causal and arguments["q_length"] > 1
+    return encode_range(start, length, causal=causal, tokens=tokens, window=pattern.window)
 
 
 def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[str, Any]) -> bool:
@@ -308,6 +361,7 @@ def encode_range(
     used: int | None = None,
     tokens: Tokens | None = None,
     full: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """int32 (B, 1, 1, 2), causal 3, with `used` 4. `full` is only remembered, never encoded."""
     columns = [start, length]
@@ -316,8 +370,11 @@ def encode_range(
     if used is not None:
         columns.append(torch.full_like(start, used))
     carrier = torch.stack(columns, dim=-1)[:, None, None]
+    if window is not None:
+        carrier = carrier.expand(-1, -1, 4 + window, -1)  # without memory
     if not _compat.is_tracing(carrier):
-        found = KeyRange(start.contiguous(), length.contiguous(), causal, used, tokens, full)
+        start, length = start.contiguous(), length.contiguous()
+        found = KeyRange(start, length, causal, used, tokens, full, window)
         _DECODED[carrier] = found
     return carrier
 
@@ -374,7 +431,7 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
 
     Raises ValueError if a carrier was altered on its way, as masks of the usual form may be.
     """
-    if mask.dtype != torch.int32 or mask.dim() != 4:
+    if mask.dtype not in (torch.int32, torch.bool) or mask.dim() != 4:
         return None
     if not torch.compiler.is_compiling() and (known := _DECODED.get(mask)) is not None:
         if isinstance(known, Segments):
@@ -384,14 +441,18 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
         elif isinstance(known, Packed) and known.unpadding.total != seqlen_q:
             raise _altered(mask, seqlen_q, seqlen_k)
         return known
+    if mask.dtype == torch.bool:
+        return None
     tracing = _compat.is_tracing(mask)
     rows, width = mask.shape[2], mask.shape[3]
     if mask.shape[1] != 1:
         raise _altered(mask, seqlen_q, seqlen_k)
-    if rows == 1 and 2 <= width <= 4:
+    if (rows == 1 or rows > 4) and 2 <= width <= 4:
         start, length = mask[:, 0, 0, 0].contiguous(), mask[:, 0, 0, 1].contiguous()
         # Only after a copy to another device is this column read back.
-        found = KeyRange(start, length, width > 2, int(mask[0, 0, 0, 3]) if width == 4 else None)
+        used = int(mask[0, 0, 0, 3]) if width == 4 else None
+        window = rows - 4 if rows > 4 else None
+        found = KeyRange(start, length, width > 2, used, window=window)
     elif rows == 2 and width in (seqlen_q + seqlen_k, seqlen_q + seqlen_k + 1):
         query_ids, key_ids = mask[:, 0, 0, :seqlen_q], mask[:, 0, 0, seqlen_q : seqlen_q + seqlen_k]
         plan = None if tracing else plan_varlen(query_ids, key_ids)
@@ -441,8 +502,10 @@ def dense(
     elif isinstance(found, Compaction):
         causal = found.causal
         mask = (found.inverse < found.count[:, None])[:, None, None, :]
+    rows = torch.arange(seqlen_q, device=device)[:, None] + (last_key + 1 - seqlen_q)
+    if isinstance(found, KeyRange) and found.window is not None:
+        mask = mask & ((keys - rows).abs() < found.window)[None, None]
     if causal and seqlen_q > 1:
-        rows = torch.arange(seqlen_q, device=device)[:, None] + (last_key + 1 - seqlen_q)
         below = (keys <= rows)[None, None]
         mask = below if mask is None else mask & below
     if mask is not None:

@@ -28,6 +28,8 @@ from model_helpers import (
     tokens,
 )
 from transformers import (
+    Aimv2TextConfig,
+    Aimv2TextModel,
     AutoModel,
     AutoModelForCausalLM,
     BartConfig,
@@ -42,6 +44,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -396,3 +400,59 @@ def test_auto_classes(name, tmp_path):
         hf_flashattn.attention_report(loaded).assert_all_on_kernel(allow_cpu=True)
         fresh = auto.from_config(model.config, attn_implementation=name)
         assert fresh.config._attn_implementation == name
+
+
+# ---- models whose masks are read, or say more than their modules ---------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "left", "right"])
+@pytest.mark.parametrize("way", ["patched", "by name"])
+def test_a_text_model_whose_modules_deny_that_they_are_causal(way, kind):
+    """AIMv2 says is_causal=False and means its mask, which stock SDPA drops without padding."""
+    config = Aimv2TextConfig(**SMALL, max_position_embeddings=32)
+    model, ids, mask = build(Aimv2TextModel, config), tokens(), padding(kind)
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    got, report = output_by(way, model, {"input_ids": ids, "attention_mask": mask})
+    rows = slice(None) if mask is None else mask.bool()
+    assert (got - expected)[rows].abs().max() < 1e-5
+    report.assert_all_on_kernel(allow_cpu=True)
+
+
+@pytest.mark.parametrize("way", ["patched", "by name"])
+def test_a_pooler_that_reads_the_mask(way):
+    """SigLIP 2 asks for a mask that it repeats for each head; its layers still run on the op."""
+    config = Siglip2VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_patches=16,
+        patch_size=4,
+    )
+    model = build(Siglip2VisionModel, config)
+    kept = torch.ones(2, 16, dtype=torch.long)
+    kept[1, 12:] = 0
+    inputs = {
+        "pixel_values": torch.randn(2, 16, 3 * 4 * 4),
+        "pixel_attention_mask": kept,
+        "spatial_shapes": torch.tensor([[4, 4], [3, 4]]),
+    }
+    expected = model(**inputs)
+    got, report = output_by(way, model, inputs, whole=True)
+    assert (got.pooler_output - expected.pooler_output).abs().max() < 1e-5
+    assert (got.last_hidden_state - expected.last_hidden_state)[kept.bool()].abs().max() < 1e-5
+    layers = [row for row in report.rows if row.calls.total]
+    assert len(layers) == 2 and all(row.runs == "cpu implementation" for row in layers), report
+
+
+def output_by(way, model, inputs, whole=False):
+    """(what the model gives, its report): patched, or loaded anew under our name."""
+    if way == "patched":
+        report = hf_flashattn.patch_model(model)
+    else:
+        state = model.state_dict()
+        model = build(type(model), copy.deepcopy(model.config), "hf_flashattn")
+        model.load_state_dict(state)
+        report = hf_flashattn.attention_report(model)
+    out = model(**inputs)
+    return out if whole else out.last_hidden_state, report

@@ -9,6 +9,7 @@ Transformers does not have.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -74,6 +75,11 @@ PRIVATE_NAMES = (
         "transformers.modeling_flash_attention_utils",
         "_lazy_imports",
         "lets our name pass as a flash name",
+    ),
+    (
+        "transformers.modeling_utils",
+        "PreTrainedModel._check_and_adjust_attn_implementation",
+        "lets our name reach models that take only some flash implementations",
     ),
     ("transformers.modeling_flash_attention_utils", "_pad_input", "handed out with our functions"),
     (
@@ -141,6 +147,7 @@ def register(
 
     A name with "flash" in it also passes Transformers' lazy flash import, which is handed
     flash_functions() -> (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache or None).
+    Models that list the flash implementations they take get the last name instead, which has none.
     Additive and idempotent: what other implementations get is untouched.
     """
     for name in names:
@@ -148,6 +155,7 @@ def register(
         if _PAGED + "sdpa" in ALL_ATTENTION_FUNCTIONS:  # later versions drop the prefix themselves
             AttentionInterface.register(_PAGED + name, attention)
     _wrap_lazy_imports(frozenset(names), flash_functions)
+    _wrap_name_check(names[0], names[-1])
 
 
 def plain_name(implementation: str | None) -> str | None:
@@ -191,6 +199,22 @@ def _wrap_lazy_imports(names: frozenset[str], flash_functions: Callable[[], tupl
 
     _lazy_imports._hf_flashattn_names = names
     modeling_flash_attention_utils._lazy_imports = _lazy_imports
+
+
+def _wrap_name_check(flash_name: str, other: str) -> None:
+    """Transformers would put the first of the model's own list in the place of a flash name."""
+    original = PreTrainedModel._check_and_adjust_attn_implementation
+    if getattr(original, "_hf_flashattn_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def check(self: PreTrainedModel, name: str | None, *args: Any, **kwargs: Any) -> str:
+        if plain_name(name) == flash_name and self._compatible_flash_implementations:
+            name = name.removesuffix(flash_name) + other
+        return original(self, name, *args, **kwargs)
+
+    check._hf_flashattn_wrapped = True
+    PreTrainedModel._check_and_adjust_attn_implementation = check
 
 
 # ---- masks ---------------------------------------------------------------------------------------

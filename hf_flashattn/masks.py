@@ -218,9 +218,7 @@ def _windowed(pattern: _compat.MaskPattern, kv_length: int) -> bool:
     return pattern.window is not None and kv_length > pattern.window
 
 
-def _window_runs(
-    pattern: _compat.MaskPattern, arguments: dict[str, Any], tracing: bool
-) -> bool:
+def _window_runs(pattern: _compat.MaskPattern, arguments: dict[str, Any], tracing: bool) -> bool:
     """Can a KeyRange say this windowed pattern, to kernels that have windows?"""
     q_length, kv_length, q_offset = (arguments[x] for x in ("q_length", "kv_length", "q_offset"))
     window = pattern.window - 1, 0 if pattern.causal else pattern.window - 1

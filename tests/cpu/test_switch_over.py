@@ -41,9 +41,8 @@ def mistral() -> MistralForCausalLM:
 
 
 def gemma2() -> Gemma2ForCausalLM:
-    config = Gemma2Config(
-        **SIZES, **GROUPED, sliding_window=WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=2.0
-    )  # fmt: skip
+    capped = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
+    config = Gemma2Config(**SIZES, **GROUPED, **capped, sliding_window=WINDOW)
     return build(Gemma2ForCausalLM, config)
 
 
@@ -79,10 +78,16 @@ def stand_in(
     seen = seen & (ahead <= 0 if causal else seen)
     seen = seen & (ahead >= -left if left >= 0 else seen) & (ahead <= right if right >= 0 else seen)
     if key_start is not None:
-        keys, start, end = torch.arange(seqlen_k), key_start[:, None], (key_start + key_len)[:, None]
+        keys, start, end = (
+            torch.arange(seqlen_k),
+            key_start[:, None],
+            (key_start + key_len)[:, None],
+        )
         seen = seen & ((keys >= start) & (keys < end))[:, None, None]
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v.repeat_interleave(q.shape[2] // v.shape[2], 2))
+    return torch.einsum(
+        "bhqk,bkhd->bqhd", weights, v.repeat_interleave(q.shape[2] // v.shape[2], 2)
+    )
 
 
 @pytest.fixture

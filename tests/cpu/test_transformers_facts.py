@@ -314,8 +314,8 @@ def gpt_oss():
     return build(GptOssForCausalLM, config)
 
 
-@pytest.mark.parametrize("way", ["patch", "hf_fused_attn"])
-def test_a_model_that_declares_its_flash_implementations(way):
+@pytest.mark.parametrize("way", ["patch", *NAMES, "loaded"])
+def test_a_model_that_declares_its_flash_implementations(way, tmp_path):
     """GPT-OSS: Transformers would put one of its own in the place of any other flash name."""
     assert GptOssForCausalLM._compatible_flash_implementations
     model, mask = gpt_oss(), padding("left")
@@ -323,10 +323,14 @@ def test_a_model_that_declares_its_flash_implementations(way):
     expected = output(model, inputs)
     if way == "patch":
         report = hf_flashattn.patch_model(model)
-        assert model.config._attn_implementation == "hf_fused_attn"
     else:
-        model.set_attn_implementation(way)
+        if way == "loaded":
+            model.save_pretrained(tmp_path)
+            model = GptOssForCausalLM.from_pretrained(tmp_path, attn_implementation=NAMES[0])
+        else:
+            model.set_attn_implementation(way)
         report = hf_flashattn.attention_report(model)
+    assert model.config._attn_implementation == "hf_fused_attn"
     assert (output(model, inputs) - expected)[mask.bool()].abs().max() < 1e-5
     assert all(row.calls.fallback == 1 and "sinks" in row.why for row in report.rows)
 

@@ -92,9 +92,12 @@ RULES: tuple[tuple[str, float], ...] = (
     (r"sliding_window(_size)?|attention_chunk_size|local_attention|window_size", 8),
     (r"num_(nextn_predict|mtp|kv_shared)_layers|mtp_num_layers", 0),
     (r"image_size|input_size", IMAGE),
+    (r"(out|text|audio)_hidden_size|condition_dim|codebook_dim", 64),
 )
 # Raised, to make attention far from uniform: with 0.02 every key would weigh the same.
 SPREAD = {"initializer_range": 0.15, "init_std": 0.15}
+# Types whose rotary positions are of time, height and width; the sizes of these are in the code.
+SECTIONED = r"_vl|glm4v|glm46v|glm_ocr|glm_image|omni|paddleocr"
 # What some classes leave to be worked out later, and never do.
 IF_NONE = {"head_dim": 16, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
 # Where the rules fail: attributes given outright.
@@ -157,6 +160,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif re.fullmatch(r".*_token_id", name) and isinstance(value, list):
             given[name] = FIRST_SPECIAL + specials
             specials += 1
+        elif name == "rope_parameters" and re.search(SECTIONED, config.model_type):
+            given[name] = (value or {}) | {"mrope_section": [2, 3, 3]}  # of half a head
         elif value is None and name in IF_NONE:
             given[name] = IF_NONE[name]
         elif isinstance(value, int) and not isinstance(value, bool):

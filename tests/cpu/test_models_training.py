@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from model_helpers import (
     LENGTH,
     assert_same,
@@ -273,6 +274,27 @@ def test_compile_packed_with_lengths(make, use_cache):
             got.square().mean().backward()
         assert_traced_on_op(report)
         assert {row.calls.cpu for row in report.rows if row.calls.total} == {2}
+
+
+@pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
+def test_capture_packed_with_lengths(make, monkeypatch):
+    """As under CUDA graph capture, where closures can be read but no tensor."""
+    for module in (hf_flashattn._compat, transformers.masking_utils):
+        monkeypatch.setattr(module, "is_tracing", lambda tensor=None: True)
+    model, ids, lengths = make(), tokens(1), [4, 9]
+    cu = torch.tensor([0, 4, 13], dtype=torch.int32)
+    given = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 9, "max_length_k": 9}
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    options = {"use_cache": False} if make is gpt2 else {}
+    inputs = {"input_ids": ids, "position_ids": positions, **options}
+    with torch.no_grad():
+        parts = [output(model, {"input_ids": x}) for x in torch.split(ids, lengths, dim=1)]
+        with hf_flashattn.patched(model, strict=True):
+            got = output(model, inputs | given)
+        with hf_flashattn.patched(model) as report:
+            assert (output(model, inputs) - torch.cat(parts, dim=1)).abs().max() < 2e-5
+            assert {row.runs for row in report.rows} == {"fallback"}
+    assert (got - torch.cat(parts, dim=1)).abs().max() < 2e-5
 
 
 def test_compile_layer_by_layer():

@@ -319,20 +319,21 @@ def eager_function(module: nn.Module) -> Callable | None:
     return None
 
 
-# Folders of Transformers whose modules say causal, or not, against their own eager attention, which
-# goes by masks alone: SDPA and flash attention are wrong there wherever there is no mask.
+# Models whose modules say causal, or not, against their own eager attention, which goes by masks
+# alone: SDPA and flash attention are wrong there wherever there is no mask.
 _MISSTATED = frozenset(
-    {
+    f"transformers.models.{name}.{kind}_{name}"
+    for name in (
         "aimv2",  # is_causal=False in its text model
         "bridgetower",  # is_causal=True in layers between text and image
-    }
+    )
+    for kind in ("modeling", "configuration")
 )
 
 
 def misstates_causality(cls: type) -> bool:
     """Whether a model, module or config class is of these; then no mask means: sees everything."""
-    parts = cls.__module__.split(".")
-    return parts[:2] == ["transformers", "models"] and parts[2] in _MISSTATED
+    return cls.__module__ in _MISSTATED
 
 
 def attentions_wanted() -> bool:

@@ -273,8 +273,8 @@ def _run(call: Call) -> Tensor:
         "causal": causal,
         "deterministic": call.deterministic,
     }
-    if call.window != (-1, -1):
-        options["window_size"] = call.window
+    if (window := call.window) != (-1, -1):
+        options["window_size"] = window
     if softcap := call.extra.get("softcap"):
         options["softcap"] = softcap
     if isinstance(found, Segments):

@@ -48,6 +48,7 @@ _DECODED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # carrier -> what
 
 
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, it on the CPU)
+_LEGIBLE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # legible mask -> its version
 
 
 class TracedFacts:
@@ -165,15 +166,15 @@ def legible_mask(**arguments: Any) -> Tensor | None:
     """attention_mask in Transformers' own form, bool (B, 1, Sq, Sk): for models that read it.
 
     What the carrier would have said is remembered of this tensor, and found by layers that get it
-    as it is. Under torch.compile it is not.
+    as it is: neither copied nor written to. Under torch.compile it is not.
     """
     carrier = attention_mask(**arguments)
     if carrier is None or carrier.dtype == torch.bool:
         return carrier
     legible = _compat.explicit_mask(**arguments)
-    found = _DECODED.get(carrier)
+    found = None if torch.compiler.is_compiling() else _DECODED.get(carrier)
     if found is not None:
-        _DECODED[legible] = found
+        _DECODED[legible], _LEGIBLE[legible] = found, _version(legible)
     return legible
 
 
@@ -283,12 +284,15 @@ def padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None
 
 def _read(kept: Tensor) -> Tensor:
     """`kept` on the CPU; read once, where a model makes several masks of the same tensor."""
-    version = -1 if kept.is_inference() else kept._version
-    known = _KNOWN.get(kept)
+    version, known = _version(kept), _KNOWN.get(kept)
     if known is None or known[0] != version or kept.is_inference():
         copy = kept.cpu()
         known = _KNOWN[kept] = (version, copy.clone() if copy is kept else copy)
     return known[1]
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
 
 
 def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool) -> Tensor:
@@ -431,7 +435,10 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
     """
     if mask.dtype not in (torch.int32, torch.bool) or mask.dim() != 4:
         return None
-    if not torch.compiler.is_compiling() and (known := _DECODED.get(mask)) is not None:
+    known = None if torch.compiler.is_compiling() else _DECODED.get(mask)
+    if mask.dtype == torch.bool and (known is None or _LEGIBLE.get(mask) != _version(mask)):
+        return None
+    if known is not None:
         if isinstance(known, Segments):
             sizes = known.query_ids.shape[1], known.key_ids.shape[1]
             if sizes != (seqlen_q, seqlen_k):
@@ -439,8 +446,6 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
         elif isinstance(known, Packed) and known.unpadding.total != seqlen_q:
             raise _altered(mask, seqlen_q, seqlen_k)
         return known
-    if mask.dtype == torch.bool:
-        return None
     tracing = _compat.is_tracing(mask)
     rows, width = mask.shape[2], mask.shape[3]
     if mask.shape[1] != 1:

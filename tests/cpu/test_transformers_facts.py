@@ -54,7 +54,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 import hf_flashattn
-from hf_flashattn import functional
+from hf_flashattn import functional, masks
 
 NAMES = ("hf_flashattn", "hf_fused_attn")
 SMALL = {
@@ -422,9 +422,7 @@ def test_a_text_model_whose_modules_deny_that_they_are_causal(way, kind):
     report.assert_all_on_kernel(allow_cpu=True)
 
 
-@pytest.mark.parametrize("way", ["patched", "by name"])
-def test_a_pooler_that_reads_the_mask(way):
-    """SigLIP 2 asks for a mask that it repeats for each head; its layers still run on the op."""
+def siglip2():
     config = Siglip2VisionConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -433,8 +431,13 @@ def test_a_pooler_that_reads_the_mask(way):
         num_patches=16,
         patch_size=4,
     )
-    model = build(Siglip2VisionModel, config)
-    kept = torch.ones(2, 16, dtype=torch.long)
+    return build(Siglip2VisionModel, config)
+
+
+@pytest.mark.parametrize("way", ["patched", "by name", "compiled"])
+def test_a_pooler_that_reads_the_mask(way):
+    """SigLIP 2 asks for a mask that it repeats for each head; its layers still run on the op."""
+    model, kept = siglip2(), torch.ones(2, 16, dtype=torch.long)
     kept[1, 12:] = 0
     inputs = {
         "pixel_values": torch.randn(2, 16, 3 * 4 * 4),
@@ -446,13 +449,27 @@ def test_a_pooler_that_reads_the_mask(way):
     assert (got.pooler_output - expected.pooler_output).abs().max() < 1e-5
     assert (got.last_hidden_state - expected.last_hidden_state)[kept.bool()].abs().max() < 1e-5
     layers = [row for row in report.rows if row.calls.total]
-    assert len(layers) == 2 and all(row.runs == "cpu implementation" for row in layers), report
+    runs = "fallback" if way == "compiled" else "cpu implementation"
+    assert len(layers) == 2 and all(row.runs == runs for row in layers), report
+
+
+def test_a_legible_mask_that_was_written_to_is_read_anew():
+    given = {"batch_size": 3, "q_length": LENGTH, "kv_length": LENGTH}
+    given["attention_mask"] = padding("left").bool()
+    mask = masks.legible_mask(**given)
+    assert masks.decode(mask, LENGTH, LENGTH).start.tolist() == [5, 1, 0]
+    assert masks.decode(mask.clone(), LENGTH, LENGTH) is None
+    mask[0, 0, :, 6] = False
+    assert masks.decode(mask, LENGTH, LENGTH) is None
 
 
 def output_by(way, model, inputs, whole=False):
-    """(what the model gives, its report): patched, or loaded anew under our name."""
-    if way == "patched":
+    """(what the model gives, its report): patched, compiled too, or loaded anew under our name."""
+    if way in ("patched", "compiled"):
         report = hf_flashattn.patch_model(model)
+        if way == "compiled":
+            torch._dynamo.reset()
+            model = torch.compile(model, backend="eager")
     else:
         state = model.state_dict()
         model = build(type(model), copy.deepcopy(model.config), "hf_flashattn")

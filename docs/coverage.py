@@ -1,13 +1,14 @@
-"""Walks Transformers' text models and writes docs/coverage.md: what runs where, model by model.
+"""Walks Transformers' models and writes docs/coverage.md: what runs where, model by model.
 
     python docs/coverage.py --jobs 4                  # all of them
     python docs/coverage.py --models bert,gpt2        # these; the other rows stay as they are
 
 Every model type of Transformers' mappings for causal, masked and sequence-to-sequence language
-modelling is built tiny, on the CPU, in fp32 and with random weights. A copy runs on eager, the
-other is patched, both on the same padded batches; logits of the tokens, gradients of all weights
-and a step with a cache are compared, and the report says what each attention module ran on.
-Each model has a process of its own, so that none can hang or end the walk.
+modelling, and of all others the base model ("base": images, sound, text with either), is built
+tiny, on the CPU, in fp32 and with random weights. A copy runs on eager, the other is patched, both
+on the same padded batches; what comes out at the tokens, gradients of all weights and a step with a
+cache are compared, packed documents with each alone, and the report says what each attention module
+ran on. Each model has a process of its own, so that none can hang or end the walk.
 """
 
 from __future__ import annotations
@@ -46,11 +47,21 @@ TASKS = {
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
+TEXT = set().union(*TASKS.values())
+TASKS["base"] = {
+    model: name if isinstance(name, str) else name[0]
+    for model, name in modeling_auto.MODEL_MAPPING_NAMES.items()
+    if model not in TEXT
+}
 TOLERANCE = 5e-4  # of the largest logit or gradient; MobileBERT is off by half of it under sdpa
 LARGEST = 50_000_000  # parameters of a model that counts as tiny
 VOCABULARY, FIRST_SPECIAL = 160, 120  # tokens of a batch lie below the special ones
 LENGTHS = (12, 9)  # of the two rows of a batch; a window is 8 wide
 SHORT = 7  # tokens of a batch within it
+DOCUMENTS = (5, 7, 2)  # tokens of those that are packed into a row
+SAMPLES = (2400, 1600)  # of the two sounds of a batch
+BINS = ("num_mel_bins", "feature_projection_input_dim", "feature_size", "input_dim")
+IMAGE = 64  # its sides, unless the config insists on others
 WHY_WIDTH = 110
 
 # ---- tiny configs --------------------------------------------------------------------------------
@@ -80,9 +91,13 @@ RULES: tuple[tuple[str, float], ...] = (
     (r"(mamba_)?(d_state|state_size|ssm_state_size)|mamba_n_groups|chunk_size", 8),
     (r"sliding_window(_size)?|attention_chunk_size|local_attention|window_size", 8),
     (r"num_(nextn_predict|mtp|kv_shared)_layers|mtp_num_layers", 0),
+    (r"image_size|input_size", IMAGE),
+    (r"(out|text|audio)_hidden_size|condition_dim|codebook_dim", 64),
 )
 # Raised, to make attention far from uniform: with 0.02 every key would weigh the same.
 SPREAD = {"initializer_range": 0.15, "init_std": 0.15}
+# Types whose rotary positions are of time, height and width; the sizes of these are in the code.
+SECTIONED = r"_vl|glm4v|glm46v|glm_ocr|glm_image|omni|paddleocr"
 # What some classes leave to be worked out later, and never do.
 IF_NONE = {"head_dim": 16, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
 # Where the rules fail: attributes given outright.
@@ -105,6 +120,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16},
 }
+for _name in ("swin", "swinv2", "swin2sr", "donut-swin", "maskformer-swin"):
+    OVERRIDES[_name] = {"embed_dim": 48, "window_size": 2}
+for _name in ("detr", "conditional_detr", "table-transformer", "dab-detr", "deformable_detr"):
+    OVERRIDES[_name] = {
+        "use_timm_backbone": False,
+        "backbone": None,
+        "backbone_config": {"model_type": "resnet", "hidden_sizes": [64] * 4, "depths": [1] * 4},
+    }
 OVERRIDES["led"] = OVERRIDES["longformer"]
 
 
@@ -137,6 +160,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif re.fullmatch(r".*_token_id", name) and isinstance(value, list):
             given[name] = FIRST_SPECIAL + specials
             specials += 1
+        elif name == "rope_parameters" and re.search(SECTIONED, config.model_type):
+            given[name] = (value or {}) | {"mrope_section": [2, 3, 3]}  # of half a head
         elif value is None and name in IF_NONE:
             given[name] = IF_NONE[name]
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -162,8 +187,9 @@ def build(model_type: str, task: str) -> nn.Module:
     cls = getattr(transformers, TASKS[task][model_type], None)
     if cls is None:
         raise NotBuilt(f"transformers has no {TASKS[task][model_type]}")
-    if getattr(cls, "main_input_name", "input_ids") != "input_ids":
-        raise NotBuilt(f"takes {cls.main_input_name}, not text")
+    takes = getattr(cls, "main_input_name", "input_ids")
+    if takes != "input_ids" and task != "base":
+        raise NotBuilt(f"takes {takes}, not text")
     try:
         config = tiny_config(model_type, task)
         if not isinstance(config, cls.config_class):
@@ -182,7 +208,7 @@ def build(model_type: str, task: str) -> nn.Module:
 
 
 class NotBuilt(Exception):
-    """There is no tiny model of this type that runs on text alone; says why."""
+    """There is no tiny model of this type that runs on what make_batches makes; says why."""
 
 
 # ---- one model -----------------------------------------------------------------------------------
@@ -210,29 +236,125 @@ def examine(model_type: str, task: str) -> Result:
     try:
         eager = build(model_type, task)
         model = copy.deepcopy(eager)
-        batches = {kind: make_batch(eager, kind) for kind in ("right", "left", "short")}
-        expected = {kind: _run(eager, batch) for kind, batch in batches.items()}
+        batches, expected = _run_first(eager, list(make_batches(eager)))
     except NotBuilt as error:
         return Result(model_type, task, "not built", why=str(error))
     except Exception as error:
         return Result(model_type, task, "not built", why=f"eager fails: {_line(error)}")
-    report, findings = None, []
-    unmasked = batches["left"] | {"attention_mask": torch.ones_like(batches["left"]["input_ids"])}
-    blind = not _differences("", _run(eager, unmasked, like=batches["left"]), expected["left"])
+    report, findings, notes = None, [], []
+    if "left" in batches and task != "base":
+        ones = torch.ones_like(batches["left"]["attention_mask"])
+        unmasked = batches["left"] | {"attention_mask": ones}
+        if not _differences("", _run(eager, unmasked, like=batches["left"]), expected["left"]):
+            notes.append("eager does not heed the mask")  # then agreement proves little
     try:
         report = hf_flashattn.patch_model(model)
         for kind, batch in batches.items():
-            got = _run(model, batch)
-            where = "without padding" if kind == "short" else f"padded {kind}"
-            findings += _differences(where, got, expected[kind])
-        findings += _compare_cache(eager, model, batches["left"])
+            where = f"padded {kind}" if kind in ("right", "left") else "without padding"
+            findings += _differences(where, _run(model, batch), expected[kind])
+        if "left" in batches:
+            findings += _compare_cache(eager, model, batches["left"])
+            found, more = _compare_packed(eager, model)
+            findings, notes = findings + found, notes + more
     except Exception as error:
         findings.append(f"raises {_line(error)}")
     result = _judge(model_type, task, report, findings)
-    if blind:  # then agreement proves little
-        note = "eager does not heed the mask"
-        result = replace(result, why="; ".join(filter(None, (result.why, note))))
-    return result
+    return replace(result, why="; ".join(filter(None, (result.why, *notes))))
+
+
+Batches = dict[str, dict[str, Tensor]]
+
+
+def _run_first(model: nn.Module, proposals: list[Batches]) -> tuple[Batches, dict[str, Outputs]]:
+    """The first batches that the model runs on, and what it makes of them."""
+    errors = []
+    for batches in proposals:
+        try:
+            made = {kind: _run(model, batch) for kind, batch in batches.items()}
+            if all(x.logits.isfinite().all() for x in made.values()):
+                return batches, made
+            raise FloatingPointError("what comes out is not finite")
+        except Exception as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def make_batches(model: nn.Module) -> Iterator[Batches]:
+    """What the model may run on, the likeliest first: batches by their kind."""
+    takes, main = inspect.signature(model.forward).parameters, model.main_input_name
+    if main == "input_ids":
+        text = {kind: make_batch(model, kind) for kind in ("right", "left", "short")}
+        yield text
+        image = _image(model, "pixel_values")
+        if "pixel_values" in takes:  # two towers
+            yield {kind: _ended(model, b) | {"pixel_values": image} for kind, b in text.items()}
+    elif main == "pixel_values":
+        image = _image(model, main)
+        yield {"images": {main: image}}
+        if "input_ids" in takes:
+            yield {"right": {main: image, **make_batch(model, "right")}}
+        frames = getattr(model.config, "num_frames", None) or 4
+        yield {"images": {main: image[:, None].repeat(1, frames, 1, 1, 1)}}
+    elif main == "input_values":
+        sound = torch.randn(2, max(SAMPLES), generator=torch.Generator().manual_seed(1))
+        lengths = torch.tensor(SAMPLES)[:, None]
+        mask = (torch.arange(max(SAMPLES)) < lengths).long()
+        if "attention_mask" in takes:
+            yield {"right": {main: sound, "attention_mask": mask}, "short": {main: sound}}
+        yield {"short": {main: sound}}
+        yield {"short": {main: sound[:, None]}}  # one channel
+        bins = getattr(model.config, "num_mel_bins", 16)
+        frames = getattr(model.config, "max_length", 32)
+        yield {"short": {main: torch.randn(2, frames, bins)}}
+    else:
+        yield from _features(model, main, takes)
+
+
+def _ended(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with the last token of each row what a text tower pools: its end-of-text token."""
+    config = getattr(model.config, "text_config", None) or model.config
+    ids, mask = batch["input_ids"].clone(), batch["attention_mask"]
+    last = (mask * torch.arange(mask.shape[1])).argmax(-1)
+    end = getattr(config, "eos_token_id", None)
+    ids[torch.arange(len(ids)), last] = end if isinstance(end, int) else FIRST_SPECIAL
+    return batch | {"input_ids": ids}
+
+
+def _image(model: nn.Module, name: str) -> Tensor:
+    """fp32 (2, channels, height, width)."""
+    config = model.config
+    vision = getattr(config, "vision_config", None) or config
+    size = getattr(vision, "image_size", None) or IMAGE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def _features(model: nn.Module, main: str, takes: Any) -> Iterator[Batches]:
+    """Frames of a spectrogram, either way round, or frames of a video."""
+    config = model.config
+    bins = next(
+        (getattr(config, name) for name in BINS if isinstance(getattr(config, name, None), int)),
+        80,
+    )
+    if main == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 32)
+        spectrum = torch.randn(2, 32, bins, generator=torch.Generator().manual_seed(1))
+        mask = (torch.arange(32) < torch.tensor([32, 24])[:, None]).long()
+        more = {}
+        if "decoder_input_ids" in takes:
+            more = {"decoder_input_ids": torch.randint(10, FIRST_SPECIAL, (2, SHORT))}
+        if "attention_mask" in takes:
+            masked = {main: spectrum, "attention_mask": mask, **more}
+            yield {"right": masked, "short": {main: spectrum, **more}}
+        yield {"short": {main: spectrum, **more}}
+        yield {"short": {main: torch.randn(2, bins, frames), **more}}
+    elif main == "pixel_values_videos":
+        size = getattr(config, "image_size", None) or getattr(config, "crop_size", IMAGE)
+        frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 4)
+        yield {"short": {main: torch.randn(1, frames, 3, size, size)}}
+    else:
+        raise NotBuilt(f"takes {main}: neither text nor images nor sound")
 
 
 def make_batch(model: nn.Module, kind: str) -> dict[str, Tensor]:
@@ -261,13 +383,17 @@ class Outputs:
 def _run(
     model: nn.Module, batch: dict[str, Tensor], like: dict[str, Tensor] | None = None
 ) -> Outputs:
-    """Logits and gradients; like: the batch whose tokens count."""
+    """What comes out first, and gradients; like: the batch whose tokens count."""
     torch.manual_seed(2)  # for models that draw numbers in eval mode
     model.zero_grad()
     logits = _logits(model(**batch, **_without_cache(model)))
     counted = like or batch
-    kept = counted.get("decoder_attention_mask", counted["attention_mask"]).bool()
-    logits = logits[:, -kept.shape[1] :][kept].float()
+    kept = counted.get("decoder_attention_mask", counted.get("attention_mask"))
+    if kept is not None and "input_ids" in batch and logits.shape[1:2] >= kept.shape[1:2]:
+        logits = logits[:, -kept.shape[1] :][kept.bool()]
+    elif kept is not None and logits.dim() == 3 and "input_ids" not in batch:
+        logits = logits[0]  # frames stand for several samples: the row that has no padding
+    logits = logits.float()
     weights = torch.rand(logits.shape, generator=torch.Generator().manual_seed(3)) - 0.5
     (logits * weights).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -280,7 +406,11 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 
 def _logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
-    return output[0] if logits is None else logits
+    if logits is None:
+        logits = output[0]
+    if isinstance(logits, (tuple, list)):
+        logits = logits[0]
+    return logits
 
 
 def _differences(where: str, got: Outputs, expected: Outputs) -> list[str]:
@@ -327,6 +457,42 @@ def _step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     cache = model(**first, use_cache=True).past_key_values
     last = batch | {tokens: batch[tokens][:, -1:]}
     return _logits(model(**last, past_key_values=cache, use_cache=True))[0]  # a row without padding
+
+
+def _compare_packed(eager: nn.Module, model: nn.Module) -> tuple[list[str], list[str]]:
+    """Documents packed into one row against each document alone, on eager: (findings, notes)."""
+    takes = inspect.signature(eager.forward).parameters
+    if "position_ids" not in takes or "decoder_input_ids" in takes or "attention_mask" not in takes:
+        return [], []
+    draw = torch.Generator().manual_seed(4)
+    documents = [
+        {
+            "input_ids": torch.randint(10, FIRST_SPECIAL, (1, n), generator=draw),
+            "position_ids": torch.arange(n)[None],
+        }
+        for n in DOCUMENTS
+    ]
+    row = {name: torch.cat([x[name] for x in documents], dim=1) for name in documents[0]}
+
+    def logits(which: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return _logits(which(**batch, **_without_cache(which)))
+
+    try:
+        expected = torch.cat([logits(eager, x) for x in documents], dim=1)
+        stock = logits(eager, row)
+    except Exception:
+        return [], []  # no positions of this form
+    if stock.shape != expected.shape:
+        return [], []  # pooled
+    off = _relative([(logits(model, row), expected)])
+    if off is None:
+        return [], []
+    if _relative([(stock, expected)]) is None:
+        return [f"packed: logits by {off}"], []
+    if _relative([(logits(model, row), stock)]) is None:
+        return [], ["packed documents see each other, on eager too"]
+    return [], [f"packed documents see each other (by {off}), on eager too, in another way"]
 
 
 def _judge(
@@ -457,8 +623,11 @@ Written by `python docs/coverage.py`; do not edit. {versions}: {total} models of
 **{counts}**.
 
 Each model is built tiny with random weights and run on the CPU, in fp32 and eval mode: batches
-padded right, padded left and short without padding, forward and backward, and one step with a
-cache. Eager and patched must agree to {tolerance} of the largest logit and of the largest gradient.
+padded right, padded left and short without padding, forward and backward, one step with a cache,
+and packed documents where the model takes `position_ids`, which must be those of each document
+alone. Eager and patched must agree to {tolerance} of the largest logit and of the largest gradient.
+Of types without a language model in their name the base model is tried ("base"), on images,
+sound or text.
 "Kernel" is here the operator's CPU implementation: the same calls, masks and reasons, but no GPU.
 Head dims are made small too, so a size that the kernels don't take can hide;
 `hf-flashattn report` tells it for a real config. Sliding windows and chunks are made shorter than
@@ -469,7 +638,7 @@ the padded batches: sequences within its window leave a layer on the kernel.
 | kernel, fallback, unsupported | what the attention modules ran on, all agree with eager |
 | differs | logits or gradients are off by this much of the largest |
 | raises | eager runs, the patched model does not |
-| not built | no tiny model, or eager itself does not run on token ids alone |
+| not built | no tiny model, or eager itself does not run on such a batch |
 
 Calls: on the kernel + on the fallback.
 

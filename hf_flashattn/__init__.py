@@ -25,8 +25,8 @@ from hf_flashattn.functional import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from hf_flashattn.masks import stated_mask
-from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, STATED_NAME
+from hf_flashattn.masks import legible_mask, stated_mask
+from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, LEGIBLE_NAME, STATED_NAME
 from hf_flashattn.patching import (
     PatchError,
     attention_report,
@@ -63,3 +63,4 @@ _compat.register(
     flash_functions=lambda: (flash_attn_func, flash_attn_varlen_func, None),
 )
 _compat.register_masked(STATED_NAME, attention=attention_forward, mask=stated_mask)
+_compat.register_masked(LEGIBLE_NAME, attention=attention_forward, mask=legible_mask)

@@ -9,6 +9,7 @@ Transformers does not have.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -75,6 +76,11 @@ PRIVATE_NAMES = (
         "_lazy_imports",
         "lets our name pass as a flash name",
     ),
+    (
+        "transformers.modeling_utils",
+        "PreTrainedModel._check_and_adjust_attn_implementation",
+        "lets our name reach models that take only some flash implementations",
+    ),
     ("transformers.modeling_flash_attention_utils", "_pad_input", "handed out with our functions"),
     (
         "transformers.modeling_flash_attention_utils",
@@ -106,6 +112,7 @@ __all__ = [
     "hidden_states_collector",
     "is_tracing",
     "missing",
+    "misstates_causality",
     "plain_name",
     "register",
     "register_masked",
@@ -140,6 +147,7 @@ def register(
 
     A name with "flash" in it also passes Transformers' lazy flash import, which is handed
     flash_functions() -> (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache or None).
+    Models that list the flash implementations they take get the last name instead, which has none.
     Additive and idempotent: what other implementations get is untouched.
     """
     for name in names:
@@ -147,6 +155,7 @@ def register(
         if _PAGED + "sdpa" in ALL_ATTENTION_FUNCTIONS:  # later versions drop the prefix themselves
             AttentionInterface.register(_PAGED + name, attention)
     _wrap_lazy_imports(frozenset(names), flash_functions)
+    _wrap_name_check(names[0], names[-1])
 
 
 def plain_name(implementation: str | None) -> str | None:
@@ -192,6 +201,22 @@ def _wrap_lazy_imports(names: frozenset[str], flash_functions: Callable[[], tupl
     modeling_flash_attention_utils._lazy_imports = _lazy_imports
 
 
+def _wrap_name_check(flash_name: str, other: str) -> None:
+    """Transformers would put the first of the model's own list in the place of a flash name."""
+    original = PreTrainedModel._check_and_adjust_attn_implementation
+    if getattr(original, "_hf_flashattn_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def check(self: PreTrainedModel, name: str | None, *args: Any, **kwargs: Any) -> str:
+        if plain_name(name) == flash_name and self._compatible_flash_implementations:
+            name = name.removesuffix(flash_name) + other
+        return original(self, name, *args, **kwargs)
+
+    check._hf_flashattn_wrapped = True
+    PreTrainedModel._check_and_adjust_attn_implementation = check
+
+
 # ---- masks ---------------------------------------------------------------------------------------
 
 
@@ -201,7 +226,7 @@ class MaskPattern:
 
     causal: bool = False
     packed_ids: Tensor | None = None  # (B, S) integer: tokens with equal numbers belong together
-    window: int | None = None  # keys further away than this are masked
+    window: int | None = None  # keys this far away, or further, are masked
     unpacked: bool = False  # composed for packed sequences, of which there are none
 
 
@@ -227,8 +252,10 @@ def describe_mask(mask_function: Callable) -> MaskPattern | None:
             return MaskPattern(packed_ids=held["packed_sequence_mask"])
         if maker == "remap_positions_for_packed_sequence":
             return describe_mask(held["mask_function"])
-        if maker in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+        if maker == "sliding_window_overlay":
             return MaskPattern(window=int(held["sliding_window"]))
+        if maker == "sliding_window_bidirectional_overlay":  # which counts without the token itself
+            return MaskPattern(window=int(held["sliding_window"]) + 1)
     except KeyError:
         return None
     return None
@@ -290,6 +317,23 @@ def eager_function(module: nn.Module) -> Callable | None:
         if function is not None:
             return function
     return None
+
+
+# Models whose modules say causal, or not, against their own eager attention, which goes by masks
+# alone: SDPA and flash attention are wrong there wherever there is no mask.
+_MISSTATED = frozenset(
+    f"transformers.models.{name}.{kind}_{name}"
+    for name in (
+        "aimv2",  # is_causal=False in its text model
+        "bridgetower",  # is_causal=True in layers between text and image
+    )
+    for kind in ("modeling", "configuration")
+)
+
+
+def misstates_causality(cls: type) -> bool:
+    """Whether a model, module or config class is of these; then no mask means: sees everything."""
+    return cls.__module__ in _MISSTATED
 
 
 def attentions_wanted() -> bool:

@@ -92,7 +92,7 @@ def attention_forward(
         None
         if attention_mask is None
         else masks.decode(attention_mask, query.shape[2], key.shape[2]),
-        bool(is_causal if is_causal is not None else getattr(module, "is_causal", True)),
+        _says_causal(module, attention_mask, is_causal),
         dropout,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         kwargs,
@@ -110,6 +110,12 @@ def attention_forward(
         return _run(call), None
     _refuse_or_count(module, settings, reason)
     return fall_back(call, settings.fallback)
+
+
+def _says_causal(module: nn.Module, mask: Tensor | None, is_causal: bool | None) -> bool:
+    if mask is None and _compat.misstates_causality(type(module)):
+        return False
+    return bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
 
 
 def refuse_or_count(module: nn.Module, reason: str) -> None:
@@ -164,8 +170,11 @@ def _why_not(call: Call) -> str | None:
         return (
             f"{kind} {mask.dim()}-D mask: made by the caller, or neither causal, padded nor packed"
         )
-    if isinstance(found, Segments) and found.plan is None:
-        return "packed or holed mask made outside the compiled region"
+    if isinstance(found, Segments) and found.plan is None and not call.has_lengths:
+        return (
+            "packed: a trace cannot count the sequences; pass cu_seq_lens_q, cu_seq_lens_k, "
+            "max_length_q and max_length_k too, as DataCollatorWithFlattening and TRL do"
+        )
     if (positions := call.unchecked_positions) is not None and _compat.is_tracing(positions):
         return "position_ids from the caller: packed or not cannot be seen while tracing"
     if call.value.shape[-1] != call.query.shape[-1]:
@@ -264,7 +273,13 @@ def _run(call: Call) -> Tensor:
         "causal": causal,
         "deterministic": call.deterministic,
     }
+    if (window := call.window) != (-1, -1):
+        options["window_size"] = window
+    if softcap := call.extra.get("softcap"):
+        options["softcap"] = softcap
     if isinstance(found, Segments):
+        if found.plan is None:
+            return _run_given(q, k, v, call.extra, options)
         return _run_varlen(q, k, v, found.plan, options)
     if isinstance(found, Packed):
         return _run_varlen(q, k, v, found.unpadding.varlen, options)
@@ -343,20 +358,37 @@ def _run_compacted(
 
     Causal: the queries in the same order, and the result back in theirs.
     """
-    causal = options["causal"]
+    causal, order, inverse = options["causal"], found.order, found.inverse
     out = functional.flash_attn_func(
-        _reorder(q, found.order) if causal else q,
-        _reorder(k, found.order),
-        _reorder(v, found.order),
+        _Reorder.apply(q, order, inverse) if causal else q,
+        _Reorder.apply(k, order, inverse),
+        _Reorder.apply(v, order, inverse),
         **options,
         key_start=torch.zeros_like(found.count),
         key_len=found.count,
     )
-    return _reorder(out, found.inverse) if causal else out
+    return _Reorder.apply(out, inverse, order) if causal else out
 
 
-def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """(B, S, H, D) with the tokens of row b in the order order[b]."""
+class _Reorder(torch.autograd.Function):
+    """(B, S, H, D) with the tokens of row b in the order order[b]; inverse[b] leads back.
+
+    The gradient goes back by a gather too. torch's own would add into zeros, one atomic an element,
+    as it cannot know that no token comes twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return _take(x, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(grad, inverse, order), None, None
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
     batch, seqlen = order.shape
     rows = torch.arange(batch, device=x.device)[:, None] * seqlen
     return (

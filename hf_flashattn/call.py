@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat
-from hf_flashattn.masks import TRACED, Descriptor, Packed
+from hf_flashattn.masks import TRACED, Descriptor, KeyRange, Packed
 from hf_flashattn.unpadding import VarlenPlan, packed_ids, plan_varlen
 
 # position_ids -> (version, batch, VarlenPlan or None)
@@ -57,6 +57,8 @@ class Call:
         Transformers' sliding_window counts the token itself, flash-attn's does not.
         """
         window = self.extra.get("sliding_window")
+        if isinstance(self.found, KeyRange) and self.found.window is not None:
+            window = self.found.window
         longest = self.seqlen_k
         if isinstance(self.found, Packed):
             longest = self.found.unpadding.seqlen
@@ -67,9 +69,14 @@ class Call:
         return window - 1, 0 if self.causal else window - 1
 
     @property
-    def given(self) -> bool:
+    def has_lengths(self) -> bool:
         """Whether the caller says where sequences end: cu_seq_lens_q (B + 1,), cu_seq_lens_k."""
-        return self.found is None and self.extra.get("cu_seq_lens_q") is not None
+        return self.extra.get("cu_seq_lens_q") is not None
+
+    @property
+    def given(self) -> bool:
+        """Whether nothing but has_lengths says it."""
+        return self.found is None and self.has_lengths
 
     @property
     def deterministic(self) -> bool:

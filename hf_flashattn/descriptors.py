@@ -23,6 +23,7 @@ class KeyRange:
 
     used: only so many keys exist yet, as in a static cache; None means all.
     full: known to be every key, so that the kernel needs no ranges.
+    window: keys further away are hidden; the token itself counts.
     """
 
     start: Tensor  # int32 (B,)
@@ -31,6 +32,7 @@ class KeyRange:
     used: int | None = None
     tokens: Tokens | None = None  # the mask that it was made from
     full: bool = False
+    window: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

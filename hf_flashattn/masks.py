@@ -7,6 +7,7 @@ shape says what it is, its contents say the whole truth, and what was computed f
 remembered beside it.
 
     KeyRange    (B, 1, 1, 2 | 3 | 4)  [start, length, 0, keys used]: padding; static caches
+                (B, 1, 4 + window, 2 | 3)  the same in every line: a sliding window on top
     Segments    (B, 1, 2, Sq + Sk)    numbers of query and key tokens, 0 is nowhere: holes, packing
     Compaction  (B, 1, 3, Sk)         order that puts the kept keys first, inverse, their count
     Packed      (1, 1, 4, total)      an encoder's batch without its padding: encoder_unpadding.py
@@ -18,8 +19,9 @@ the device.
 Reading the device: outside torch.compile, once per 2-D mask, to learn whether the kept keys are
 neighbours (KeyRange) or not (Segments). Under torch.compile
 and CUDA graph capture, never: a 2-D mask becomes a Compaction, right for every mask at the price of
-a gather of K and V (causal: Q too) per layer. Patterns that none of these can express become
-Transformers' boolean mask, and the layer falls back.
+a gather of K and V (causal: Q too) per layer. Packed positions become Segments whose layers need
+the caller's cu_seq_lens, as no trace can count the sequences. Patterns that none of these can
+express become Transformers' boolean mask, and the layer falls back.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_flashattn import _compat
+from hf_flashattn import _compat, support
 from hf_flashattn.descriptors import (
     Compaction,
     Descriptor,
@@ -46,6 +48,7 @@ _DECODED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # carrier -> what
 
 
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, it on the CPU)
+_LEGIBLE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # legible mask -> its version
 
 
 class TracedFacts:
@@ -107,11 +110,14 @@ def attention_mask(
     )
     tracing = _compat.is_tracing(attention_mask)
     pattern = _pattern(mask_function, kwargs, tracing)
+    if pattern is None and _traced_packing(mask_function, arguments):
+        ids = _traced_ids(mask_function, batch_size, q_length, device)
+        return encode_segments(ids, ids, causal=True)
     if (
         pattern is None
         or not isinstance(kv_offset, int)
         or (kv_offset != 0 and pattern.packed_ids is not None)
-        or _windowed(pattern, kv_length)
+        or (_windowed(pattern, kv_length) and not _window_runs(pattern, arguments, tracing))
         or _must_materialize(pattern, q_length, kwargs)
     ):
         return _compat.explicit_mask(**arguments)
@@ -122,11 +128,13 @@ def attention_mask(
         arguments.update(q_offset=q_offset, kv_offset=0, attention_mask=attention_mask)
 
     if pattern.packed_ids is not None:
-        if tracing or q_length != kv_length:
+        if q_length != kv_length:
             return _compat.explicit_mask(**arguments)
         ids = pattern.packed_ids.expand(batch_size, -1) + 1
         return encode_segments(ids, ids, causal=pattern.causal)
 
+    if _windowed(pattern, kv_length):
+        return _range_with_window(pattern, arguments, device)
     if pattern.causal and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_length):
         return _preallocated(arguments, device, tracing)
     if attention_mask is None:
@@ -154,6 +162,22 @@ def stated_mask(**arguments: Any) -> Tensor:
     return encode_range(start, length, causal=pattern.causal, full=True)
 
 
+def legible_mask(**arguments: Any) -> Tensor | None:
+    """attention_mask in Transformers' own form, bool (B, 1, Sq, Sk): for models that read it.
+
+    What the carrier would have said is remembered of this tensor, and found by layers that get it
+    as it is: neither copied nor written to. Under torch.compile it is not.
+    """
+    carrier = attention_mask(**arguments)
+    if carrier is None or carrier.dtype == torch.bool:
+        return carrier
+    legible = _compat.explicit_mask(**arguments)
+    found = None if torch.compiler.is_compiling() else _DECODED.get(carrier)
+    if found is not None:
+        _DECODED[legible], _LEGIBLE[legible] = found, _version(legible)
+    return legible
+
+
 def _pattern(
     mask_function: Any, kwargs: dict[str, Any], tracing: bool
 ) -> _compat.MaskPattern | None:
@@ -168,8 +192,63 @@ def _pattern(
     return None if torch.compiler.is_compiling() else _compat.describe_mask(mask_function)
 
 
+def _traced_packing(mask_function: Any, arguments: dict[str, Any]) -> bool:
+    """Under torch.compile: packed sequences from their first token on, and nothing else?"""
+    return (
+        torch.compiler.is_compiling()
+        and arguments["attention_mask"] is None
+        and arguments["q_length"] == arguments["kv_length"]
+        and isinstance(arguments["q_offset"], int)
+        and arguments["q_offset"] == arguments["kv_offset"] == 0
+        and _compat.traced_packing_only(mask_function, arguments)
+    )
+
+
+def _traced_ids(mask_function: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    """int32 (B, S): the number of each token's sequence, from 1.
+
+    A token that does not see the one before it is the first of its sequence.
+    """
+    rows = torch.arange(batch, device=device)[:, None]
+    tokens = torch.arange(1, length, device=device)[None]
+    sees = mask_function(rows, torch.zeros_like(rows), tokens, tokens - 1)  # (B, S - 1)
+    return F.pad((~sees).cumsum(-1), (1, 0)).to(torch.int32) + 1
+
+
 def _windowed(pattern: _compat.MaskPattern, kv_length: int) -> bool:
     return pattern.window is not None and kv_length > pattern.window
+
+
+def _window_runs(pattern: _compat.MaskPattern, arguments: dict[str, Any], tracing: bool) -> bool:
+    """Can a KeyRange say this windowed pattern, to kernels that have windows?"""
+    q_length, kv_length, q_offset = (arguments[x] for x in ("q_length", "kv_length", "q_offset"))
+    window = pattern.window - 1, 0 if pattern.causal else pattern.window - 1
+    return (
+        support.explain_features(window=window, causal=pattern.causal) is None
+        and pattern.packed_ids is None
+        and isinstance(q_offset, int)
+        and q_offset + q_length == kv_length
+        and arguments["kv_offset"] == 0
+        and not (tracing and arguments["attention_mask"] is not None)
+    )
+
+
+def _range_with_window(
+    pattern: _compat.MaskPattern, arguments: dict[str, Any], device: torch.device
+) -> Tensor:
+    """A KeyRange, or Transformers' boolean mask if there are holes, for distances count them."""
+    batch, kv_length, mask = (arguments[x] for x in ("batch_size", "kv_length", "attention_mask"))
+    start = torch.zeros(batch, dtype=torch.int32, device=device)
+    length, tokens = start + kv_length, None
+    if mask is not None:
+        kept = _fit(mask, kv_length)
+        tokens = Tokens(kept, _read(kept))
+        start, length, neighbours = _range_of(tokens.known)
+        if not bool(neighbours.all()):
+            return _compat.explicit_mask(**arguments)
+        start, length = torch.stack([start, length]).to(device, non_blocking=True)
+    causal = pattern.causal and arguments["q_length"] > 1
+    return encode_range(start, length, causal=causal, tokens=tokens, window=pattern.window)
 
 
 def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[str, Any]) -> bool:
@@ -205,12 +284,15 @@ def padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None
 
 def _read(kept: Tensor) -> Tensor:
     """`kept` on the CPU; read once, where a model makes several masks of the same tensor."""
-    version = -1 if kept.is_inference() else kept._version
-    known = _KNOWN.get(kept)
+    version, known = _version(kept), _KNOWN.get(kept)
     if known is None or known[0] != version or kept.is_inference():
         copy = kept.cpu()
         known = _KNOWN[kept] = (version, copy.clone() if copy is kept else copy)
     return known[1]
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
 
 
 def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool) -> Tensor:
@@ -281,6 +363,7 @@ def encode_range(
     used: int | None = None,
     tokens: Tokens | None = None,
     full: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """int32 (B, 1, 1, 2), causal 3, with `used` 4. `full` is only remembered, never encoded."""
     columns = [start, length]
@@ -289,8 +372,11 @@ def encode_range(
     if used is not None:
         columns.append(torch.full_like(start, used))
     carrier = torch.stack(columns, dim=-1)[:, None, None]
+    if window is not None:
+        carrier = carrier.expand(-1, -1, 4 + window, -1)  # without memory
     if not _compat.is_tracing(carrier):
-        found = KeyRange(start.contiguous(), length.contiguous(), causal, used, tokens, full)
+        start, length = start.contiguous(), length.contiguous()
+        found = KeyRange(start, length, causal, used, tokens, full, window)
         _DECODED[carrier] = found
     return carrier
 
@@ -347,9 +433,12 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
 
     Raises ValueError if a carrier was altered on its way, as masks of the usual form may be.
     """
-    if mask.dtype != torch.int32 or mask.dim() != 4:
+    if mask.dtype not in (torch.int32, torch.bool) or mask.dim() != 4:
         return None
-    if not torch.compiler.is_compiling() and (known := _DECODED.get(mask)) is not None:
+    known = None if torch.compiler.is_compiling() else _DECODED.get(mask)
+    if mask.dtype == torch.bool and (known is None or _LEGIBLE.get(mask) != _version(mask)):
+        return None
+    if known is not None:
         if isinstance(known, Segments):
             sizes = known.query_ids.shape[1], known.key_ids.shape[1]
             if sizes != (seqlen_q, seqlen_k):
@@ -362,10 +451,12 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
     rows, width = mask.shape[2], mask.shape[3]
     if mask.shape[1] != 1:
         raise _altered(mask, seqlen_q, seqlen_k)
-    if rows == 1 and 2 <= width <= 4:
+    if (rows == 1 or rows > 4) and 2 <= width <= 4:
         start, length = mask[:, 0, 0, 0].contiguous(), mask[:, 0, 0, 1].contiguous()
         # Only after a copy to another device is this column read back.
-        found = KeyRange(start, length, width > 2, int(mask[0, 0, 0, 3]) if width == 4 else None)
+        used = int(mask[0, 0, 0, 3]) if width == 4 else None
+        window = rows - 4 if rows > 4 else None
+        found = KeyRange(start, length, width > 2, used, window=window)
     elif rows == 2 and 0 <= width - (seqlen_q + seqlen_k) <= 1:
         query_ids, key_ids = mask[:, 0, 0, :seqlen_q], mask[:, 0, 0, seqlen_q : seqlen_q + seqlen_k]
         plan = None if tracing else plan_varlen(query_ids, key_ids)
@@ -415,8 +506,10 @@ def dense(
     elif isinstance(found, Compaction):
         causal = found.causal
         mask = (found.inverse < found.count[:, None])[:, None, None, :]
+    rows = torch.arange(seqlen_q, device=device)[:, None] + (last_key + 1 - seqlen_q)
+    if isinstance(found, KeyRange) and found.window is not None:
+        mask = mask & ((keys - rows).abs() < found.window)[None, None]
     if causal and seqlen_q > 1:
-        rows = torch.arange(seqlen_q, device=device)[:, None] + (last_key + 1 - seqlen_q)
         below = (keys <= rows)[None, None]
         mask = below if mask is None else mask & below
     if mask is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
+from hf_flashattn import _compat
 from hf_flashattn._compat import PreTrainedConfig
 from hf_flashattn.report import Site
-from hf_flashattn.sites import config_of
+from hf_flashattn.sites import config_of, reads_masks
 
 FLASH_NAME = "hf_flashattn"
 ALIAS_NAME = "hf_fused_attn"
 STATED_NAME = "hf_fused_attn_stated"  # the alias, with masks that always say what is causal
+LEGIBLE_NAME = "hf_fused_attn_legible"  # the alias, with masks that the model can read
 
 
 def names_of(site: Site) -> list[tuple[PreTrainedConfig | None, str]]:
@@ -31,8 +33,11 @@ def _choose_name(owner: nn.Module | None) -> str:
     SDPA, no one has relied on its modules' is_causal yet: there the masks must state it.
     """
     takes_flash = getattr(owner, "_supports_flash_attn", False)
-    if not takes_flash and not getattr(owner, "_supports_sdpa", False):
+    takes_none = not takes_flash and not getattr(owner, "_supports_sdpa", False)
+    if takes_none or (owner is not None and _compat.misstates_causality(type(owner))):
         return STATED_NAME
+    if owner is not None and any(reads_masks(type(module)) for module in owner.modules()):
+        return LEGIBLE_NAME
     return (
         FLASH_NAME
         if takes_flash and not getattr(owner, "_compatible_flash_implementations", None)

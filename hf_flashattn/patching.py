@@ -30,7 +30,7 @@ from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.families import OwnForward
 from hf_flashattn.hooks import first_before
 from hf_flashattn.masks import TRACED
-from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, STATED_NAME, names_of
+from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, LEGIBLE_NAME, STATED_NAME, names_of
 from hf_flashattn.report import Report, Site, Unpadded, forget_calls, format_rows
 from hf_flashattn.sites import find_sites
 
@@ -148,7 +148,7 @@ def attention_report(model: nn.Module) -> Report:
             name = _compat.plain_name(getattr(config, "_attn_implementation", None))
             if site.family is not None:
                 site.unsupported = "not patched: it runs attention code of its own"
-            elif name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME):
+            elif name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME, LEGIBLE_NAME):
                 site.unsupported = f'not patched: its attention implementation is "{name}"'
     return Report(type(inner).__name__, sites, [] if patch is None else patch.unpadding)
 

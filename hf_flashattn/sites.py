@@ -119,6 +119,16 @@ def _edits_masks(cls: type[nn.Module]) -> bool:
     return _EDITS.search(_source(cls)) is not None
 
 
+def reads_masks(cls: type[nn.Module]) -> bool:
+    """Whether a module that is no attention computes with the layers' mask, bool (B, 1, Sq, Sk).
+
+    Convolutions of speech encoders clear what padding holds, some poolers repeat the mask.
+    """
+    if issubclass(cls, PreTrainedModel) or dispatches(cls):
+        return False
+    return "attention_mask.dtype == torch.bool" in _source(cls)
+
+
 @functools.cache
 def _source(cls: type[nn.Module]) -> str:
     """The source of a class and of its bases, torch's left out; "" for what has none."""

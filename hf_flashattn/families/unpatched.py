@@ -11,29 +11,46 @@ import functools
 import sys
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from hf_flashattn import _compat
 from hf_flashattn.families.table import FAMILIES
-from hf_flashattn.masks import attention_mask
-from hf_flashattn.sites import dispatches
+from hf_flashattn.masks import attention_mask, legible_mask, stated_mask
+from hf_flashattn.sites import dispatches, reads_masks
 
 
 def mask_of_a_name(**arguments: Any) -> Tensor | None:
     """masks.attention_mask for the names that a user may set; patch_model uses another for these
     families."""
     config = arguments.get("config")
-    if config is not None and _runs_own_code(type(config)):
-        return _compat.eager_mask(**arguments)
-    return attention_mask(**arguments)
+    kind = "plain" if config is None else _kind_of_masks(type(config))
+    return _MAKERS[kind](**arguments)
+
+
+_MAKERS = {
+    "plain": attention_mask,
+    "eager": _compat.eager_mask,
+    "stated": stated_mask,
+    "legible": legible_mask,
+}
+
+
+@torch.compiler.assume_constant_result  # a trace neither follows the search nor guards on it
+def _kind_of_masks(config_class: type) -> str:
+    return _search(config_class)
 
 
 @functools.cache
-def _runs_own_code(config_class: type) -> bool:
+def _search(config_class: type) -> str:
+    if _compat.misstates_causality(config_class):
+        return "stated"
     folder = config_class.__module__.rpartition(".configuration_")[2]
     home = sys.modules.get(f"transformers.models.{folder}.modeling_{folder}")
     for key in FAMILIES:
         known, _, name = key.partition(".")
         if known == folder and hasattr(home, name) and not dispatches(getattr(home, name)):
-            return True
-    return False
+            return "eager"
+    classes = () if home is None else vars(home).values()
+    layers = [x for x in classes if isinstance(x, type) and issubclass(x, nn.Module)]
+    return "legible" if any(reads_masks(x) for x in layers) else "plain"

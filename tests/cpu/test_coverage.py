@@ -39,6 +39,14 @@ walk = load()
         ("mpnet", "masked", "fallback", "position bias"),
         ("deberta", "masked", "unsupported", "products of queries and keys with positions"),
         ("perceiver", "masked", "not built", "takes inputs, not text"),
+        ("vit", "base", "kernel", ""),
+        ("wav2vec2", "base", "kernel", ""),
+        ("clip", "base", "kernel", ""),
+        # Its layers between text and image say causal; its eager attention is not.
+        ("bridgetower", "base", "kernel + unsupported", "MultiheadAttention has attention code"),
+        # Its convolutions read the layers' mask.
+        ("lasr_encoder", "base", "kernel", ""),
+        ("distilbert", "masked", "kernel", "packed documents see each other, on eager too"),
     ],
 )
 def test_outcomes(model, task, outcome, why):
@@ -57,6 +65,13 @@ def test_wrong_attention_shows(monkeypatch):
     result = walk.examine("bert", "masked")
     assert result.outcome == "differs", result
     assert "padded right: logits" in result.why and "without padding" not in result.why
+
+
+def test_packed_documents_that_see_each_other_show(monkeypatch):
+    """Where eager keeps them apart and we do not, the row says so."""
+    monkeypatch.setattr(walk.hf_flashattn.masks, "encode_segments", lambda *_, **__: None)
+    result = walk.examine("llama", "causal")
+    assert result.outcome == "differs" and result.why.startswith("packed: logits by"), result
 
 
 def test_a_model_that_raises_only_when_patched_says_so(monkeypatch):

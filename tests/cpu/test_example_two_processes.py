@@ -1,6 +1,6 @@
 """Two gloo processes give the losses of one at the same global batch.
 
-DDP as `accelerate launch` has it, FSDP2 as torch shards it.
+DDP as `accelerate launch` and the Trainer have it, FSDP2 as torch shards it.
 """
 
 from __future__ import annotations
@@ -101,6 +101,20 @@ def test_ddp_trains_as_one_process_does(script: str, text: Path, tmp_path: Path)
         assert got["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
         assert got["tokens"] == expected["tokens"]
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
+
+
+def test_the_trainer_by_ddp_trains_as_one_process_does(tmp_path: Path):
+    script = Path(__file__).with_name("trainer_training.py")
+    for processes in (1, 2):
+        torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", processes)
+        where = (tmp_path / f"{processes}.json", tmp_path)
+        launch(
+            *torchrun, "--master_port", free_port(), script, "ddp", *where, CUDA_VISIBLE_DEVICES=""
+        )
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and len(two["losses"]) == 4
+    assert two["wrapper"] == "DistributedDataParallel"
+    assert two["runs"] == ["cpu implementation"] * 2 and two["calls"] == [4, 4]
 
 
 def test_fsdp2_trains_as_one_process_does(tmp_path: Path):

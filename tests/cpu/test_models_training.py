@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from model_helpers import (
     LENGTH,
     assert_same,
@@ -16,6 +17,8 @@ from model_helpers import (
     padding,
     tokens,
 )
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import hf_flashattn
 
@@ -202,6 +205,33 @@ def test_compile_backward(make):
         assert (grads[f"_orig_mod.{name}"] - grad).abs().max() < 1e-5 * scale, name
 
 
+@MAKERS
+def test_compiled_padding_goes_back_without_scattering(make):
+    """What a 2-D mask costs a compiled layer is gathers, in the backward too: no index is added."""
+    model, mask, graphs = make(), padding("left"), []
+    inputs = {"input_ids": tokens(), "attention_mask": mask} | (
+        {} if make is bert else {"use_cache": False}
+    )
+
+    def keep(graph, example):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    with hf_flashattn.patched(model, strict=True):
+        fast = torch.compile(
+            model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        )
+        output(fast, inputs).square().mean().backward()
+    forward, backward = graphs
+    assert forward.count("hf_flashattn.forward.default") == 2
+    assert backward.count("hf_flashattn.backward.default") == 2
+    gathers = [name for name in backward if name.startswith("aten.index_select")]
+    assert len(gathers) == 2 * (2 if make is bert else 4)
+    added = [x for x in backward if "index_add" in x or "index_put" in x or "scatter" in x]
+    assert added == []
+
+
 def test_compile_with_positions_from_the_caller_is_right():
     """A trace cannot see whether they are packed: Transformers' mask, and the report says so."""
     model = gpt2()
@@ -212,6 +242,59 @@ def test_compile_with_positions_from_the_caller_is_right():
         got = output(compiled(model), inputs)
         assert {row.runs for row in report.rows} == {"fallback"}
     assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
+def test_compile_packed_with_lengths(make, use_cache):
+    """Whoever also says where sequences end stays on the op; packings share their graphs."""
+    model, eager = make(), make()
+    options = {"use_cache": use_cache} if make is gpt2 else {}
+    with hf_flashattn.patched(model, strict=True) as report:
+        fast = compiled(model, "aot_eager")
+        for lengths in ([6, 7], [3, 9, 1], [13], [2, 2, 9]):
+            ids = tokens(1, seed=len(lengths))
+            parts = torch.split(ids, lengths, dim=1)
+            with torch.no_grad():
+                expected = torch.cat([output(eager, {"input_ids": x})[0] for x in parts])
+            cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            got = output(
+                fast,
+                {
+                    "input_ids": ids,
+                    "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+                    "cu_seq_lens_q": cu,
+                    "cu_seq_lens_k": cu,
+                    "max_length_q": max(lengths),
+                    "max_length_k": max(lengths),
+                    **options,
+                },
+            )
+            assert (got[0] - expected).abs().max() < 2e-5, lengths
+            got.square().mean().backward()
+        assert_traced_on_op(report)
+        assert {row.calls.cpu for row in report.rows if row.calls.total} == {2}
+
+
+@pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
+def test_capture_packed_with_lengths(make, monkeypatch):
+    """As under CUDA graph capture, where closures can be read but no tensor."""
+    for module in (hf_flashattn._compat, transformers.masking_utils):
+        monkeypatch.setattr(module, "is_tracing", lambda tensor=None: True)
+    model, ids, lengths = make(), tokens(1), [4, 9]
+    cu = torch.tensor([0, 4, 13], dtype=torch.int32)
+    given = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 9, "max_length_k": 9}
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    options = {"use_cache": False} if make is gpt2 else {}
+    inputs = {"input_ids": ids, "position_ids": positions, **options}
+    with torch.no_grad():
+        parts = [output(model, {"input_ids": x}) for x in torch.split(ids, lengths, dim=1)]
+        with hf_flashattn.patched(model, strict=True):
+            got = output(model, inputs | given)
+        with hf_flashattn.patched(model) as report:
+            assert (output(model, inputs) - torch.cat(parts, dim=1)).abs().max() < 2e-5
+            assert {row.runs for row in report.rows} == {"fallback"}
+    assert (got - torch.cat(parts, dim=1)).abs().max() < 2e-5
 
 
 def test_compile_layer_by_layer():

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from model_helpers import VOCAB, bert, calls, gpt2, output, padding, tokens
+from model_helpers import bert, calls, gpt2, output, padding, tokens
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import BertForMaskedLM, GPT2LMHeadModel, HfArgumentParser
@@ -314,28 +314,6 @@ def test_peft(tmp_path):
     loaded = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter").eval()
     inputs = {"input_ids": tokens()}
     assert (output(loaded, inputs) - output(model.eval(), inputs)).abs().max() < 1e-4
-
-
-def test_trl(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-
-    words = Tokenizer(models.WordLevel({str(n): n for n in range(VOCAB)}, unk_token="0"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="0", pad_token="1"
-    )
-    callback, args = FlashAttentionCallback(), arguments(tmp_path, trl.SFTConfig, bf16=False)
-    trainer = trl.SFTTrainer(
-        gpt2(),
-        args,
-        train_dataset=Dataset.from_dict({"input_ids": tokens(9).tolist()}),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    assert len(losses(trainer)) == STEPS
-    assert calls(callback.report, "cpu") >= LAYERS * STEPS
-    callback.report.assert_all_on_kernel(allow_cpu=True)
 
 
 # ---- what is logged ------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from model_helpers import (
     tokens,
 )
 from transformers import (
+    Aimv2TextConfig,
+    Aimv2TextModel,
     AutoModel,
     AutoModelForCausalLM,
     BartConfig,
@@ -42,6 +44,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -50,7 +54,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 import hf_flashattn
-from hf_flashattn import functional
+from hf_flashattn import functional, masks
 
 NAMES = ("hf_flashattn", "hf_fused_attn")
 SMALL = {
@@ -310,8 +314,8 @@ def gpt_oss():
     return build(GptOssForCausalLM, config)
 
 
-@pytest.mark.parametrize("way", ["patch", "hf_fused_attn"])
-def test_a_model_that_declares_its_flash_implementations(way):
+@pytest.mark.parametrize("way", ["patch", *NAMES, "loaded"])
+def test_a_model_that_declares_its_flash_implementations(way, tmp_path):
     """GPT-OSS: Transformers would put one of its own in the place of any other flash name."""
     assert GptOssForCausalLM._compatible_flash_implementations
     model, mask = gpt_oss(), padding("left")
@@ -319,10 +323,14 @@ def test_a_model_that_declares_its_flash_implementations(way):
     expected = output(model, inputs)
     if way == "patch":
         report = hf_flashattn.patch_model(model)
-        assert model.config._attn_implementation == "hf_fused_attn"
     else:
-        model.set_attn_implementation(way)
+        if way == "loaded":
+            model.save_pretrained(tmp_path)
+            model = GptOssForCausalLM.from_pretrained(tmp_path, attn_implementation=NAMES[0])
+        else:
+            model.set_attn_implementation(way)
         report = hf_flashattn.attention_report(model)
+    assert model.config._attn_implementation == "hf_fused_attn"
     assert (output(model, inputs) - expected)[mask.bool()].abs().max() < 1e-5
     assert all(row.calls.fallback == 1 and "sinks" in row.why for row in report.rows)
 
@@ -396,3 +404,76 @@ def test_auto_classes(name, tmp_path):
         hf_flashattn.attention_report(loaded).assert_all_on_kernel(allow_cpu=True)
         fresh = auto.from_config(model.config, attn_implementation=name)
         assert fresh.config._attn_implementation == name
+
+
+# ---- models whose masks are read, or say more than their modules ---------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "left", "right"])
+@pytest.mark.parametrize("way", ["patched", "by name"])
+def test_a_text_model_whose_modules_deny_that_they_are_causal(way, kind):
+    """AIMv2 says is_causal=False and means its mask, which stock SDPA drops without padding."""
+    config = Aimv2TextConfig(**SMALL, max_position_embeddings=32)
+    model, ids, mask = build(Aimv2TextModel, config), tokens(), padding(kind)
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    got, report = output_by(way, model, {"input_ids": ids, "attention_mask": mask})
+    rows = slice(None) if mask is None else mask.bool()
+    assert (got - expected)[rows].abs().max() < 1e-5
+    report.assert_all_on_kernel(allow_cpu=True)
+
+
+def siglip2():
+    config = Siglip2VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_patches=16,
+        patch_size=4,
+    )
+    return build(Siglip2VisionModel, config)
+
+
+@pytest.mark.parametrize("way", ["patched", "by name", "compiled"])
+def test_a_pooler_that_reads_the_mask(way):
+    """SigLIP 2 asks for a mask that it repeats for each head; its layers still run on the op."""
+    model, kept = siglip2(), torch.ones(2, 16, dtype=torch.long)
+    kept[1, 12:] = 0
+    inputs = {
+        "pixel_values": torch.randn(2, 16, 3 * 4 * 4),
+        "pixel_attention_mask": kept,
+        "spatial_shapes": torch.tensor([[4, 4], [3, 4]]),
+    }
+    expected = model(**inputs)
+    got, report = output_by(way, model, inputs, whole=True)
+    assert (got.pooler_output - expected.pooler_output).abs().max() < 1e-5
+    assert (got.last_hidden_state - expected.last_hidden_state)[kept.bool()].abs().max() < 1e-5
+    layers = [row for row in report.rows if row.calls.total]
+    runs = "fallback" if way == "compiled" else "cpu implementation"
+    assert len(layers) == 2 and all(row.runs == runs for row in layers), report
+
+
+def test_a_legible_mask_that_was_written_to_is_read_anew():
+    given = {"batch_size": 3, "q_length": LENGTH, "kv_length": LENGTH}
+    given["attention_mask"] = padding("left").bool()
+    mask = masks.legible_mask(**given)
+    assert masks.decode(mask, LENGTH, LENGTH).start.tolist() == [5, 1, 0]
+    assert masks.decode(mask.clone(), LENGTH, LENGTH) is None
+    mask[0, 0, :, 6] = False
+    assert masks.decode(mask, LENGTH, LENGTH) is None
+
+
+def output_by(way, model, inputs, whole=False):
+    """(what the model gives, its report): patched, compiled too, or loaded anew under our name."""
+    if way in ("patched", "compiled"):
+        report = hf_flashattn.patch_model(model)
+        if way == "compiled":
+            torch._dynamo.reset()
+            model = torch.compile(model, backend="eager")
+    else:
+        state = model.state_dict()
+        model = build(type(model), copy.deepcopy(model.config), "hf_flashattn")
+        model.load_state_dict(state)
+        report = hf_flashattn.attention_report(model)
+    out = model(**inputs)
+    return out if whole else out.last_hidden_state, report

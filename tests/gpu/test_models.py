@@ -147,3 +147,67 @@ def test_compile_fullgraph(kind):
         got = compiled(input_ids=ids, attention_mask=mask).logits
     valid = mask.bool()
     torch.testing.assert_close(got[valid], want[valid], rtol=5e-2, atol=5e-2)
+
+
+def packed(lengths):
+    """Inputs of one row that holds documents, with what a flattening collator says of them."""
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+    return {
+        "input_ids": torch.randint(VOCABULARY, (1, sum(lengths)), device="cuda"),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].cuda(),
+        "cu_seq_lens_q": cu,
+        "cu_seq_lens_k": cu,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_compiled_packing_stays_on_the_kernels(kind):
+    model = MODELS[kind](**no_dropout(kind)).cuda().to(torch.bfloat16)
+    report = patch_model(model, strict=True)
+    compiled = torch.compile(model, fullgraph=True)
+    for lengths in ([40, 24], [7, 50, 7], [20, 12, 32]):
+        inputs = packed(lengths)
+        labels = inputs["input_ids"]
+        grads = []
+        for run_ in (model, compiled):
+            model.zero_grad()
+            out = run_(**inputs, labels=labels)
+            out.loss.backward()
+            grads.append((out.logits, next(model.parameters()).grad.clone()))
+        for want, got in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want, rtol=5e-2, atol=5e-2)
+    assert all(row.runs == "kernel" for row in report.rows if row.calls.total), report
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_compiled_training_with_padding(kind):
+    """What a 2-D mask gathers in a compiled layer goes back by gathers."""
+    model = MODELS[kind](**no_dropout(kind)).cuda().to(torch.bfloat16)
+    patch_model(model, strict=True)
+    ids, mask = torch.randint(VOCABULARY, (3, 64), device="cuda"), masks(64)["holed"].cuda()
+    labels = ids.masked_fill(mask == 0, -100)
+    want_logits, want = run(model, ids, mask, labels)
+    got_logits, got = run(torch.compile(model, fullgraph=True), ids, mask, labels)
+    torch.testing.assert_close(got_logits, want_logits, rtol=5e-2, atol=5e-2)
+    assert (got - want).norm() < 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_captured_forward_with_packed_lengths(kind):
+    """A CUDA graph of the whole model: nothing in it reads the device."""
+    model = MODELS[kind](**no_dropout(kind)).cuda().eval().to(torch.bfloat16)
+    options = {} if kind == "bert" else {"use_cache": False}
+    patch_model(model, strict=True)
+    inputs = packed([40, 24])
+    with torch.no_grad():
+        for _ in range(2):
+            model(**inputs, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model(**inputs, **options).logits
+        inputs["input_ids"].copy_(torch.randint_like(inputs["input_ids"], VOCABULARY))
+        graph.replay()
+        torch.testing.assert_close(got, model(**inputs, **options).logits, rtol=5e-2, atol=5e-2)

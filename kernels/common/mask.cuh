@@ -7,10 +7,19 @@
 
 namespace hf_flashattn {
 
+// Which keys the rows of a sequence see: those of [begin, end), when causal up to row + diagonal.
+struct VisibleKeys {
+  int begin, end, diagonal;
+
+  VisibleKeys() = default;
+  __device__ __forceinline__ explicit VisibleKeys(Sequence const& s)
+      : begin(s.key_begin), end(s.key_end), diagonal(s.diagonal()) {}
+};
+
 // scores(row, key): this lane's rows first_row and first_row + 8, keys from first_key on.
 template <int N>
-__device__ __forceinline__ void mask_keys(float (&scores)[N], Sequence const& s, bool causal,
-                                          int first_row, int first_key, int quad) {
+__device__ __forceinline__ void mask_keys(float (&scores)[N], VisibleKeys const& visible,
+                                          bool causal, int first_row, int first_key, int quad) {
   // Elements whose column, relative to this lane's first, is hidden: comparisons with constants.
   auto const hide = [&](int i, auto const& hidden) {
 #pragma unroll
@@ -21,12 +30,12 @@ __device__ __forceinline__ void mask_keys(float (&scores)[N], Sequence const& s,
   };
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    int const row_end = first_row + 8 * i + s.diagonal() + 1;
-    int const end = (causal ? min(s.key_end, row_end) : s.key_end) - first_key - 2 * quad;
+    int const row_end = first_row + 8 * i + visible.diagonal + 1;
+    int const end = (causal ? min(visible.end, row_end) : visible.end) - first_key - 2 * quad;
     hide(i, [=](int column) { return column >= end; });
   }
-  if (s.key_begin <= first_key) return;  // nearly always
-  int const begin = s.key_begin - first_key - 2 * quad;
+  if (visible.begin <= first_key) return;  // nearly always
+  int const begin = visible.begin - first_key - 2 * quad;
 #pragma unroll
   for (int i = 0; i < 2; ++i) hide(i, [=](int column) { return column < begin; });
 }

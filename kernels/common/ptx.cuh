@@ -176,6 +176,14 @@ __device__ __forceinline__ void schedule_fence(int never) {
   if (never < 0) __nanosleep(1);
 }
 
+// The lane whose bit `Bit` is clear gives `second` and gets the other's `first`; the other way
+// round in the lane where it is set.
+template <int Bit>
+__device__ __forceinline__ void swap_with_lane(uint32_t& first, uint32_t& second, bool set) {
+  uint32_t const got = __shfl_xor_sync(0xffffffff, set ? first : second, Bit);
+  (set ? first : second) = got;
+}
+
 // A value known to be the same in the whole warp: lets the compiler keep it in a uniform register.
 __device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 

@@ -17,6 +17,11 @@ struct OnlineSoftmax {
   float sum[2];      // of the probabilities so far, this lane's columns only
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
+    reset();
+  }
+
+  // Before the first block of other rows.
+  __device__ __forceinline__ void reset() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       limit[i] = -infinity();

@@ -35,9 +35,11 @@ struct ForwardSmem {
   using Element = typename P::Element;
   using QTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
   using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
-  QTile q[P::kQueryStages];  // then the output of the same rows
+  static constexpr bool kOwnOutput = P::kOutputPath == OutputPath::kOwnMemory;
+  QTile q[P::kQueryStages];  // then, if need be, the output of the same rows
   KeyTile k[P::kStages];
   KeyTile v[P::kStages];
+  [[no_unique_address]] std::conditional_t<kOwnOutput, QTile, NoHandover> out;
   Mbarrier q_full[P::kQueryStages], q_empty[P::kQueryStages];  // full: TMA; empty: consumer warps
   Mbarrier k_full[P::kStages], k_empty[P::kStages];
   Mbarrier v_full[P::kStages], v_empty[P::kStages];
@@ -171,6 +173,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
                         ForwardScheduler<P> const& scheduler) {
   using Element = typename P::Element;
   constexpr int kScores = P::kBlockN / 2, kSteps = P::kBlockN / 16;
+  constexpr bool kStoreLate = P::kOutputPath == OutputPath::kOwnMemory;
   Problem const& problem = p.problem;
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
@@ -180,17 +183,21 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   PipelineState<P::kStages> pipe;
   PipelineState<P::kQueryStages> q_pipe;
   auto tiles = tiles_of_warp(s, scheduler);
-  ConsumerTile<P> tile;
-  float out[P::kHeadDim / 2], scores[kScores], rescale[2];
+  ConsumerTile<P> tile{};
+  float out[P::kHeadDim / 2], scores[kScores], rescale[2], normalise[2], lse[2];
   uint32_t probabilities[kSteps][4];
+  OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
+  BlockDropout<P> dropout(problem, tile.work);
 
+  auto const warp_row = [&] { return tile.own_row + lane.warp * 16; };
+  auto const next_tile = [&] { return tile.next(p, tiles, warpgroup, lane); };
   auto const skip_blocks = [&] {
     int const last = tile.last();
     for (; tile.block > last; --tile.block, pipe.next()) skip_block(s, pipe, turns);
   };
   // The next tile with rows for this consumer, handing back those without; nothing is in flight.
   auto const next_busy_tile = [&](bool found) {
-    for (; found && tile.idle; found = tile.next(p, tiles, warpgroup, lane)) {
+    for (; found && tile.idle; found = next_tile()) {
       skip_blocks();
       s.q_full[q_pipe.stage].wait(q_pipe.parity());
       release(s.q_empty[q_pipe.stage]);
@@ -199,119 +206,115 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     return found;
   };
   auto const issue_first_scores = [&] {
+    skip_blocks();
     s.q_full[q_pipe.stage].wait(q_pipe.parity());
     s.k_full[pipe.stage].wait(pipe.parity());
     turns.take();
     issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
     turns.pass();
   };
+  auto const finish_scores = [&] {
+    if (tile.own.needs_mask(tile.block))
+      mask_keys(scores, tile.visible_keys(problem), P::kCausal, warp_row() + lane.group,
+                tile.block * P::kBlockN, lane.quad);
+    return softmax.update(scores, rescale);
+  };
+  auto const to_probabilities = [&] {
+    to_operand<Element>(probabilities, scores);
+    dropout.apply(probabilities);
+  };
+  auto const finish_rows = [&] {
+    softmax.finish(normalise, lse);
+    if constexpr (P::kDropout) {
+      float const scale = keep_scale(problem.dropout_p) / kFlagValue<Element>;
+      normalise[0] *= scale;
+      normalise[1] *= scale;
+    }
+  };
+  auto const store_output = [&](OutputRows<P> const& rows, int q_stage) {
+    // A row that sees no key gives 0, though V's NaN may have reached it as 0 * NaN.
+    if (__any_sync(0xffffffff, normalise[0] == 0.f || normalise[1] == 0.f))
+      clear_rows(out, normalise[0] == 0.f, normalise[1] == 0.f);
+    int const own_row = warpgroup * 64 + lane.warp * 16;
+    auto const store_through = [&](auto const& tile) {
+      store_rows(tile, own_row, out, normalise[0], normalise[1], rows.out, rows.stride, rows.count,
+                 problem.head_dim);
+    };
+    if constexpr (P::kOutputPath == OutputPath::kOwnMemory) {
+      store_through(s.out);
+    } else if constexpr (P::kOutputPath == OutputPath::kRegisters) {
+      store_rows(lane, out, normalise[0], normalise[1], rows.out, rows.stride, rows.count,
+                 problem.head_dim);
+    } else {
+      // All four warps have finished reading Q.
+      barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
+      store_through(s.q[q_stage]);
+      fence_proxy_async();
+      release(s.q_empty[q_stage]);
+    }
+    rows.store_lse(lane, lse);
+  };
 
-  if (next_busy_tile(tile.next(p, tiles, warpgroup, lane))) {
-    skip_blocks();
+  OutputRows<P> rows{};  // of the tile before, on their way out; at first none
+  fill_zero(out);
+  normalise[0] = normalise[1] = 1.f;
+  bool found = next_busy_tile(next_tile());
+  while (found) {
     issue_first_scores();
+    if constexpr (kStoreLate) store_output(rows, 0);
     wgmma_wait<0>();
     pin_registers(scores);
-    while (true) {
-      if constexpr (P::kListed && P::kDropout) tile.make_uniform();
-      int const warp_row = tile.own_row + lane.warp * 16;
-      OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
-      BlockDropout<P> dropout(problem, tile.work, warp_row);
-      fill_zero(out);
-      auto const finish_scores = [&] {
-        if (tile.own.needs_mask(tile.block))
-          mask_keys(scores, Sequence(problem, tile.work.index), P::kCausal, warp_row + lane.group,
-                    tile.block * P::kBlockN, lane.quad);
-        return softmax.update(scores, rescale);
-      };
+    if constexpr (P::kListed && P::kDropout) tile.make_uniform();
+    softmax.reset();
+    dropout.set_rows(warp_row());
+    fill_zero(out);
+    dropout.draw(tile.block);
+    release(s.k_empty[pipe.stage]);
+    finish_scores();
+    to_probabilities();
 
-      dropout.draw(tile.block);
-      release(s.k_empty[pipe.stage]);
-      finish_scores();
-      to_operand<Element>(probabilities, scores);
-      dropout.apply(probabilities);
-
-      while (--tile.block >= tile.first) {
-        auto const previous = pipe;
-        pipe.next();
-        s.k_full[pipe.stage].wait(pipe.parity());
-        turns.take();
-        issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
-        s.v_full[previous.stage].wait(previous.parity());
-        issue_output(out, probabilities, s, previous.stage);
-        turns.pass();
-        if constexpr (P::kDrawEarly) dropout.draw(tile.block);  // under S = Q K^T
-        wgmma_wait<1>();
-        pin_registers(scores);
-        release(s.k_empty[pipe.stage]);
-        bool const raised = finish_scores();  // under O += P V
-        if constexpr (!P::kDrawEarly) dropout.draw(tile.block);
-        wgmma_wait<0>();
-        pin_registers(out);
-        pin_registers(probabilities);
-        release(s.v_empty[previous.stage]);
-        if (raised) scale_rows(out, rescale);
-        to_operand<Element>(probabilities, scores);
-        dropout.apply(probabilities);
-      }
-
-      // The last output. Where it can, the next tile's first S runs under it and under its way out.
-      auto const last = pipe;
-      int const q_stage = q_pipe.stage;
+    while (--tile.block >= tile.first) {
+      auto const previous = pipe;
       pipe.next();
-      q_pipe.next();
-      OutputRows<P> const rows(p, Sequence(problem, tile.work.index), tile.work, warp_row);
-      auto const issue_last_output = [&] {
-        s.v_full[last.stage].wait(last.parity());
-        issue_output(out, probabilities, s, last.stage);
-      };
-      auto const store_output = [&] {
-        pin_registers(out);
-        release(s.v_empty[last.stage]);
-        float normalise[2], lse[2];
-        softmax.finish(normalise, lse);
-        // A row that sees no key gives 0, though V's NaN may have reached it as 0 * NaN.
-        if (__any_sync(0xffffffff, normalise[0] == 0.f || normalise[1] == 0.f))
-          clear_rows(out, normalise[0] == 0.f, normalise[1] == 0.f);
-        if constexpr (P::kDropout) {
-          float const scale = keep_scale(problem.dropout_p) / kFlagValue<Element>;
-          normalise[0] *= scale;
-          normalise[1] *= scale;
-        }
-        // Q's rows become scratch: all four warps have finished reading them.
-        barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
-        store_rows(s.q[q_stage], warpgroup * 64 + lane.warp * 16, out, normalise[0], normalise[1],
-                   rows.out, rows.stride, rows.count, problem.head_dim);
-        rows.store_lse(lane, lse);
-        fence_proxy_async();
-        release(s.q_empty[q_stage]);
-      };
-
-      // Both arms issue everything themselves: ptxas serialises products that a branch lies
-      // between.
-      bool found;
-      if (P::kNextScoresEarly && (found = tile.next(p, tiles, warpgroup, lane)) &&
-          tile.can_start_early()) {
-        issue_last_output();
-        skip_blocks();
-        issue_first_scores();
-        wgmma_wait<1>();
-        store_output();
-        wgmma_wait<0>();
-        pin_registers(scores);
-        schedule_fence(problem.batch);
-      } else {
-        issue_last_output();
-        wgmma_wait<0>();
-        store_output();
-        if (!P::kNextScoresEarly) found = tile.next(p, tiles, warpgroup, lane);
-        if (!next_busy_tile(found)) break;
-        skip_blocks();
-        issue_first_scores();
-        wgmma_wait<0>();
-        pin_registers(scores);
-      }
+      s.k_full[pipe.stage].wait(pipe.parity());
+      turns.take();
+      issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
+      s.v_full[previous.stage].wait(previous.parity());
+      issue_output(out, probabilities, s, previous.stage);
+      turns.pass();
+      if constexpr (P::kDrawEarly) dropout.draw(tile.block);  // under S = Q K^T
+      wgmma_wait<1>();
+      pin_registers(scores);
+      release(s.k_empty[pipe.stage]);
+      bool const raised = finish_scores();  // under O += P V
+      if constexpr (!P::kDrawEarly) dropout.draw(tile.block);
+      wgmma_wait<0>();
+      pin_registers(out);
+      pin_registers(probabilities);
+      release(s.v_empty[previous.stage]);
+      if (raised) scale_rows(out, rescale);
+      to_probabilities();
     }
+
+    // The last output; the next tile is found under it.
+    auto const last = pipe;
+    int const q_last = q_pipe.stage;
+    pipe.next();
+    q_pipe.next();
+    rows = OutputRows<P>(p, Sequence(problem, tile.work.index), tile.work, warp_row());
+    if constexpr (P::kOutputPath != OutputPath::kQueryMemory) release(s.q_empty[q_last]);
+    s.v_full[last.stage].wait(last.parity());
+    issue_output(out, probabilities, s, last.stage);
+    finish_rows();
+    if constexpr (!P::kListed) found = next_tile();
+    wgmma_wait<0>();
+    pin_registers(out);
+    release(s.v_empty[last.stage]);
+    if constexpr (!kStoreLate) store_output(rows, q_last);
+    if constexpr (P::kListed) found = next_tile();
+    found = next_busy_tile(found);
   }
+  if constexpr (kStoreLate) store_output(rows, 0);
   // The last pass of the ring is never taken: take it, so that the barriers end as they began.
   if (warpgroup == 0) turns.take();
 }

@@ -21,8 +21,9 @@ struct BlockDropout {
   int row16;
   DropoutTile tiles[kPairs][2];
 
-  __device__ __forceinline__ BlockDropout(Problem const& problem, Work const& work, int warp_row)
-      : problem(problem), work(work), row16(warp_row / 16) {}
+  __device__ __forceinline__ BlockDropout(Problem const& problem, Work const& work)
+      : problem(problem), work(work), row16(0) {}
+  __device__ __forceinline__ void set_rows(int warp_row) { row16 = warp_row / 16; }
 
   __device__ __forceinline__ void draw(int block) {
     if constexpr (P::kDropout) {
@@ -53,6 +54,7 @@ struct OutputRows {
   int64_t stride;
   int count;
 
+  OutputRows() = default;
   __device__ __forceinline__ OutputRows(ForwardParams const& p, Sequence const& s, Work const& work,
                                         int row)
       : stride(p.out.stride_seq), count(s.length_q - row) {
@@ -85,10 +87,12 @@ struct OutputRows {
 // A tile as one consumer sees it: its own 64 rows.
 template <class P>
 struct ConsumerTile {
+  static constexpr bool kKeepVisible = P::kCausal && !P::kListed;
   Work work;
   int own_row;                    // the first of the 64
   KeyBlocks<64, P::kBlockN> own;  // the blocks that they see
   int first, block;               // those that the producer loads, from `block` down
+  VisibleKeys visible;            // if kKeepVisible
   bool idle;                      // the sequence ends before these rows
 
   // The next tile for which the producer loads Q; rows that see no key are written here.
@@ -107,6 +111,7 @@ struct ConsumerTile {
         continue;
       }
       own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, own_row);
+      if constexpr (kKeepVisible) visible = VisibleKeys(sequence);
       idle = own_row >= sequence.length_q;
       first = blocks.first;
       block = blocks.last();
@@ -120,18 +125,17 @@ struct ConsumerTile {
     return idle ? first - 1 : min(max(own.last(), first), block);
   }
 
+  // For masks. Listed kernels have no registers to keep them in, full attention has few masks.
+  __device__ __forceinline__ VisibleKeys visible_keys(Problem const& p) const {
+    return kKeepVisible ? visible : VisibleKeys(Sequence(p, work.index));
+  }
+
   // Tells ptxas again what it loses track of across tiles. With dropout it then spills less, or not
   // at all; without, more.
   __device__ __forceinline__ void make_uniform() {
     for (int* value : {&work.block, &work.head, &work.index, &own_row, &first, &block,
                        &own.unmasked_begin, &own.unmasked_end})
       *value = warp_uniform(*value);
-  }
-
-  // Whether its first S may be issued while the tile before still holds a stage of V and one of Q:
-  // the blocks to skip have to fit into the other stages, and handing back a tile needs a third Q.
-  __device__ __forceinline__ bool can_start_early() const {
-    return !idle && block - last() < P::kStages;
   }
 };
 

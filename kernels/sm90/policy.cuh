@@ -35,6 +35,13 @@ struct BackwardRegisterBudget {
   static constexpr int kProducer = 40, kConsumer = 232;
 };
 
+// How a tile's rows get from the accumulators to global memory, 16 bytes a lane at a time.
+enum class OutputPath {
+  kOwnMemory,    // through shared memory of their own, under the first S of the next tile
+  kQueryMemory,  // through Q's, which is free for the next rows only after that
+  kRegisters,    // exchanged between lanes, where there is no memory for two tiles of Q either
+};
+
 // HeadDim: of the kernel. It serves every smaller multiple of 8 too: TMA fills up with zeros, and
 // only the columns that exist are written.
 template <int HeadDim, DType Type, bool Causal, bool Dropout, int Consumers, int BlockN>
@@ -52,11 +59,12 @@ struct ForwardTile {
   // A second Q tile, where it fits, lets the next rows arrive while these write their output.
   static constexpr int kQueryStages =
       2 * HeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 1024 <= kSharedMemoryBytes ? 2 : 1;
-  // Issues the next tile's first S before this one's output is written: +1.6 % at d64 full, +1.1
-  // and +0.3 % at d128, but -1.6 % at d64 causal. At d64 with dropout, d32 and d96 registers do not
-  // allow it or nobody tried, above d128 shared memory does not.
-  static constexpr bool kNextScoresEarly = HeadDim == 128 || (HeadDim == 64 && !Causal && !Dropout);
-  static_assert(!kNextScoresEarly || kQueryStages > 1, "the next Q needs memory of its own");
+  static constexpr OutputPath kOutputPath =
+      HeadDim > 128 ? OutputPath::kRegisters
+      : 2 * HeadDim * ((kQueryStages + 1) * kBlockM + 2 * kStages * kBlockN) + 1024 <=
+              kSharedMemoryBytes
+          ? OutputPath::kOwnMemory
+          : OutputPath::kQueryMemory;
   // Where Philox runs: under S = Q K^T, or mixed into the softmax. Never compared in one run: over
   // cuDNN d128 stood at 1.47 full and 1.42 causal early, 1.44 and 1.42 late.
   static constexpr bool kDrawEarly = HeadDim == 128;
@@ -102,7 +110,9 @@ struct ForwardPolicy<256, Type, Causal, Dropout>
 template <class P>
 struct ListedPolicy : P {
   static constexpr bool kListed = true;
-  static constexpr bool kNextScoresEarly = false;  // registers
+  static constexpr OutputPath kOutputPath = P::kOutputPath == OutputPath::kOwnMemory
+                                                ? OutputPath::kQueryMemory  // registers
+                                                : P::kOutputPath;
 };
 
 // Backward: a block of 128 keys stays, 64 for each of two consumers; row blocks stream past.

@@ -162,6 +162,11 @@ __device__ __forceinline__ void store_global_16b(void* global, uint4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_global_8b(void* global, uint32_t first, uint32_t second) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};\n" ::"l"(global), "r"(first), "r"(second)
+               : "memory");
+}
+
 // global[0 .. 3] += value, in the L2; nobody waits for it. 16-byte aligned.
 __device__ __forceinline__ void reduce_add_16b(float* global, float4 value) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(global),

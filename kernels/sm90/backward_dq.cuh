@@ -82,6 +82,8 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
   int const lane = threadIdx.x % kWarpThreads;
   int const key_blocks = ceil_div(p.problem.seqlen_k, P::kBlockN);
   float const scale = p.problem.softmax_scale;
+  bool const right = lane % 2;
+  int const own_column = lane % 2 * 8 + lane % 4 / 2 * 4;
   PipelineState<kStages> pipe;
 
   while (true) {
@@ -92,11 +94,12 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
     int const blocks = workspace.padded_rows / P::kBlockM;  // of a head
     int const head = stream % workspace.heads_k * workspace.group() + rest / blocks;
     Sequence const sequence(p.problem, stream / workspace.heads_k);
-    // As the accumulators of wgmma: this lane has rows g and g + 8, columns 2 t and the next.
+    // In the accumulators of wgmma this lane has rows g and g + 8, two columns of every 8; after an
+    // exchange with its neighbour 4 of the left or of the right 8 columns of a piece.
     int const first_row = rest % blocks * P::kBlockM + lane / 4;
     int const rows = sequence.length_q - first_row;
     Element* const out =
-        row_pointer<Element>(p.dq, sequence, sequence.first_q, first_row, head) + lane % 4 * 2;
+        row_pointer<Element>(p.dq, sequence, sequence.first_q, first_row, head) + own_column;
     int64_t const first_sum = workspace.first_sum(sequence, head) + rest % blocks * P::kBlockM;
     float* sums = workspace.dq + first_sum * P::kHeadDim;
     auto const load_piece = [&](float const* piece, int stage) {
@@ -119,21 +122,23 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
       uint32_t const address = smem_address(buffers.data[pipe.stage]) + lane * 16;
       buffers.full[pipe.stage].wait(pipe.parity());
       Element* global = out + row * p.dq.stride_seq + column;
+      bool const exists = column + own_column < p.problem.head_dim;
 #pragma unroll(P::Registers::kProducer < 40 ? 1 : 2)
-      for (int down = row; down < row + 64; down += 16, global += 16 * p.dq.stride_seq)
+      for (int down = row; down < row + 64; down += 16, global += 16 * p.dq.stride_seq) {
+        uint32_t low[2], high[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint4 const x = load_shared_16b(address + i * kWarpgroupThreads * 16 +
                                           (down - row) / 16 * kWarpThreads * 16);
-          uint32_t const low =
-              pack<Element>(__uint_as_float(x.x) * scale, __uint_as_float(x.y) * scale);
-          uint32_t const high =
-              pack<Element>(__uint_as_float(x.z) * scale, __uint_as_float(x.w) * scale);
-          bool const exists = column + i * 8 < p.problem.head_dim;
-          if (exists && down < rows) *reinterpret_cast<uint32_t*>(global + i * 8) = low;
-          if (exists && down + 8 < rows)
-            *reinterpret_cast<uint32_t*>(global + i * 8 + 8 * p.dq.stride_seq) = high;
+          low[i] = pack<Element>(__uint_as_float(x.x) * scale, __uint_as_float(x.y) * scale);
+          high[i] = pack<Element>(__uint_as_float(x.z) * scale, __uint_as_float(x.w) * scale);
         }
+        swap_with_lane<1>(low[0], low[1], right);
+        swap_with_lane<1>(high[0], high[1], right);
+        if (exists && down < rows) store_global_8b(global, low[0], low[1]);
+        if (exists && down + 8 < rows)
+          store_global_8b(global + 8 * p.dq.stride_seq, high[0], high[1]);
+      }
       __syncwarp();
       if (lane == 0 && piece + kStages < kPieces) load_piece(sums + kStages * kFloats, pipe.stage);
       if (!workspace.last_user(stream))

@@ -68,7 +68,14 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
-// The same for global memory too, and for what this thread has seen of others' accesses.
+// Global memory accesses of this thread, and those it has seen of others, are ordered before its
+// bulk copies of global memory. One instruction; fence.proxy.async for all memory also waits for
+// every access that is under way, as __threadfence() does.
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;\n" ::: "memory");
+}
+
+// Ordinary stores of this thread become visible to bulk copies, of shared and global memory.
 __device__ __forceinline__ void fence_proxy_async_all() {
   asm volatile("fence.proxy.async;\n" ::: "memory");
 }

@@ -32,31 +32,29 @@ __device__ __forceinline__ void load_statistics(BackwardWorkspace const& workspa
 // sums).
 template <class P>
 class TileClaims {
-  Problem const& problem_;
+  int const heads_k_;
+  KeyTileOrder const& order_;
   int32_t* const claimed_;
   TileHandover<kBackwardTileReaders<P>>& handover_;
-  int const key_blocks_;
-  bool const last_first_;
   PipelineState<kTileSlots> ring_;
 
  public:
-  __device__ __forceinline__ TileClaims(BackwardParams const& p, int32_t* claimed,
-                                        BackwardSmem<P>& s)
-      : problem_(p.problem), claimed_(claimed), handover_(s.tiles),
-        key_blocks_(ceil_div(p.problem.seqlen_k, P::kBlockN)), last_first_(p.deterministic) {}
+  __device__ __forceinline__ TileClaims(KeyTileOrder const& order,
+                                        BackwardWorkspace const& workspace, BackwardSmem<P>& s)
+      : heads_k_(workspace.heads_k), order_(order), claimed_(workspace.claimed),
+        handover_(s.tiles) {}
 
   // For the whole warp, when the loads of the tile before are issued: then the consumers have at
   // most two row blocks to go, which hides the way to the counter. A tile that is claimed earlier
   // would keep others waiting.
-  __device__ __forceinline__ bool next(Work& work) {
-    int const tiles = key_blocks_ * problem_.heads_k * problem_.batch;
+  __device__ __forceinline__ bool next(Problem const& problem, Work& work) {
     bool found = false;
-    for (int tile; !found && (tile = warp_uniform(claim_next(claimed_))) < tiles;) {
-      int const stream = tile / key_blocks_, place = tile % key_blocks_;
-      work.index = stream / problem_.heads_k;
-      work.head = stream % problem_.heads_k;
-      work.block = last_first_ ? key_blocks_ - 1 - place : place;
-      found = work.block * P::kBlockN < Sequence(problem_, work.index).length_k;
+    for (int tile; !found && (tile = warp_uniform(claim_next(claimed_))) < order_.tiles();) {
+      int stream;
+      order_.locate(tile, stream, work.block);
+      work.index = stream / heads_k_;
+      work.head = stream % heads_k_;
+      found = work.block * P::kBlockN < Sequence(problem, work.index).length_k;
     }
     handover_.empty[ring_.stage].wait(ring_.parity() ^ 1);
     if (threadIdx.x % kWarpThreads == 0) {
@@ -71,11 +69,11 @@ class TileClaims {
 
 template <class P>
 __device__ void produce(BackwardParams const& p, BackwardWorkspace const& workspace,
-                        BackwardMaps const& maps, BackwardSmem<P>& s) {
+                        BackwardMaps const& maps, KeyTileOrder const& order, BackwardSmem<P>& s) {
   PipelineState<P::kStages> pipe;
   uint32_t staging_phase = 0, keys_phase = 0;
-  TileClaims<P> tiles(p, workspace.claimed, s);
-  for (Work tile{}; tiles.next(tile);) {
+  TileClaims<P> tiles(order, workspace, s);
+  for (Work tile{}; tiles.next(p.problem, tile);) {
     KeyWork<P> const work(p, tile);
     if (work.rows.count <= 0) continue;
     Sequence const& sequence = work.sequence;
@@ -129,7 +127,8 @@ template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1)
     backward_kernel(BackwardParams const __grid_constant__ p,
                     BackwardWorkspace const __grid_constant__ workspace,
-                    BackwardMaps const __grid_constant__ maps) {
+                    BackwardMaps const __grid_constant__ maps,
+                    KeyTileOrder const __grid_constant__ order) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<BackwardSmem<P>*>(smem_bytes);
   if (threadIdx.x == 0) init_barriers(s, p.deterministic);
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
-    if (warp == 0) produce(p, workspace, maps, s);
+    if (warp == 0) produce(p, workspace, maps, order, s);
     else if (warp == 1 || (warp == 2 && p.deterministic)) write_dq(p, workspace, s, warp - 1);
     else if (workspace.recycled > 0) round_dq(p, workspace, s, warp - 2);
   } else {

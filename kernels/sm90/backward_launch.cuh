@@ -56,19 +56,20 @@ Status launch_backward(BackwardParams const& p) {
 
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, kRecyclingKeys<P::kHeadDim>);
+  KeyTileOrder const order(p, P::kBlockM, P::kBlockN);
   dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
-  dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
+  dim3 const keys(order.key_blocks, problem.heads_k, problem.batch);
   if (problem.cu_seqlens_q != nullptr) clear_uncovered(p, stream);
   prep::backward_preprocess_kernel<Element, P::kHeadDim, P::kBlockM>
       <<<rows, prep::kPreprocessThreads, 0, stream>>>(p, workspace);
   if constexpr (kWide<P>) {
-    Kernel<<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps);
+    Kernel<<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps, order);
     status = check(cudaGetLastError(), "launching the backward kernels");
   } else {
-    int const grid = min(int(keys.x * keys.y * keys.z), problem.num_sms);
-    status =
-        check(launch_overlapped(Kernel, grid, P::kThreads, smem_bytes, stream, p, workspace, maps),
-              "launching the backward kernels");
+    int const grid = min(order.tiles(), problem.num_sms);
+    status = check(
+        launch_overlapped(Kernel, grid, P::kThreads, smem_bytes, stream, p, workspace, maps, order),
+        "launching the backward kernels");
   }
   if (!status.ok()) return status;
   if (workspace.recycled == 0) {

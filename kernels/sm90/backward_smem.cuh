@@ -129,12 +129,12 @@ __device__ __forceinline__ void wait_count(int32_t const* counter, int count,
     if (now >= count) break;
     if (nanoseconds > 0) __nanosleep(nanoseconds);
   }
-  fence_proxy_async_all();
+  fence_proxy_async_global();
 }
 
 // After bulk_wait<0>, or a barrier with the threads that wrote: whoever sees the count sees that.
+// A bulk copy that has completed needs no fence (PTX ISA, "Async proxy": completion implies it).
 __device__ __forceinline__ void add_count(int32_t* counter) {
-  fence_proxy_async_all();
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
 }
 

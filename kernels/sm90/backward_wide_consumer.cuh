@@ -94,17 +94,13 @@ struct WideConsumer {
   }
 
   // Adds dQ of this consumer's row block to the accumulator in global memory, a part of 64 columns
-  // after the other. Deterministic: key blocks take turns, the last one that a row block sees
-  // first. The products of parts 0 and 1 are in flight.
+  // after the other. Deterministic: in turns, which a producer warp waits for and passes on (see
+  // TurnKeeper). The products of parts 0 and 1 are in flight.
   __device__ __forceinline__ void add_dq(float (&dq)[2][32], RowWalk<P> const& walk) const {
     int const thread = threadIdx.x % kWarpgroupThreads;
     int64_t const slot = workspace.first_slot(work.sequence, walk.head) + walk.first_row();
-    int32_t* const turn = workspace.turn + slot / P::kBlockM;
     float* const global = workspace.dq + slot * P::kHeadDim + thread * 4;
-    if (p.deterministic) {
-      if (thread == 0) wait_count(turn, work.earlier_key_blocks(walk.block));
-      barrier_sync(kTurn + W, kWarpgroupThreads);
-    }
+    if (p.deterministic) barrier_sync(kTurn + W, kWarpgroupThreads + kWarpThreads);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       if (part + 1 < kParts) wgmma_wait<1>();
@@ -118,10 +114,7 @@ struct WideConsumer {
                        make_float4(own[4 * i], own[4 * i + 1], own[4 * i + 2], own[4 * i + 3]));
       if (part + 2 < kParts) issue_dq<P>(own, s, W, part + 2);
     }
-    if (p.deterministic) {
-      barrier_sync(kTurn + W, kWarpgroupThreads);
-      if (thread == 0) add_count(turn);
-    }
+    if (p.deterministic) barrier_arrive(kAdded + W, kWarpgroupThreads + kWarpThreads);
   }
 
   // One pair of row blocks; of an odd number the last pair has only consumer 0's.

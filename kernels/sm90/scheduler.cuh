@@ -91,6 +91,51 @@ struct TileScheduler {
   }
 };
 
+// The order in which the backward's tiles are claimed: blocks of keys, each of one stream (a key
+// head of a sequence).
+//
+// Stream by stream, from the first block of keys on; causal, that is the longest tile first.
+// Deterministic: the key blocks of a stream add to a row block of dQ in turns, the last one first,
+// and are claimed in that order: whoever waits for a turn waits for a tile that was claimed before
+// its own. To pass a turn on takes longer than a row block, so two key blocks of a stream that
+// start together stay apart only by waiting. Hence streams are claimed from in turns as well, in
+// chunks of as many as it takes for the key blocks of one to start a row block and a half apart: a
+// CTA claims a tile every `steps` row blocks, num_sms of them do every steps / num_sms. More
+// streams at a time than that only push each other out of the L2.
+struct KeyTileOrder {
+  int key_blocks, streams;
+  int together;  // streams of a chunk; 0: not deterministic
+  int larger;    // the first chunks have one more, as many as this
+
+  __host__ KeyTileOrder(BackwardParams const& params, int block_m, int block_n)
+      : key_blocks(ceil_div(params.problem.seqlen_k, block_n)),
+        streams(params.problem.heads_k * params.problem.batch), together(0), larger(0) {
+    Problem const& p = params.problem;
+    if (!params.deterministic) return;
+    int const rows = p.cu_seqlens_q != nullptr ? p.total_q / max(p.batch, 1) : p.seqlen_q;
+    int const steps = max(p.heads_q / p.heads_k * ceil_div(rows, block_m), 1);
+    int const chunks = max(streams / ceil_div(3 * p.num_sms, 2 * steps), 1);
+    together = streams / chunks;
+    larger = streams % chunks;
+  }
+
+  __host__ __device__ __forceinline__ int tiles() const { return streams * key_blocks; }
+
+  __host__ __device__ __forceinline__ void locate(int tile, int& stream, int& key_block) const {
+    if (together == 0) {
+      stream = tile / key_blocks;
+      key_block = tile % key_blocks;
+      return;
+    }
+    int const in_larger = larger * (together + 1), rest = tile - in_larger * key_blocks;
+    int const size = rest < 0 ? together + 1 : together;
+    int const from = rest < 0 ? tile : rest;
+    int const chunk = from / (size * key_blocks), place = from % (size * key_blocks);
+    stream = (rest < 0 ? 0 : in_larger) + chunk * size + place % size;
+    key_block = key_blocks - 1 - place / size;
+  }
+};
+
 // How a warp walks over its CTA's tiles. Here each computes the static steps by itself.
 template <class Scheduler>
 struct StaticTiles {

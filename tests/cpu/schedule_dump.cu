@@ -5,6 +5,8 @@
 //   blocks ROWS KEYS CAUSAL KEY_START KEY_LEN              see print_blocks
 //   list UNITS HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS  heads a chunk, "unit,head" of each tile
 //   sums BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC    see print_sums
+//   claims BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC TOTAL_Q
+//                                                          "stream,key block" of each tile in order
 //   costs ROWS KEYS CAUSAL                                 "cost,bucket" of each row block
 #include <cstdio>
 #include <cstring>
@@ -35,32 +37,33 @@ void print_key_blocks(Problem const& p, Sequence const& s) {
   }
 }
 
-// Backward: "first,count,mask bits,later blocks of each row block" of each block of keys over
-// blocks of 64 rows. Bits as 0 and 1.
-template <int BlockN>
+// Backward: "first,count,mask bits,later blocks of each row block" of each block of keys. Bits as 0
+// and 1.
+template <int BlockM, int BlockN>
 void print_row_blocks(Problem const& p, Sequence const& s, char const* title) {
   for (int key = 0; key < s.length_k; key += BlockN) {
-    RowBlocks<64, BlockN> const blocks(s, p.causal, key);
+    RowBlocks<BlockM, BlockN> const blocks(s, p.causal, key);
     std::printf("%s:%d,%d,", title, blocks.first, blocks.count);
     for (int i = 0; i < blocks.count; ++i) std::printf("%d", blocks.needs_mask(blocks.first + i));
     std::printf(",");
     for (int i = 0; i < blocks.count; ++i) {
-      int const last_row = (blocks.first + i + 1) * 64 - 1;
+      int const last_row = (blocks.first + i + 1) * BlockM - 1;
       std::printf("%d;", later_key_blocks<BlockN>(s, p.causal, last_row, key / BlockN));
     }
     std::printf(" ");
   }
 }
 
-// Forward: "first,count,mask bits" of each block of rows, for several tiles. Backward: blocks of
-// 128 keys as "b", those of wide heads, of 64 keys, as "w".
+// Forward: "first,count,mask bits" of each block of rows, for several tiles. Backward: tiles of 128
+// rows x 128 keys as "a", of 64 x 128 as "b", those of wide heads, of 64 x 64, as "w".
 void print_blocks(Problem const& p) {
   Sequence const s(p, 0);
   print_key_blocks<128, 128>(p, s);
   print_key_blocks<192, 96>(p, s);
   print_key_blocks<128, 80>(p, s);
-  print_row_blocks<128>(p, s, "b");
-  print_row_blocks<64>(p, s, "w");
+  print_row_blocks<128, 128>(p, s, "a");
+  print_row_blocks<64, 128>(p, s, "b");
+  print_row_blocks<64, 64>(p, s, "w");
   std::printf("\n");
 }
 
@@ -100,6 +103,16 @@ void print_sums(BackwardParams const& params, int block_m, int block_n) {
   std::printf("\n");
 }
 
+void print_claims(BackwardParams const& params, int block_m, int block_n) {
+  sm90::KeyTileOrder const order(params, block_m, block_n);
+  for (int tile = 0; tile < order.tiles(); ++tile) {
+    int stream, key_block;
+    order.locate(tile, stream, key_block);
+    std::printf("%d,%d ", stream, key_block);
+  }
+  std::printf("\n");
+}
+
 void serve() {
   char kind[16];
   while (std::scanf("%15s", kind) == 1) {
@@ -126,6 +139,15 @@ void serve() {
                         &p.seqlen_k, &block_m, &block_n, &p.num_sms, &deterministic);
       if (read == 9)
         print_sums({.problem = p, .deterministic = deterministic != 0}, block_m, block_n);
+    } else if (std::strcmp(kind, "claims") == 0) {
+      int block_m = 0, block_n = 0, deterministic = 0;
+      int32_t const offsets[1] = {0};
+      read =
+          std::scanf("%d %d %d %d %d %d %d %d %d %d", &p.batch, &p.heads_q, &p.heads_k, &p.seqlen_q,
+                     &p.seqlen_k, &block_m, &block_n, &p.num_sms, &deterministic, &p.total_q);
+      if (p.total_q > 0) p.cu_seqlens_q = offsets;
+      if (read == 10)
+        print_claims({.problem = p, .deterministic = deterministic != 0}, block_m, block_n);
     } else if (std::strcmp(kind, "costs") == 0) {
       read = std::scanf("%d %d %d", &p.seqlen_q, &p.seqlen_k, &causal);
       p.causal = causal;

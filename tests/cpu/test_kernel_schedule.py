@@ -4,30 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-import subprocess
 
-import pytest
-from build_helpers import compile_host_program
-
-ROW_BLOCK = 64  # of the backward
-KEY_BLOCKS = {"b": 128, "w": 64}  # of the backward, and of its kernel for wide heads
+# Rows x keys of the backward's tiles: up to 64, up to 128 and above.
+BACKWARD_TILES = {"a": (128, 128), "b": (64, 128), "w": (64, 64)}
 FORWARD_TILES = ((128, 128), (192, 96), (128, 80))
-
-
-@pytest.fixture(scope="module")
-def dump(tmp_path_factory):
-    """Runs requests through schedule_dump.cu: one line of answers for each."""
-    program = compile_host_program("schedule_dump.cu", tmp_path_factory.mktemp("schedule"))
-
-    def run(requests: list[str]) -> list[list[str]]:
-        done = subprocess.run(
-            [program], input="\n".join(requests), capture_output=True, text=True, check=True
-        )
-        answers = [line.split() for line in done.stdout.splitlines()]
-        assert len(answers) == len(requests)
-        return answers
-
-    return run
 
 
 def test_every_tile_once(dump):
@@ -149,19 +129,19 @@ def test_blocks_cover_what_is_seen_and_mask_what_is_not(dump):
                     assert visited or not seen, (case, tile, i, block)
                     if visited and masks[block - int(first)] == "0":
                         assert whole, (case, tile, i, block)
-        for title, key_block in KEY_BLOCKS.items():
+        for title, tile in BACKWARD_TILES.items():
             backward = [x[2:].split(",") for x in answer if x.startswith(f"{title}:")]
-            check_backward(case, key_block, backward)
+            check_backward(case, tile, backward)
 
 
-def check_backward(case, key_block: int, backward: list[list[str]]):
+def check_backward(case, tile: tuple[int, int], backward: list[list[str]]):
     rows, keys = case[:2]
+    row_block, key_block = tile
     turns: dict[int, list[int]] = {}
     assert len(backward) == -(-keys // key_block)
     for key, (first, count, masks, later) in enumerate(backward):
-        for block in range(-(-rows // ROW_BLOCK)):
-            tile = block * ROW_BLOCK, key * key_block
-            seen, whole = visibility(case, ROW_BLOCK, key_block, *tile)
+        for block in range(-(-rows // row_block)):
+            seen, whole = visibility(case, *tile, block * row_block, key * key_block)
             visited = int(first) <= block < int(first) + int(count)
             assert visited or not seen, (case, block, key)
             if visited and masks[block - int(first)] == "0":

@@ -20,7 +20,10 @@ from hf_flashattn.trainer import Trainer, TrainingArguments
 
 STEPS, ROWS, LENGTH, VOCAB = 4, 4, 32, 100
 FSDP = {
-    "fsdp1": {"fsdp": "full_shard auto_wrap", "fsdp_config": {"use_orig_params": True}},
+    "fsdp1": {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"fsdp_version": 1, "use_orig_params": True},
+    },
     "fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}},
     "ddp": {},
 }

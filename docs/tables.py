@@ -6,7 +6,8 @@
 
 The measured tables come from the JSON of benchmarks/training_step.py, of it the rows that STEPS
 names, and of benchmarks/attention_grid.py; the support matrix from hf_flashattn.support.explain.
-Each stands between a pair of markers, <!-- NAME:begin --> and <!-- NAME:end -->; nothing else is touched.
+Each stands between a pair of markers, <!-- NAME:begin --> and <!-- NAME:end -->; nothing else is
+touched.
 """
 
 from __future__ import annotations

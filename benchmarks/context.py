@@ -18,6 +18,10 @@ tokens_per_second is without the first ten steps, which compile; wall_seconds is
 What jobs have left in --runs or in the file of --json is not run again, and a job that was stopped
 goes on from its newest checkpoint, so the same command continues a list that was cut off, by
 --max-seconds or else. The JSON is written after every job.
+
+    python benchmarks/context.py --merge A.json B.json --json benchmarks/results/context.json
+
+joins what other machines or calls have left, each entry once, draws the picture and runs nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_step import save
+from training_step import in_k, length_axis, save
 
 TRAIN = os.path.relpath(Path(__file__).parents[1] / "examples" / "train_gpt2.py")
 CONTEXTS = (1024, 2048, 4096, 8192)
@@ -49,7 +53,7 @@ LR = 1e-3
 KEPT_LOSSES = 100  # points of a loss curve in the JSON
 SAVE_EVERY = 400  # steps
 GUESSED = {"gpt2": 350e3, "mini": 900e3}  # tokens/s, while no job of this model is done
-COLORS = ("#a0aec0", "#63b3ed", "#2b6cb0", "#c05621")  # of the contexts
+COLORS = dict(zip(CONTEXTS, ("#a0aec0", "#63b3ed", "#2b6cb0", "#c05621"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Queue:
                 return
             (folder / "seconds.json").write_text(json.dumps(seconds))
             self.found[job.name] = entry = compact(job, folder)
-            write(self.args.json, self.found)
+            write(self.args.json, self.found, " ".join(sys.argv))
             print(line(entry), flush=True)
         for used_up in (folder / "model", *folder.glob("checkpoint-*")):
             shutil.rmtree(used_up)
@@ -247,12 +251,32 @@ def collected(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def write(path: Path | None, found: dict[str, Any]) -> None:
+def merged(paths: Sequence[Path]) -> tuple[dict[str, Any], str]:
+    """Entries of several JSONs by name, and the command that makes the same ones in one go."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        for entry in json.loads(path.read_text())["jobs"]:
+            if found.setdefault(entry["name"], entry) != entry:
+                raise SystemExit(
+                    f"error: expected one entry of {entry['name']}; got another in {path}; "
+                    "next step: leave one of the files out"
+                )
+    tokens = {entry["tokens"] for entry in found.values() if entry["attention"] != "eager"}
+    if len(tokens) != 1:
+        raise SystemExit(
+            f"error: expected jobs on as many tokens each; got {sorted(tokens)}; "
+            "next step: merge the files of one --tokens"
+        )
+    command = f"benchmarks/context.py --corpus DIR --tokens {tokens.pop()} --jobs "
+    return found, command + ",".join(found) + " --json benchmarks/results/context.json"
+
+
+def write(path: Path | None, found: dict[str, Any], command: str) -> None:
     order = {job.name: number for number, job in enumerate(all_jobs())}
     jobs = sorted(found.values(), key=lambda entry: order.get(entry["name"], len(order)))
     if jobs:
         common = {key: jobs[0][key] for key in ("device", "versions")}
-        save(path, common | {"kind": "context", "command": " ".join(sys.argv), "jobs": jobs})
+        save(path, common | {"kind": "context", "command": command, "jobs": jobs})
 
 
 def line(entry: dict[str, Any]) -> str:
@@ -286,26 +310,32 @@ def draw(jobs: Sequence[dict[str, Any]], path: Path) -> None:
         contexts = sorted(by_context)
         scores = [[entry["perplexity"] for entry in by_context[n]] for n in contexts]
         color = ("#c05621", "#2b6cb0")[number % 2]
-        axes[0].plot(contexts, [statistics.fmean(s) for s in scores], color=color, label=model)
+        means = [statistics.fmean(s) for s in scores]
+        axes[0].plot(contexts, means, "o-", color=color, label=model, markersize=4)
         for context, found in zip(contexts, scores, strict=True):
             axes[0].plot([context] * len(found), found, "o", color=color, markersize=4)
         axis = axes[1 + number]
-        for place, context in enumerate(contexts):
+        axis.sharey(axes[1])
+        for context in contexts:
             rows = [entry["by_window_position"] for entry in by_context[context]]
             middles = [(row["from"] + row["to"]) / 2 for row in rows[0]]
             means = [statistics.fmean(nll) for nll in zip(*map(_nll, rows), strict=True)]
-            axis.plot(
-                middles, means, "o-", color=COLORS[place % 4], label=f"{context}", markersize=3
-            )
+            color, label = COLORS.get(context), in_k(context)
+            axis.plot(middles, means, "o-", color=color, label=label, markersize=3)
         axis.set(xlabel="place in the window (tokens)", ylabel="loss (nats)", title=model)
-        axis.set_xscale("log", base=2)
-        axis.legend(frameon=False, title="context")
-    axes[0].set(xlabel="context (tokens)", ylabel="held-out perplexity", title="same tokens")
-    axes[0].set_xscale("log", base=2)
+        length_axis(axis, [row["to"] for row in rows[0]])
+        axis.legend(frameon=False, title="context", ncols=4, loc="lower right")
+    axes[0].set(xlabel="context (tokens)", ylabel="held-out perplexity", title="held out")
+    length_axis(axes[0], sorted({entry["context"] for entry in trained}))
     axes[0].legend(frameon=False)
     for axis in axes:
+        axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"GPT-2 on equal tokens, {trained[0]['device']['name']}", fontsize=11)
+    figure.suptitle(
+        f"GPT-2 after {trained[0]['tokens'] / 1e6:.0f} M tokens at every context,"
+        f" {trained[0]['device']['name']}",
+        fontsize=11,
+    )
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -320,7 +350,7 @@ def _nll(rows: Sequence[dict[str, float]]) -> list[float]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--corpus", type=Path, required=True, metavar="DIR", help="of prepare_corpus.py")
+    add("--corpus", type=Path, metavar="DIR", help="of prepare_corpus.py")
     add("--tokenizer", type=Path, metavar="DIR", help="default: gpt2 in --corpus")
     add("--jobs", default="*", metavar="P,P,...", help="patterns of names, such as 'mini-*-0'")
     add("--list", action="store_true", help="print what would run, and stop")
@@ -335,11 +365,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cache-dir", type=Path, metavar="DIR", help="of tokens, see train_gpt2.py")
     add("--cpu", action="store_true")
     add("--json", type=Path, metavar="FILE", help="beside it a PNG of that name")
-    return parser.parse_args(argv)
+    add("--merge", type=Path, nargs="+", metavar="FILE", help="join these into --json, run nothing")
+    args = parser.parse_args(argv)
+    if args.merge and not args.json:
+        parser.error("expected --json with --merge; got none; next step: --json FILE")
+    if not args.merge and not args.corpus:
+        parser.error("expected --corpus; got none; next step: examples/prepare_corpus.py")
+    return args
+
+
+def save_with_picture(path: Path | None, found: dict[str, Any], command: str) -> None:
+    write(path, found, command)
+    if path and any(entry["attention"] != "eager" for entry in found.values()):
+        picture = path.with_suffix(".png")
+        try:
+            draw(list(found.values()), picture)
+        except ImportError as error:
+            print(f"no {picture}: {error}; next step: pip install matplotlib", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if args.merge:
+        save_with_picture(args.json, *merged(args.merge))
+        return 0
     patterns = args.jobs.split(",")
     wanted = [j for j in all_jobs() if any(fnmatch.fnmatch(j.name, p) for p in patterns)]
     if not wanted:
@@ -359,13 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = (visible if visible != [""] else [str(i) for i in range(gpus)]) if gpus else [None]
     jobs = Queue(missing, args, found)
     jobs.run(devices)
-    write(args.json, found)
-    if args.json and any(entry["attention"] != "eager" for entry in found.values()):
-        picture = args.json.with_suffix(".png")
-        try:
-            draw(list(found.values()), picture)
-        except ImportError as error:
-            print(f"no {picture}: {error}; next step: pip install matplotlib", file=sys.stderr)
+    save_with_picture(args.json, found, " ".join(sys.argv))
     if jobs.left:
         print(f"no time for {', '.join(jobs.left)}; the same command runs them")
     print(f"{time.monotonic() - jobs.started:.0f} s, {len(found)} of {len(all_jobs())} jobs done")

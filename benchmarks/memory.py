@@ -24,9 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_step import ATTENTIONS, SHAPES, TINY, contender, environment, save, timed
+from training_step import (
+    ATTENTIONS,
+    SHAPES,
+    TINY,
+    contender,
+    environment,
+    in_k,
+    length_axis,
+    save,
+    timed,
+)
 
-PARTS = ("body", "whole")
+PARTS = {"body": "without the output layer", "whole": "with output layer and loss"}
 LONG_MS = 2000  # a first step that long is not slow for being the first
 COLORS = {"eager": "#888888", "sdpa": "#2b6cb0", "hf_flashattn": "#c05621"}
 
@@ -85,20 +95,26 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     if all(row.get("peak_gib") is None for row in rows):
         key, label = ("ms", "ms")
     figure, axes = plt.subplots(1, len(PARTS), figsize=(10, 4.2), sharey=True, layout="constrained")
-    for axis, part in zip(axes, PARTS, strict=True):
-        for attention in dict.fromkeys(row["attention"] for row in rows):
-            mine = [
-                (row["context"], row[key])
-                for row in rows
-                if (row["attention"], row["part"]) == (attention, part) and row.get(key)
-            ]
-            if mine:
-                axis.plot(*zip(*mine, strict=True), "o-", color=COLORS[attention], label=attention)
-        axis.set(xscale="log", yscale="log", xlabel="context (tokens)", title=part)
-        axis.set_xscale("log", base=2)
+    attentions = list(dict.fromkeys(row["attention"] for row in rows))
+    for axis, (part, title_of_part) in zip(axes, PARTS.items(), strict=True):
+        for number, attention in enumerate(attentions):
+            mine = [row for row in rows if (row["attention"], row["part"]) == (attention, part)]
+            points = [(row["context"], row[key]) for row in mine if row.get(key)]
+            if not points:
+                continue
+            out = mine[-1]["context"] if "out_of_memory" in mine[-1] else None
+            name = attention + (f", out of memory at {in_k(out)}" if out else "")
+            width = 1.6 + 2 * (len(attentions) - 1 - number)  # equal curves stay visible
+            style = {"color": COLORS[attention], "linewidth": width, "markersize": width + 3}
+            axis.plot(*zip(*points, strict=True), "o-", label=name, **style)
+        axis.set(yscale="log", xlabel="context (tokens)", title=title_of_part)
+        length_axis(axis, sorted({row["context"] for row in rows if row.get(key)}))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+        if axis.lines:
+            axis.legend(frameon=False)
     axes[0].set_ylabel(label)
-    axes[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=140)
     plt.close(figure)
@@ -140,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         picture = args.json.with_suffix(".png")
         try:
-            draw(outcome["rows"], picture, f"GPT-2 small, 1 x context, {outcome['device']['name']}")
+            device_name = outcome["device"]["name"]
+            title = f"GPT-2 small, one sequence, forward and backward, {device_name}"
+            draw(outcome["rows"], picture, title)
         except ImportError as error:
             print(f"no {picture}: {error}; next step: pip install matplotlib", file=sys.stderr)
         print(args.json)

@@ -587,6 +587,17 @@ def save(path: Path | None, outcome: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def in_k(length: int) -> str:
+    return f"{length // 1024}k" if length >= 1024 else str(length)
+
+
+def length_axis(axis: Any, lengths: Sequence[int]) -> None:
+    """A logarithmic x axis of a plot, with a tick at each of these lengths."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [in_k(length) for length in lengths])
+    axis.minorticks_off()
+
+
 def _free(device: torch.device) -> None:
     torch.compiler.reset()
     gc.collect()

@@ -10,6 +10,7 @@ but the paper's (Dao et al. 2022, arXiv:2205.14135).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# Files of the kernels before these, by the first digits of their SHA-256: a newer file has others.
+OLDER = {"training_step": "44d89d5b", "bert_large": "d071eee6", "step_parts": "6168f08e"}
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
 NOT_RUN = "not run"
@@ -42,18 +45,21 @@ class Row:
 # ---- cells ---------------------------------------------------------------------------------------
 
 
-def speed(model: str) -> Callable[[list[Json]], str | None]:
-    """Speed of a step that is not compiled over the others, a line for every shape."""
+def speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Json]], str | None]:
+    """Speed of a step that is not compiled over the others, a line for every shape.
+
+    With `lengths` of these shapes alone, in that order; what was not run says so.
+    """
 
     def cell(files: list[Json]) -> str | None:
-        lines = []
+        found: dict[int, list[str]] = defaultdict(list)
         for entry in (entry for file in files for entry in file["models"]):
-            runs = entry["runs"]
+            runs, length = entry["runs"], entry["shape"]["length"]
             if entry["name"] != model or entry["compile"] or OURS not in runs:
                 continue
-            shape = f"{entry['shape']['batch']} x {entry['shape']['length']}"
+            shape = f"{entry['shape']['batch']} x {length}"
             if "step_ms" not in runs[OURS]:
-                lines.append(f"{shape}: out of memory")
+                found[length].append(f"{shape}: out of memory")
                 continue
             for own in (name for name in runs if name.startswith(OURS)):
                 ms = runs[own]["step_ms"]["median"]
@@ -63,13 +69,13 @@ def speed(model: str) -> Callable[[list[Json]], str | None]:
                     ratio = f"{theirs['median'] / ms:.2f}" if theirs else "out of memory"
                     parts.append(f"x {other} {ratio}")
                 label = "" if own == OURS else f" ({own.removeprefix(OURS + '_')})"
-                lines.append(f"{shape}{label}: {ms:.1f} ms, {', '.join(parts)}")
-        return _lines(lines)
+                found[length].append(f"{shape}{label}: {ms:.1f} ms, {', '.join(parts)}")
+        return _by_length(found, lengths)
 
     return cell
 
 
-def compiled_speed(model: str) -> Callable[[list[Json]], str | None]:
+def compiled_speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Json]], str | None]:
     """Speed of compiled steps over the others compiled, and over eager that is not."""
 
     def cell(files: list[Json]) -> str | None:
@@ -79,7 +85,7 @@ def compiled_speed(model: str) -> Callable[[list[Json]], str | None]:
             for e in entries
             if not e["compile"] and "step_ms" in e["runs"].get("eager", {})
         }
-        lines = []
+        found: dict[int, list[str]] = defaultdict(list)
         for entry in (e for e in entries if e["compile"]):
             shape, runs = entry["shape"], entry["runs"]
             times = {
@@ -94,10 +100,18 @@ def compiled_speed(model: str) -> Callable[[list[Json]], str | None]:
                     line += f", x {other} {got}"
                 eager = plain.get(tuple(shape.values()))
                 line += "" if eager is None else f", x eager not compiled {eager / times[own]:.2f}"
-                lines.append(line)
-        return _lines(lines)
+                found[shape["length"]].append(line)
+        return _by_length(found, lengths)
 
     return cell
+
+
+def _by_length(found: dict[int, list[str]], lengths: Sequence[int]) -> str | None:
+    lines = [line for length in lengths or sorted(found) for line in found.get(length, [])]
+    missing = [str(length) for length in lengths if length not in found]
+    if lines and missing:
+        lines.append(f"{NOT_RUN}: {', '.join(missing)}")
+    return _lines(lines)
 
 
 def overlay(files: list[Json]) -> str | None:
@@ -128,12 +142,25 @@ def perplexity_by_context(files: list[Json]) -> str | None:
         scores = [job["perplexity"] for job in jobs]
         spread = f" +- {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
         line = f"{model}, context {context}: {statistics.fmean(scores):.3f}{spread}"
+        line += f" after {jobs[0]['tokens'] / 1e6:.1f} M tokens"
         seconds = statistics.fmean(job["tokens"] / job["tokens_per_second"] for job in jobs)
         line += f", {len(scores)} seed(s), {seconds:.0f} s"
         if model in eager:
             line += f" (eager at 1k: {jobs[0]['tokens'] * eager[model]:.0f} s)"
         lines.append(line)
+    if any(_rises(found, model) for model, _ in found):
+        lines.insert(0, "**not reproduced**: so far perplexity rises with the context")
     return _lines(lines)
+
+
+def _rises(found: dict[tuple, list[Json]], model: str) -> bool:
+    """Whether the shortest of several contexts has the best perplexity."""
+    means = {
+        context: statistics.fmean(job["perplexity"] for job in jobs)
+        for (name, context), jobs in found.items()
+        if name == model
+    }
+    return len(means) > 1 and min(means, key=means.__getitem__) == min(means)
 
 
 def time_to_accuracy(files: list[Json]) -> str | None:
@@ -236,16 +263,26 @@ def _lines(lines: Sequence[str]) -> str | None:
 # ---- rows ----------------------------------------------------------------------------------------
 
 STEP = "python benchmarks/training_step.py"
-GRID = (
-    f"{STEP} --models gpt2,gpt2-medium --contexts 512,1024,2048,4096,8192 --compile both "
-    "--tokens 16384 "
-    "--json benchmarks/results/gpt2_grid.json"
-)
+CONTEXTS = (512, 1024, 2048, 4096, 8192)
+
+
+def grid(size: str) -> str:
+    model = {"small": "gpt2", "medium": "gpt2-medium"}[size]
+    return (
+        f"{STEP} --models {model} --contexts {','.join(map(str, CONTEXTS))} --compile both "
+        f"--tokens 16384 --json benchmarks/results/gpt2_grid_{size}.json"
+    )
+
+
 CONTEXT = "python benchmarks/context.py --corpus DIR --json benchmarks/results/context.json"
-BERT_LARGE = (
-    f"{STEP} --models bert-large-full,bert-large-half --compile both --attention "
+BERT_LARGE_HALF = (
+    f"{STEP} --models bert-large-half --compile both --attention "
     "eager,sdpa,hf_flashattn,hf_flashattn_unpad,hf_flashattn_flat "
-    "--json benchmarks/results/bert_large_compiled.json"
+    "--json benchmarks/results/bert_large_compiled_half.json"
+)
+BERT_LARGE_FULL = (
+    f"{STEP} --models bert-large-full --compile both --attention eager,sdpa,hf_flashattn "
+    "--json benchmarks/results/bert_large_compiled_full.json"
 )
 BERT = (
     "python examples/train_bert.py --corpus DIR --size mini --attention {A} --batching {B} "
@@ -255,25 +292,33 @@ BERT = (
 ROWS = (
     Row(
         "GPT-2 small trains 3.5x as fast as Hugging Face's, 1.7x as Megatron's (table 2)",
-        "training_step.json",
-        f"{STEP} --overlay-steps 300 --json benchmarks/results/training_step.json",
-        speed("gpt2"),
+        "gpt2_grid*.json",
+        grid("small"),
+        speed("gpt2", [1024]),
     ),
-    Row("the same at contexts of 512 to 8k", "gpt2_grid*.json", GRID, speed("gpt2")),
+    Row(
+        "the same at contexts of 512 to 8k",
+        "gpt2_grid*.json",
+        grid("small"),
+        speed("gpt2", [length for length in CONTEXTS if length != 1024]),
+    ),
     Row(
         "GPT-2 medium trains 3.0x as fast as Hugging Face's, 1.7x as Megatron's (table 2)",
         "gpt2_grid*.json",
-        GRID,
-        speed("gpt2-medium"),
+        grid("medium"),
+        speed("gpt2-medium", CONTEXTS),
     ),
     Row(
         "(GPT-2 small under torch.compile, which the paper did not have)",
-        "gpt2_grid*.json gpt2_compiled.json",
-        GRID,
-        compiled_speed("gpt2"),
+        "gpt2_grid*.json",
+        grid("small"),
+        compiled_speed("gpt2", CONTEXTS),
     ),
     Row(
-        "(GPT-2 medium under torch.compile)", "gpt2_grid*.json", GRID, compiled_speed("gpt2-medium")
+        "(GPT-2 medium under torch.compile)",
+        "gpt2_grid*.json",
+        grid("medium"),
+        compiled_speed("gpt2-medium", CONTEXTS),
     ),
     Row(
         "BERT-large trains 15 % faster than MLPerf 1.1's record (table 1)",
@@ -283,16 +328,22 @@ ROWS = (
         speed("bert-large"),
     ),
     Row(
-        "(BERT-large without padding, under torch.compile)",
+        "(BERT-large with half of its places padding)",
         "bert_large_compiled*.json",
-        BERT_LARGE,
-        compiled_speed("bert-large-full"),
+        BERT_LARGE_HALF,
+        speed("bert-large-half"),
     ),
     Row(
         "(BERT-large with half of its places padding, under torch.compile)",
         "bert_large_compiled*.json",
-        BERT_LARGE,
+        BERT_LARGE_HALF,
         compiled_speed("bert-large-half"),
+    ),
+    Row(
+        "(BERT-large without padding, under torch.compile)",
+        "bert_large_compiled*.json",
+        BERT_LARGE_FULL,
+        compiled_speed("bert-large-full"),
     ),
     Row(
         "BERT-large reaches 72.0 % of masked tokens in 17.4 instead of 20.0 minutes (table 1)",
@@ -350,45 +401,69 @@ Made by `python docs/results.py` from the files in [results](results); do not ed
 numbers are of A100s (Dao et al. 2022, arXiv:2205.14135), ours of the card in the row: ratios within
 a row compare, milliseconds across rows do not. Not reproduced, as neither can be had here:
 OpenWebText's perplexity of 18.2, and MLPerf's checkpoint and data. A claim in brackets is not the
-paper's.
+paper's. `DIR` is what `examples/prepare_corpus.py --output DIR` leaves; a command ran from the root
+of the source tree, with `PYTHONPATH=.`. What fell short of its target and why:
+[NOTES.md](NOTES.md#training-steps-benchmarkstraining_steppy). Files marked "older" are of the
+[kernels before these](NOTES.md#what-the-committed-numbers-stand-for).
 """
+PICTURES = {
+    "gpt2_grid.png": "Tokens a second of GPT-2's training steps, by context and attention",
+    "memory.png": "Peak memory against context, to where each attention runs out",
+    "context.png": "Held-out perplexity against context, and loss by place in the window",
+    "step_parts.png": "A training step's time by part",
+    "loss_overlay.png": "300 steps with eager, with hf_flashattn and with eager from another seed",
+}
 
 
 def page(folder: Path) -> str:
     """RESULTS.md. Raises ValueError for a file that is no such result."""
+    pictures = [
+        f"\n![{text}](results/{name})"
+        for name, text in PICTURES.items()
+        if (folder / name).exists()
+    ]
     lines = [
         HEAD,
         "| the paper | ours | card, versions | command | JSON |",
         "|---|---|---|---|---|",
         *(_table_row(row, folder) for row in ROWS),
+        *pictures,
     ]
     return "\n".join(lines) + "\n"
 
 
 def _table_row(row: Row, folder: Path) -> str:
     paths = sorted(path for pattern in row.patterns.split() for path in folder.glob(pattern))
-    files, cell = [], None
+    used: dict[Path, Json] = {}  # the files that have something to say
+    cell = None
     for path in paths:
         try:
-            files.append(json.loads(path.read_text()))
+            file = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"expected JSON in {path}, got {error}; run: {row.command}") from error
-    if files:
         try:
-            cell = row.measured(files)
+            if row.measured([file]) is not None:
+                used[path] = file
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"expected in {row.patterns} what {row.command} writes, got "
+                f"expected in {path} what {row.command} writes, got "
                 f"{type(error).__name__}: {error}; run it again"
             ) from error
+    cell = row.measured(list(used.values()))
     if cell is None:
         return f"| {row.claim} | {NOT_RUN} | | `{row.command}` | |"
-    where = "<br>".join(dict.fromkeys(_where(file) for file in files))
-    commands = f"`python {files[0]['command'].removeprefix('python ')}`"
-    if len(files) > 1:
-        commands += f" and {len(files) - 1} more"
-    links = " ".join(f"[{path.stem}](results/{path.name})" for path in paths)
+    where = "<br>".join(dict.fromkeys(map(_where, used.values())))
+    commands = "<br>".join(
+        f"`python {file['command'].removeprefix('python ')}`" for file in used.values()
+    )
+    links = "<br>".join(_link(path) for path in used)
     return f"| {row.claim} | {cell} | {where} | {commands} | {links} |"
+
+
+def _link(path: Path) -> str:
+    older = OLDER.get(path.stem)
+    is_older = older and hashlib.sha256(path.read_bytes()).hexdigest().startswith(older)
+    return f"[{path.stem}](results/{path.name})" + (" (older)" if is_older else "")
 
 
 def _where(file: Json) -> str:
@@ -398,7 +473,7 @@ def _where(file: Json) -> str:
     shown = [
         f"{package} {versions[package]}"
         for package in ("torch", "transformers", "hf_flashattn")
-        if versions.get(package)
+        if versions.get(package) not in (None, "not installed")  # then it is the source tree
     ]
     return ", ".join([name, *shown])
 

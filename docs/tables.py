@@ -1,11 +1,13 @@
 """Fills the tables of README.md: what was measured, and what runs where.
 
     python docs/tables.py                                      # the support matrix alone
-    python docs/tables.py --steps training_step.json --grid attention_grid.json
+    python docs/tables.py --steps gpt2_grid_small.json bert_large_compiled_half.json \\
+        --grid attention_grid.json
 
-The measured table comes from the JSON of benchmarks/training_step.py and of
-benchmarks/attention_grid.py, the support matrix from hf_flashattn.support.explain. Each stands
-between a pair of markers, <!-- NAME:begin --> and <!-- NAME:end -->; nothing else is touched.
+The measured tables come from the JSON of benchmarks/training_step.py, of it the rows that STEPS
+names, and of benchmarks/attention_grid.py; the support matrix from hf_flashattn.support.explain.
+Each stands between a pair of markers, <!-- NAME:begin --> and <!-- NAME:end -->; nothing else is
+touched.
 """
 
 from __future__ import annotations
@@ -51,6 +53,17 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("paged KV cache", {"paged": True}),
 ]
 
+# Rows of the README's training table: model, length, compiled, which of ours, label.
+STEPS = (
+    ("gpt2", 1024, False, "hf_flashattn", "GPT-2 small"),
+    ("gpt2", 1024, True, "hf_flashattn", "GPT-2 small"),
+    ("gpt2", 4096, False, "hf_flashattn", "GPT-2 small"),
+    ("gpt2", 4096, True, "hf_flashattn", "GPT-2 small"),
+    ("gpt2-medium", 1024, True, "hf_flashattn", "GPT-2 medium"),
+    ("bert-large-half", 512, False, "hf_flashattn_unpad", "BERT-large, ours unpadded"),
+    ("bert-large-half", 512, True, "hf_flashattn_flat", "BERT-large, ours unpadded"),
+)
+
 
 def support_matrix() -> str:
     """One row per case: the kernel, or the reason and what to do, in the words of support.py."""
@@ -64,32 +77,52 @@ def support_matrix() -> str:
     return "\n".join(lines)
 
 
-def training_table(outcome: dict[str, Any]) -> str:
-    """Milliseconds, peak memory and speed of whole training steps."""
-    attentions = list(outcome["models"][0]["runs"])
+def training_table(outcomes: dict[str, dict[str, Any]]) -> str:
+    """Milliseconds, peak memory and speed of whole training steps; `outcomes` by file name."""
     lines = [
-        "| training step, ms (peak GiB) | "
-        + " | ".join(attentions)
-        + "".join(f" | x {name}" for name in attentions[:-1])
-        + " |",
-        "|---" * (2 * len(attentions)) + "|",
+        "| training step, ms (peak GiB) | eager | sdpa | hf_flashattn | x eager | x sdpa "
+        "| x eager not compiled |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for model in outcome["models"]:
-        shape, runs = model["shape"], model["runs"]
-        lengths = f", lengths {shape['shortest']}..{shape['length']}"
-        label = f"{model['name']}, {shape['batch']} x {shape['length']}"
-        label += lengths if shape["shortest"] < shape["length"] else ""
-        label += ", compiled" if model["compile"] else ""
-        times = [runs[name]["step_ms"]["median"] for name in attentions]
-        cells = [
-            f"{time:.1f} ({runs[name]['peak_memory_gib'] or math.nan:.1f})"
-            for name, time in zip(attentions, times, strict=True)
+    used: list[str] = []
+    for model, length, compiled, own, label in STEPS:
+        cases = [
+            (file, case)
+            for file, outcome in outcomes.items()
+            for case in outcome["models"]
+            if (case["name"], case["shape"]["length"]) == (model, length)
         ]
-        cells[-1] = f"**{cells[-1]}**"
-        cells += [f"{time / times[-1]:.2f}" for time in times[:-1]]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += ["", _source(outcome, f"dropout {outcome['dropout']}, bf16 autocast, fused AdamW")]
-    return "\n".join(lines)
+        for file, case in cases:
+            if case["compile"] == compiled and "step_ms" in case["runs"].get(own, {}):
+                plain = [c for f, c in cases if f == file and not c["compile"]] if compiled else []
+                lines.append(_training_row(label, case, own, plain))
+                used += [file] if file not in used else []
+    first = outcomes[used[0]]
+    links = ", ".join(f"[{Path(file).stem}](benchmarks/results/{file})" for file in used)
+    protocol = f"dropout {first['dropout']}, bf16 autocast, fused AdamW"
+    return "\n".join([*lines, "", f"{_machine(first)}; {protocol}; {links}."])
+
+
+def _training_row(label: str, case: dict[str, Any], own: str, plain: list[dict[str, Any]]) -> str:
+    runs = case["runs"]
+    shown = {name: runs.get(name, {}) for name in ("eager", "sdpa", own)}
+    times = [run["step_ms"]["median"] if "step_ms" in run else None for run in shown.values()]
+    cells = [
+        "out of memory"
+        if time is None
+        else f"{time:.1f} ({run['peak_memory_gib'] or math.nan:.1f})"
+        for time, run in zip(times, shown.values(), strict=True)
+    ]
+    cells[-1] = f"**{cells[-1]}**"
+    times += [case["runs"].get("eager", {}).get("step_ms", {}).get("median") for case in plain[:1]]
+    ratios = [times[0], times[1], times[3] if plain else None]
+    cells += ["" if time is None else f"{time / times[2]:.2f}" for time in ratios]
+    shape = case["shape"]
+    lengths = f", lengths {shape['shortest']}..{shape['length']}"
+    head = f"{label}, {shape['batch']} x {shape['length']}"
+    head += lengths if shape["shortest"] < shape["length"] else ""
+    head += ", compiled" if case["compile"] else ""
+    return "| " + " | ".join([head, *cells]) + " |"
 
 
 def grid_table(outcome: dict[str, Any]) -> str:
@@ -116,7 +149,8 @@ def grid_table(outcome: dict[str, Any]) -> str:
     protocol = (
         f"TFLOP/s at S {lengths[-1]}, ratio: geometric mean over S {lengths[0]}..{lengths[-1]}"
     )
-    return "\n".join([*lines, "", _source(outcome, protocol)])
+    command = outcome["command"].removeprefix("python ")
+    return "\n".join([*lines, "", f"{_machine(outcome)}; {protocol}. `python {command}`"])
 
 
 def replace_between_markers(text: str, name: str, content: str) -> str:
@@ -128,12 +162,10 @@ def replace_between_markers(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
-def _source(outcome: dict[str, Any], protocol: str) -> str:
+def _machine(outcome: dict[str, Any]) -> str:
     device = outcome["device"]
     name = device if isinstance(device, str) else device["name"]
-    torch_version = outcome.get("torch") or outcome["versions"]["torch"]
-    command = outcome["command"].removeprefix("python ")
-    return f"{name}, torch {torch_version}; {protocol}. `python {command}`"
+    return f"{name}, torch {outcome.get('torch') or outcome['versions']['torch']}"
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
@@ -142,14 +174,17 @@ def _geometric_mean(values: Sequence[float]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=Path, metavar="JSON", help="of benchmarks/training_step.py")
+    parser.add_argument(
+        "--steps", type=Path, nargs="+", metavar="JSON", help="of benchmarks/training_step.py"
+    )
     parser.add_argument("--grid", type=Path, metavar="JSON", help="of benchmarks/attention_grid.py")
     parser.add_argument("--readme", type=Path, default=README)
     args = parser.parse_args(argv)
     text = replace_between_markers(args.readme.read_text(), "support", support_matrix())
     measured = []
     if args.steps:
-        measured.append(training_table(json.loads(args.steps.read_text())))
+        files = {path.name: json.loads(path.read_text()) for path in args.steps}
+        measured.append(training_table(files))
     if args.grid:
         measured.append(grid_table(json.loads(args.grid.read_text())))
     if measured:

@@ -126,6 +126,40 @@ def test_a_job_that_fails_is_named(context, corpus, tmp_path, capsys):
     assert not (tmp_path / "context.json").exists()
 
 
+def test_files_of_several_calls_are_merged(context, tmp_path, capsys):
+    def entry(seed: int, context: int) -> dict:
+        places = [{"from": 0, "to": context, "nll": 1.0, "tokens": context}]
+        return {
+            "name": f"tiny-{context}-{seed}",
+            "model": "tiny",
+            "attention": "hf_flashattn",
+            "context": context,
+            "perplexity": 3.0,
+            "tokens": 512,
+            "by_window_position": places,
+            "device": {"name": "Card"},
+            "versions": {},
+        }
+
+    a, b, both = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "both.json"
+    a.write_text(json.dumps({"jobs": [entry(0, 64)]}))
+    b.write_text(json.dumps({"jobs": [entry(0, 64), entry(0, 32)]}))
+    assert context.main(["--merge", str(a), str(b), "--json", str(both)]) == 0
+    result = json.loads(both.read_text())
+    assert result["jobs"] == [entry(0, 32), entry(0, 64)]
+    assert "--tokens 512 --jobs tiny-64-0,tiny-32-0" in result["command"]
+
+    b.write_text(json.dumps({"jobs": [entry(0, 64) | {"perplexity": 4.0}]}))
+    with pytest.raises(SystemExit, match="expected one entry of tiny-64-0"):
+        context.main(["--merge", str(a), str(b), "--json", str(both)])
+    b.write_text(json.dumps({"jobs": [entry(0, 32) | {"tokens": 64}]}))
+    with pytest.raises(SystemExit, match="as many tokens each"):
+        context.main(["--merge", str(a), str(b), "--json", str(both)])
+    with pytest.raises(SystemExit):
+        context.main(["--json", str(both)])
+    assert "expected --corpus" in capsys.readouterr().err
+
+
 def test_jobs_must_match(context, corpus, tmp_path):
     with pytest.raises(SystemExit, match="expected --jobs to match some of tiny-32-0"):
         context.main(options(corpus, tmp_path, "--jobs", "huge*"))

@@ -90,6 +90,21 @@ def test_contexts_share_the_tokens_and_leave_out_what_does_not_fit(
     assert "eager" in capsys.readouterr().out
 
 
+def test_steps_are_drawn(script, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    run = {"tokens_per_second": 1e5}
+    runs = {"eager": {"out_of_memory": "CUDA"}, "sdpa": run, "hf_flashattn": run}
+    shape = {"batch": 2, "length": 512}
+    models = [
+        {"name": name, "compile": compiled, "shape": shape, "runs": runs}
+        for name, compiled in (("gpt2", False), ("gpt2", True), ("gpt2-medium", True))
+    ]
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps({"device": {"name": "Card"}, "models": models}))
+    script("plot_steps").main([str(path)])
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 SEEN = ("attention", "MLP GEMMs", "other GEMMs", "output layer", "LayerNorm", "GELU", "loss")
 
 

@@ -56,18 +56,27 @@ def test_measured_tables_are_made_from_json(tables):
     def run(milliseconds: float) -> dict:
         return {"step_ms": {"median": milliseconds}, "peak_memory_gib": 2.0}
 
-    shape = {"batch": 32, "length": 512, "shortest": 128}
-    runs = {"eager": run(30.0), "sdpa": run(20.0), "hf_flashattn": run(10.0)}
+    shape = {"batch": 32, "length": 512, "shortest": 1}
+    runs = {"eager": run(30.0), "sdpa": run(20.0), "hf_flashattn_unpad": run(10.0)}
+    compiled = {"eager": {"out_of_memory": "CUDA"}, "sdpa": run(8.0), "hf_flashattn_flat": run(5.0)}
     steps = {
         "device": {"name": "GPU"},
         "versions": {"torch": "2.11"},
         "command": "benchmarks/training_step.py",
         "dropout": 0.1,
-        "models": [{"name": "bert-large", "shape": shape, "compile": False, "runs": runs}],
+        "models": [
+            {"name": "bert-large-half", "shape": shape, "compile": False, "runs": runs},
+            {"name": "bert-large-half", "shape": shape, "compile": True, "runs": compiled},
+        ],
     }
-    table = tables.training_table(steps)
-    assert "| bert-large, 32 x 512, lengths 128..512 | 30.0 (2.0) | 20.0 (2.0) " in table
-    assert "| **10.0 (2.0)** | 3.00 | 2.00 |" in table
+    table = tables.training_table({"a.json": steps})
+    label = "BERT-large, ours unpadded, 32 x 512, lengths 1..512"
+    assert f"| {label} | 30.0 (2.0) | 20.0 (2.0) | **10.0 (2.0)** | 3.00 | 2.00 |  |" in table
+    assert (
+        f"| {label}, compiled | out of memory | 8.0 (2.0) | **5.0 (2.0)** |  | 1.60 | 6.00 |"
+        in (table)
+    )
+    assert table.endswith("fused AdamW; [a](benchmarks/results/a.json).")
 
     rows = [
         {"head_dim": 64, "causal": False, "dropout": 0.1, "direction": direction, "seqlen": seqlen,

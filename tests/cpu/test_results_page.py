@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import sys
@@ -112,18 +113,18 @@ def test_numbers_are_those_of_the_files(results, tmp_path: Path):
     _, ours, where, command, link = row(page, "the same at contexts of 512 to 8k")
     assert ours == (
         "4 x 512: 10.0 ms, x eager 3.00, x sdpa 1.20<br>"
-        "4 x 8192: 16.0 ms, x sdpa 1.50, x eager out of memory"
+        "4 x 8192: 16.0 ms, x sdpa 1.50, x eager out of memory<br>not run: 2048, 4096"
     )
     assert where == "Card, torch 2.11" and command == "`python x.py --json gpt2_grid.json`"
     assert link == "[gpt2_grid](results/gpt2_grid.json)"
     assert row(page, "GPT-2 medium")[1] == results.NOT_RUN  # the file has none
     assert "4 x 512 (unpad): 5.0 ms, x eager 4.00" in row(page, "BERT-large trains")[1]
-    assert row(page, "(BERT-large with half")[1] == (
+    assert row(page, "(BERT-large with half of its places padding, under")[1] == (
         "4 x 512 (flat): 10.0 ms, x sdpa 2.00, x eager out of memory, x eager not compiled 4.00"
     )
     assert row(page, "GPT-2 small with 4 times")[1] == (
-        "gpt2, context 1024: 3.000, 1 seed(s), 20 s (eager at 1k: 100 s)<br>"
-        "mini, context 1024: 5.000 +- 1.000, 3 seed(s), 20 s"
+        "gpt2, context 1024: 3.000 after 0.0 M tokens, 1 seed(s), 20 s (eager at 1k: 100 s)<br>"
+        "mini, context 1024: 5.000 +- 1.000 after 0.0 M tokens, 3 seed(s), 20 s"
     )
     assert row(page, "(data-parallel")[1] == (
         "ddp, 2 GPUs: x 1.95<br>fsdp, 2 GPUs: 2 steps, gap to one GPU 1.0e-04 nats, at most 2.0e-03"
@@ -131,6 +132,44 @@ def test_numbers_are_those_of_the_files(results, tmp_path: Path):
     assert row(page, "memory linear")[1] == (
         "eager: 1024 tokens in 3.5 GiB, last doubling x 3.50, out of memory at 2048"
     )
+
+
+def test_worse_perplexity_of_longer_contexts_is_said(results, tmp_path: Path):
+    def jobs(*perplexities: float) -> list[dict]:
+        common = {
+            "model": "mini",
+            "attention": "hf_flashattn",
+            "tokens": 10,
+            "tokens_per_second": 1,
+        }
+        return [
+            common | {"context": 1024 * 2**number, "perplexity": perplexity}
+            for number, perplexity in enumerate(perplexities)
+        ]
+
+    write(tmp_path, "context.json", jobs=jobs(3.0, 4.0))
+    claim = "GPT-2 small with 4 times"
+    assert row(results.page(tmp_path), claim)[1].startswith("**not reproduced**")
+    write(tmp_path, "context.json", jobs=jobs(3.0, 2.0, 4.0))
+    assert "not reproduced" not in row(results.page(tmp_path), claim)[1]
+
+
+def test_files_are_named_only_where_they_say_something(results, tmp_path: Path, monkeypatch):
+    runs = {name: {"step_ms": {"median": 1.0}} for name in ("eager", "hf_flashattn")}
+    shape = {"batch": 4, "length": 1024}
+    for size, model in (("small", "gpt2"), ("medium", "gpt2-medium")):
+        entry = {"name": model, "compile": False, "shape": shape, "runs": runs}
+        write(tmp_path, f"gpt2_grid_{size}.json", models=[entry], versions={"hf_flashattn": "1.0"})
+    small = (tmp_path / "gpt2_grid_small.json").read_bytes()
+    digest = hashlib.sha256(small).hexdigest()[:8]
+    monkeypatch.setattr(
+        results, "OLDER", {"gpt2_grid_small": digest, "gpt2_grid_medium": "another"}
+    )
+    page = results.page(tmp_path)
+    _, _, where, _, link = row(page, "GPT-2 small trains")
+    assert where == "Card, hf_flashattn 1.0"
+    assert link == "[gpt2_grid_small](results/gpt2_grid_small.json) (older)"
+    assert row(page, "GPT-2 medium")[4] == "[gpt2_grid_medium](results/gpt2_grid_medium.json)"
 
 
 @pytest.mark.parametrize("content", ["{", '{"rows": [{}]}'])

@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -42,8 +41,7 @@ def main() -> None:
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
     trainee = Trainee("hf_flashattn", model, optimizer, accelerator, report)
-    tokens = np.random.default_rng(0).integers(100, size=(12, 16))
-    blocks = datasets.Dataset.from_dict({"input_ids": tokens}).with_format("numpy")
+    blocks = np.random.default_rng(0).integers(100, size=(12, 16))
     batches = BlockBatches(blocks, mine, 1, 0, accelerator.process_index, accelerator.num_processes)
     losses = [
         train_step(trainee, batches.step(step).microbatches, recipe, (step + 1) / 5).item()

@@ -37,7 +37,7 @@ struct BackwardRegisterBudget {
 
 // How a tile's rows get from the accumulators to global memory, 16 bytes a lane at a time.
 enum class OutputPath {
-  kOwnMemory,    // through shared memory of their own, under the first S of the next tile
+  kOwnMemory,    // through shared memory of their own, once the next tile's first S is issued
   kQueryMemory,  // through Q's, which is free for the next rows only after that
   kRegisters,    // exchanged between lanes, where there is no memory for two tiles of Q either
 };

@@ -14,6 +14,10 @@ struct VisibleKeys {
   VisibleKeys() = default;
   __device__ __forceinline__ explicit VisibleKeys(Sequence const& s)
       : begin(s.key_begin), end(s.key_end), diagonal(s.diagonal()) {}
+
+  __device__ __forceinline__ bool sees(bool causal, int row, int key) const {
+    return key >= begin && key < end && !(causal && key > row + diagonal);
+  }
 };
 
 // scores(row, key): this lane's rows first_row and first_row + 8, keys from first_key on.

@@ -138,6 +138,12 @@ __device__ __forceinline__ uint4 load_shared_16b(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t load_shared_4b(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   float2 value;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "r"(address));

@@ -6,64 +6,75 @@
 
 namespace hf_flashattn {
 
-// The maximum is lazy: as long as no score exceeds it by more than 8 octaves the probabilities are
-// only larger by up to 2^8, which floats and 16-bit operands hold as well, and nothing has to be
-// exchanged between lanes or rescaled. A row's result depends on its own scores alone.
+// Rows become rows * factor; N / 4 groups of (row g, row g, row g + 8, row g + 8).
+template <int N>
+__device__ __forceinline__ void scale_rows(float (&acc)[N], float const (&factor)[2]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) acc[j] *= factor[j / 2 % 2];
+}
+
+// The offset is lazy: a row takes its maximum of the first block in which it sees a key, and no
+// maxima are looked for afterwards. Probabilities may then exceed 1, and their sums, which are made
+// anyway, tell when the offset has to follow: after the exponentials, so that nothing waits for a
+// maximum. Then all is scaled by a power of two, which loses nothing; only where the sum has left
+// the range of that, scores more than 87 octaves above the earlier ones are needed again. A row's
+// result depends on its own scores alone.
 struct OnlineSoftmax {
-  static constexpr float kOctaves = 8.f;
-  float scale_log2;  // softmax scale * log2(e)
-  float limit[2];    // raw scores above this raise the offset; -inf before the first key
-  float offset[2];   // what is subtracted from score * scale_log2
-  float sum[2];      // of the probabilities so far, this lane's columns only
+  static constexpr float kLargeSum = 1 << 13;  // of a lane's columns; fp16 ends at 2^16
+  static constexpr float kLostSum = 1.3e30f;   // 2^100: what was there before is nothing beside it
+  float scale_log2;                            // softmax scale * log2(e)
+  float offset[2];  // what is subtracted from score * scale_log2; 0 before the first key
+  float sum[2];     // of the probabilities so far, this lane's columns only
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
-    reset();
-  }
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {}
 
-  // Before the first block of other rows.
-  __device__ __forceinline__ void reset() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      limit[i] = -infinity();
-      offset[i] = 0.f;
-      sum[i] = 0.f;
-    }
-  }
-
-  // Scores become exp2(score * scale_log2 - offset) in place. True (in the whole warp) if earlier
-  // results have to be multiplied by `rescale`.
+  // Scores of a tile's first block become exp2(score * scale_log2 - offset) in place.
   template <int N>
-  __device__ __forceinline__ bool update(float (&scores)[N], float (&rescale)[2]) {
-    float highest[2];
+  __device__ __forceinline__ void first(float (&scores)[N]) {
+    sum[0] = sum[1] = 0.f;
+    settle(scores, true, true);
+    exponentiate(scores);
+  }
+
+  // The same for the next block.
+  template <int N>
+  __device__ __forceinline__ void next(float (&scores)[N]) {
+    // Rows that have seen no key, and a few others.
+    if (__any_sync(0xffffffff, sum[0] == 0.f || sum[1] == 0.f))
+      settle(scores, quad_sum(sum[0]) == 0.f, quad_sum(sum[1]) == 0.f);
+    exponentiate(scores);
+  }
+
+  // Afterwards, in the whole warp: whether some offset has to follow.
+  __device__ __forceinline__ bool sums_are_large() const {
+    return __any_sync(0xffffffff, sum[0] > kLargeSum || sum[1] > kLargeSum);
+  }
+
+  // If so: the probabilities by the new offsets, and `rescale` for all earlier results.
+  // scores_again(scores, rows) makes the scores of these rows of a lane once more.
+  template <int N, class ScoresAgain>
+  __device__ __forceinline__ void raise(float (&scores)[N], float (&rescale)[2],
+                                        ScoresAgain const& scores_again) {
+    bool lost[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      // Two chains, or the latency of each maximum would show.
-      float even = fmaxf(scores[2 * i], scores[2 * i + 1]);
-      float odd = fmaxf(scores[2 * i + 4], scores[2 * i + 5]);
-#pragma unroll
-      for (int j = 8; j < N; j += 8) {
-        even = fmaxf(even, fmaxf(scores[j + 2 * i], scores[j + 2 * i + 1]));
-        odd = fmaxf(odd, fmaxf(scores[j + 2 * i + 4], scores[j + 2 * i + 5]));
-      }
-      highest[i] = fmaxf(even, odd);
+      float const highest = quad_max(sum[i]);
+      lost[i] = highest > kLostSum;
+      bool const large = highest > kLargeSum && !lost[i];
+      int const octaves = large ? (__float_as_int(highest) >> 23) - 127 : 0;
+      offset[i] += octaves;
+      rescale[i] = __int_as_float((127 - octaves) << 23);
+      sum[i] *= rescale[i];
     }
-    bool const raised = __any_sync(0xffffffff, highest[0] > limit[0] || highest[1] > limit[1]);
-    if (raised) raise(highest, rescale);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      scores[j] = exp2_approx(fmaf(scores[j], scale_log2, -offset[j / 2 % 2]));
-      sum[j / 2 % 2] += scores[j];
-    }
-    return raised;
+    scale_rows(scores, rescale);
+    if (__any_sync(0xffffffff, lost[0] || lost[1])) replace(scores, lost, rescale, scores_again);
   }
 
   // After the last block: the factors that normalise the output, and the natural log of the sums.
   __device__ __forceinline__ void finish(float (&normalise)[2], float (&lse)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float total = sum[i];
-      total += __shfl_xor_sync(0xffffffff, total, 1);
-      total += __shfl_xor_sync(0xffffffff, total, 2);
+      float const total = quad_sum(sum[i]);
       bool const empty = total == 0.f;
       normalise[i] = empty ? 0.f : __fdividef(1.f, total);
       lse[i] = empty ? -infinity() : offset[i] * kLn2 + __logf(total);
@@ -71,27 +82,78 @@ struct OnlineSoftmax {
   }
 
  private:
-  __device__ __forceinline__ void raise(float (&highest)[2], float (&rescale)[2]) {
+  static __device__ __forceinline__ float quad_sum(float value) {
+    value += __shfl_xor_sync(0xffffffff, value, 1);
+    return value + __shfl_xor_sync(0xffffffff, value, 2);
+  }
+  static __device__ __forceinline__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 1));
+    return fmaxf(value, __shfl_xor_sync(0xffffffff, value, 2));
+  }
+
+  // Of row I, over all its columns of the block.
+  template <int I, int N>
+  static __device__ __forceinline__ float row_max(float const (&values)[N]) {
+    // Two chains, or the latency of each maximum would show.
+    float even = fmaxf(values[2 * I], values[2 * I + 1]);
+    float odd = fmaxf(values[2 * I + 4], values[2 * I + 5]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 1));
-      highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 2));
-      bool const raised = highest[i] > limit[i];
-      float const next = raised ? highest[i] * scale_log2 : offset[i];
-      // Before the first key there is nothing to rescale, and the difference could overflow.
-      rescale[i] = limit[i] == -infinity() ? 0.f : exp2_approx(offset[i] - next);
-      limit[i] = raised ? highest[i] + __fdividef(kOctaves, scale_log2) : limit[i];
-      offset[i] = next;
-      sum[i] *= rescale[i];
+    for (int j = 8; j < N; j += 8) {
+      even = fmaxf(even, fmaxf(values[j + 2 * I], values[j + 2 * I + 1]));
+      odd = fmaxf(odd, fmaxf(values[j + 2 * I + 4], values[j + 2 * I + 5]));
+    }
+    return quad_max(fmaxf(even, odd));
+  }
+
+  template <int N>
+  __device__ __forceinline__ void exponentiate(float (&scores)[N]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      scores[j] = exp2_approx(fmaf(scores[j], scale_log2, -offset[j / 2 % 2]));
+      sum[j / 2 % 2] += scores[j];
     }
   }
-};
 
-// Rows become rows * factor; N / 4 groups of (row g, row g, row g + 8, row g + 8).
-template <int N>
-__device__ __forceinline__ void scale_rows(float (&acc)[N], float const (&factor)[2]) {
+  // Offsets for the rows that have none.
+  template <int N>
+  __device__ __forceinline__ void settle(float const (&scores)[N], bool low, bool high) {
+    float const highest[2] = {row_max<0>(scores), row_max<1>(scores)};
+    bool const unset[2] = {low, high};
 #pragma unroll
-  for (int j = 0; j < N; ++j) acc[j] *= factor[j / 2 % 2];
-}
+    for (int i = 0; i < 2; ++i)
+      if (unset[i]) offset[i] = highest[i] == -infinity() ? 0.f : highest[i] * scale_log2;
+  }
+
+  // Makes the probabilities of lost rows anew. Through local memory and in loops that stay loops,
+  // or the registers of this rare case would be missing in every block.
+  template <int N, class ScoresAgain>
+  __device__ __forceinline__ void replace(float (&scores)[N], bool const (&lost)[2],
+                                          float (&rescale)[2], ScoresAgain const& scores_again) {
+    float local[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) local[j] = scores[j];
+    scores_again(local, lost);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float highest = -infinity(), total = 0.f;
+#pragma unroll 1
+      for (int j = 2 * i; j < N; j += 4) highest = fmaxf(highest, fmaxf(local[j], local[j + 1]));
+      float const next = quad_max(highest) * scale_log2;
+      if (!lost[i]) continue;
+#pragma unroll 1
+      for (int j = 2 * i; j < N; j += 4)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          local[j + e] = exp2_approx(fmaf(local[j + e], scale_log2, -next));
+          total += local[j + e];
+        }
+      offset[i] = next;
+      sum[i] = total;
+      rescale[i] = 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) scores[j] = local[j];
+  }
+};
 
 }  // namespace hf_flashattn

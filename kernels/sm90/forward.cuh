@@ -14,6 +14,7 @@
 #include "sm90/barriers.cuh"
 #include "sm90/forward_tile.cuh"
 #include "sm90/producer.cuh"
+#include "sm90/warp_scores.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -213,11 +214,18 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
     turns.pass();
   };
-  auto const finish_scores = [&] {
+  auto const mask_scores = [&] {
     if (tile.own.needs_mask(tile.block))
       mask_keys(scores, tile.visible_keys(problem), P::kCausal, warp_row() + lane.group,
                 tile.block * P::kBlockN, lane.quad);
-    return softmax.update(scores, rescale);
+  };
+  auto const scores_again = [&](float (&values)[kScores], bool const(&rows)[2]) {
+    VisibleKeys const visible = tile.visible_keys(problem);
+    int const first_key = tile.block * P::kBlockN, row = warp_row() + lane.group;
+    warp_scores<Element>(values, rows, s.q[q_pipe.stage], warpgroup * 64 + lane.warp * 16,
+                         s.k[pipe.stage], lane, [&](int half, int key) {
+                           return visible.sees(P::kCausal, row + 8 * half, first_key + key);
+                         });
   };
   auto const to_probabilities = [&] {
     to_operand<Element>(probabilities, scores);
@@ -264,13 +272,13 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     if constexpr (kStoreLate) store_output(rows, 0);
     wgmma_wait<0>();
     pin_registers(scores);
-    if constexpr (P::kListed && P::kDropout) tile.make_uniform();
-    softmax.reset();
+    if constexpr (P::kListed) tile.make_uniform();
     dropout.set_rows(warp_row());
     fill_zero(out);
     dropout.draw(tile.block);
     release(s.k_empty[pipe.stage]);
-    finish_scores();
+    mask_scores();
+    softmax.first(scores);
     to_probabilities();
 
     while (--tile.block >= tile.first) {
@@ -285,15 +293,22 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       if constexpr (P::kDrawEarly) dropout.draw(tile.block);  // under S = Q K^T
       wgmma_wait<1>();
       pin_registers(scores);
-      release(s.k_empty[pipe.stage]);
-      bool const raised = finish_scores();  // under O += P V
+      mask_scores();  // with the softmax, under O += P V
+      softmax.next(scores);
       if constexpr (!P::kDrawEarly) dropout.draw(tile.block);
       wgmma_wait<0>();
       pin_registers(out);
       pin_registers(probabilities);
       release(s.v_empty[previous.stage]);
-      if (raised) scale_rows(out, rescale);
-      to_probabilities();
+      bool const large = softmax.sums_are_large();
+      to_probabilities();  // before the vote is known: nothing waits for it, and it is rarely true
+      if (large) {
+        softmax.raise(scores, rescale, scores_again);
+        scale_rows(out, rescale);
+        dropout.draw(tile.block);
+        to_probabilities();
+      }
+      release(s.k_empty[pipe.stage]);
     }
 
     // The last output; the next tile is found under it.
@@ -301,7 +316,10 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     int const q_last = q_pipe.stage;
     pipe.next();
     q_pipe.next();
-    rows = OutputRows<P>(p, Sequence(problem, tile.work.index), tile.work, warp_row());
+    auto const rows_of_tile = [&] {
+      return OutputRows<P>(p, Sequence(problem, tile.work.index), tile.work, warp_row());
+    };
+    if constexpr (!P::kListed) rows = rows_of_tile();
     if constexpr (P::kOutputPath != OutputPath::kQueryMemory) release(s.q_empty[q_last]);
     s.v_full[last.stage].wait(last.parity());
     issue_output(out, probabilities, s, last.stage);
@@ -310,6 +328,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     wgmma_wait<0>();
     pin_registers(out);
     release(s.v_empty[last.stage]);
+    if constexpr (P::kListed) rows = rows_of_tile();
     if constexpr (!kStoreLate) store_output(rows, q_last);
     if constexpr (P::kListed) found = next_tile();
     found = next_busy_tile(found);

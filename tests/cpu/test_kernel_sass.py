@@ -49,7 +49,9 @@ def test_matrix_products_are_wgmma_on_tiles_from_tma(kernels, direction):
         # S = QK^T and O = PV; backward adds S^T, dP, dV, dK, dQ. Four k-steps of 16 are the least.
         assert counts["HGMMA"] >= (8 if direction == "forward" else 20), name
         assert counts["UTMALDG"] >= 3, name
-        assert counts["HMMA"] == 0, f"{name}: an mma.sync of the former generation"
+        # mma.sync, of the former generation, makes the scores of a rare block once more.
+        hot = sum(i.name == "HMMA" for lap in sass.laps(body) for i in lap)
+        assert hot == 0 and counts["HMMA"] <= 2, name
 
 
 # ---------------------------------------------------------------- the judge itself
@@ -79,20 +81,21 @@ def test_hot_spills_are_those_of_the_innermost_loop_with_hgmma():
     assert sass.hot_spills(body_of(OUTER_AND_INNER.format(inner="0x60"))) == 2
 
 
-def test_a_cold_block_behind_the_kernel_belongs_to_its_loop_only_if_it_returns():
+def test_spills_on_a_rare_branch_are_cold():
     text = """
         /*0000*/                   BSSY B0, 0x40 ;
         /*0010*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
         /*0020*/               @P2 BRA 0x70 ;
-        /*0030*/                   BSYNC B0 ;
+        /*0030*/                   {short}
         /*0040*/              @!P0 BRA 0x0 ;
         /*0050*/                   STL [R1], R2 ;
         /*0060*/                   EXIT ;
         /*0070*/                   LDL R3, [R1] ;
-        /*0080*/               {leave}
+        /*0080*/                   BSYNC B0 ;
     """
-    assert sass.hot_spills(body_of(text.format(leave="BSYNC B0 ;"))) == 1
-    assert sass.hot_spills(body_of(text.format(leave="EXIT ;"))) == 0
+    assert sass.hot_spills(body_of(text.format(short="BSYNC B0 ;"))) == 0
+    # Where the way through the branch is the only one around, it is hot.
+    assert sass.hot_spills(body_of(text.format(short="EXIT ;"))) == 1
 
 
 def test_counts_ignore_modifiers_and_predicates():

@@ -1,11 +1,13 @@
 """Forward and backward against the reference: shapes, masks, dropout, padding, packing, repeats."""
 
+import math
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 from judge import (
+    ROUNDING,
     WRONG_OFFSETS,
     Case,
     judge,
@@ -16,6 +18,7 @@ from judge import (
 )
 
 from hf_flashattn import ops
+from hf_flashattn.reference import attention_reference
 
 DTYPES = (torch.float16, torch.bfloat16)
 BASE = variants(Case(), dim=(64, 128), causal=(False, True), dtype=DTYPES)
@@ -439,6 +442,53 @@ def test_large_values(dim, causal):
     problem.q.mul_(30)
     problem.k.mul_(30)
     judge(problem)
+
+
+CLIMBS = variants(
+    Case(sq=300, sk=900),
+    dim=(32, 64, 96, 128, 256),
+    causal=(False, True),
+    dropout_p=(0.0, 0.1),
+)
+CLIMBS += variants(Case(sq=300, sk=900), dim=(64, 128), causal=(False, True), dtype=DTYPES[:1])
+CLIMBS += variants(
+    Case(sq=300, sk=900, key_ranges=((0, 333), (200, 600))),
+    dim=(64, 128),
+    causal=(False, True),
+    dropout_p=(0.0, 0.1),
+)
+CLIMBS += variants(
+    Case(lengths=((300, 500), (64, 900), (1, 130))), dim=(64, 128), causal=(False, True)
+)
+
+
+@pytest.mark.parametrize("octaves", [3, 9, 14, 60, 99, 110, 130, 300, 2000])
+@parametrize(CLIMBS)
+def test_scores_that_climb(case, octaves):
+    """From one block of keys to the next that is visited, in a third of the rows: probabilities by
+    the offset of the block before are small, large, too large for 16 bits, or infinite. In another
+    third they fall, in the last they stay."""
+    problem = make_problem(case)
+    rows, keys = problem.q.shape[-3], problem.k.shape[-3]
+    step = octaves * math.log(2.0) / 64 / problem.options["softmax_scale"]  # a key, by q = 1
+    kind = torch.arange(rows, device="cuda") % 3
+    down = torch.arange(keys, 0, -1, device="cuda") // 64
+    problem.q[..., 0] = (8 * (kind - 1)).to(case.dtype)[:, None]
+    problem.k[..., 0] = (8 * step * down).to(case.dtype)[:, None]
+    options = {**problem.options, **problem.sizes}
+    out, lse = ops.forward(problem.q, problem.k, problem.v, **options)
+    exact_out, exact_lse = attention_reference(
+        *(x.float() for x in (problem.q, problem.k, problem.v)),
+        **problem.options,
+        math_dtype=torch.float32,
+    )
+    seen = exact_lse > -float("inf")
+    assert torch.equal(lse > -float("inf"), seen)
+    torch.testing.assert_close(lse[seen], exact_lse[seen], rtol=1e-5, atol=1e-4)
+    # Two roundings, of P and of the result, and what fp32 loses in scores of this size.
+    lost = exact_lse[seen].abs().max().item() * 2.0**-21
+    tolerance = (3 * ROUNDING[case.dtype] + lost) * problem.v.abs().max().item()
+    torch.testing.assert_close(out.float(), exact_out, rtol=0, atol=tolerance)
 
 
 @parametrize(

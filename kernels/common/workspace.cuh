@@ -5,9 +5,9 @@
 // A stream is one key head of one sequence with the query heads that share it. Streams are worked
 // on one after the other, so sums are needed for a few of them at a time. Recycled, stream n has
 // the memory of stream n - recycled, and the backward itself rounds the sums to dQ. Packed
-// sequences, whose lengths differ, deterministic sums, which take turns and are late, small
-// problems and the kernel for wide heads keep sums for all, and a kernel after the backward rounds
-// them.
+// sequences, whose lengths differ, deterministic sums, which take turns and are late, and small
+// problems keep sums for all, and a kernel after the backward rounds them. Wide heads have none:
+// their dQ never leaves the registers of one CTA.
 #pragma once
 
 #include "common/blocks.cuh"
@@ -31,7 +31,7 @@ struct BackwardWorkspace {
   int32_t* rounded;  // per stream: row blocks of dQ that are written, and whose sums are 0 again
   int32_t* claimed;  // tiles, and row blocks to round, that CTAs have claimed
 
-  // block_n: keys of a tile, if sums may be recycled; else 0.
+  // block_n: keys of a tile; 0: without sums.
   __host__ BackwardWorkspace(BackwardParams const& params, int head_dim, int block_m, int block_n)
       : block_m(block_m), head_dim(head_dim), heads_q(params.problem.heads_q),
         heads_k(params.problem.heads_k), streams(params.problem.batch * heads_k), recycled(0),
@@ -40,7 +40,7 @@ struct BackwardWorkspace {
     int64_t const rows = packed ? int64_t(p.total_q) + int64_t(p.batch) * block_m : p.seqlen_q;
     padded_rows = int((rows + block_m - 1) / block_m * block_m);
     row_slots = int64_t(padded_rows) * p.heads_q * (packed ? 1 : p.batch);
-    sum_slots = row_slots;
+    sum_slots = block_n > 0 ? row_slots : 0;
     if (block_n > 0 && !packed && !params.deterministic) {
       // CTAs are busy with tiles of the newest streams, causal ones of twice the usual length
       // first; those before them are being rounded.
@@ -92,7 +92,7 @@ struct BackwardWorkspace {
 
   // Whether this stream is the first to have its memory for sums, and whether it is the last.
   __host__ __device__ __forceinline__ bool first_user(int stream) const {
-    return recycled == 0 || stream < recycled;
+    return sum_slots > 0 && (recycled == 0 || stream < recycled);
   }
   __host__ __device__ __forceinline__ bool last_user(int stream) const {
     return recycled == 0 || stream + recycled >= streams;

@@ -7,11 +7,9 @@
 #include "sm90/backward.cuh"
 #include "sm90/backward_wide.cuh"
 #include "sm90/launch.cuh"
+#include "sm90/query_gradient.cuh"
 
 namespace hf_flashattn::sm90 {
-
-template <class P>
-constexpr bool kWide = P::kHeadDim > 128;
 
 template <class Smem>
 Status make_maps(BackwardMaps& maps, BackwardParams const& p) {
@@ -40,51 +38,82 @@ inline void clear_uncovered(BackwardParams const& p, cudaStream_t stream) {
       results, problem.batch, problem.head_dim);
 }
 
-template <class P, class Smem, auto Kernel>
-Status launch_backward(BackwardParams const& p) {
-  using Element = typename P::Element;
-  Problem const& problem = p.problem;
-  static_assert(sizeof(Smem) <= kSharedMemoryBytes, "the tiles of a policy fit one CTA's memory");
-  static_assert(P::kBlockM == kBackwardBlockM<P::kHeadDim> &&
-                    (kWide<P> || P::kBlockN == kRecyclingKeys<P::kHeadDim>),
+// Before the backward proper.
+template <class P>
+void preprocess(BackwardParams const& p, BackwardWorkspace const& workspace) {
+  static_assert(P::kBlockM == kBackwardBlockM<P::kHeadDim>,
                 "the workspace is laid out for all policies of a head dim");
-  int const smem_bytes = sizeof(Smem);
-  BackwardMaps maps;
-  Status status = make_maps<Smem>(maps, p);
-  if (status.ok()) status = allow_shared_memory<Kernel>(problem.device, smem_bytes);
-  if (!status.ok()) return status;
-
-  auto const stream = static_cast<cudaStream_t>(problem.stream);
-  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, kRecyclingKeys<P::kHeadDim>);
-  KeyTileOrder const order(p, P::kBlockM, P::kBlockN);
+  Problem const& problem = p.problem;
+  if (problem.cu_seqlens_q != nullptr)
+    clear_uncovered(p, static_cast<cudaStream_t>(problem.stream));
   dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
-  dim3 const keys(order.key_blocks, problem.heads_k, problem.batch);
-  if (problem.cu_seqlens_q != nullptr) clear_uncovered(p, stream);
-  prep::backward_preprocess_kernel<Element, P::kHeadDim, P::kBlockM>
-      <<<rows, prep::kPreprocessThreads, 0, stream>>>(p, workspace);
-  if constexpr (kWide<P>) {
-    Kernel<<<keys, P::kThreads, smem_bytes, stream>>>(p, workspace, maps, order);
-    status = check(cudaGetLastError(), "launching the backward kernels");
-  } else {
-    int const grid = min(order.tiles(), problem.num_sms);
-    status = check(
-        launch_overlapped(Kernel, grid, P::kThreads, smem_bytes, stream, p, workspace, maps, order),
-        "launching the backward kernels");
-  }
+  prep::backward_preprocess_kernel<typename P::Element, P::kHeadDim, P::kBlockM>
+      <<<rows, prep::kPreprocessThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(p,
+                                                                                         workspace);
+}
+
+template <class Smem, auto Kernel>
+Status set_up_backward(BackwardMaps& maps, BackwardParams const& p) {
+  static_assert(sizeof(Smem) <= kSharedMemoryBytes, "the tiles of a policy fit one CTA's memory");
+  Status const status = make_maps<Smem>(maps, p);
+  return status.ok() ? allow_shared_memory<Kernel>(p.problem.device, sizeof(Smem)) : status;
+}
+
+// Up to head dim 128: one kernel, and one to round sums of dQ that are not recycled.
+template <class P>
+Status launch_backward(BackwardParams const& p) {
+  using Smem = BackwardSmem<P>;
+  static_assert(P::kBlockN == kRecyclingKeys<P::kHeadDim>,
+                "the workspace is laid out for all policies of a head dim");
+  BackwardMaps maps;
+  Status status = set_up_backward<Smem, backward_kernel<P>>(maps, p);
   if (!status.ok()) return status;
-  if (workspace.recycled == 0) {
-    using DqParts = prep::DqParts<P::kHeadDim, P::kBlockM, P::kPartColumns>;
-    prep::dq_convert_kernel<Element, DqParts><<<rows, DqParts::kThreads, 0, stream>>>(p, workspace);
-  }
+  Problem const& problem = p.problem;
+  auto const stream = static_cast<cudaStream_t>(problem.stream);
+  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, P::kBlockN);
+  KeyTileOrder const order(p, P::kBlockM, P::kBlockN);
+  preprocess<P>(p, workspace);
+  status = check(launch_overlapped(backward_kernel<P>, min(order.tiles(), problem.num_sms),
+                                   P::kThreads, sizeof(Smem), stream, p, workspace, maps, order),
+                 "launching the backward kernels");
+  if (!status.ok() || workspace.recycled > 0) return status;
+  using DqParts = prep::DqParts<P::kHeadDim, P::kBlockM, P::kPartColumns>;
+  dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
+  prep::dq_convert_kernel<typename P::Element, DqParts>
+      <<<rows, DqParts::kThreads, 0, stream>>>(p, workspace);
   return check(cudaGetLastError(), "launching the backward kernels");
+}
+
+// Above: a kernel for dK and dV, and one for dQ, which starts while the last CTAs of the first run.
+template <class P, class QueryP>
+Status launch_wide_backward(BackwardParams const& p) {
+  using Smem = BackwardWideSmem<P>;
+  using QuerySmem = QueryGradientSmem<QueryP>;
+  BackwardMaps maps, query_maps;
+  Status status = set_up_backward<Smem, backward_wide_kernel<P>>(maps, p);
+  if (status.ok())
+    status = set_up_backward<QuerySmem, query_gradient_kernel<QueryP>>(query_maps, p);
+  if (!status.ok()) return status;
+  Problem const& problem = p.problem;
+  auto const stream = static_cast<cudaStream_t>(problem.stream);
+  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, 0);
+  TileScheduler<QueryP::kFoldTiles> const scheduler(problem, QueryP::kBlockM, QueryP::kCausal);
+  preprocess<P>(p, workspace);
+  dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
+  backward_wide_kernel<P><<<keys, P::kThreads, sizeof(Smem), stream>>>(p, workspace, maps);
+  status = check(cudaGetLastError(), "launching the backward kernels");
+  if (!status.ok()) return status;
+  return check(launch_overlapped(query_gradient_kernel<QueryP>, scheduler.grid, QueryP::kThreads,
+                                 sizeof(QuerySmem), stream, p, workspace, query_maps, scheduler),
+               "launching the backward kernels");
 }
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 Status backward(BackwardParams const& p) {
   using P = BackwardPolicy<HeadDim, Type, Causal, Dropout>;
-  if constexpr (kWide<P>)
-    return launch_backward<P, BackwardWideSmem<P>, backward_wide_kernel<P>>(p);
-  else return launch_backward<P, BackwardSmem<P>, backward_kernel<P>>(p);
+  if constexpr (HeadDim > 128)
+    return launch_wide_backward<P, QueryGradientPolicy<HeadDim, Type, Causal, Dropout>>(p);
+  else return launch_backward<P>(p);
 }
 
 }  // namespace hf_flashattn::sm90

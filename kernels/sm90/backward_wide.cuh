@@ -1,48 +1,19 @@
-// Backward attention on Hopper for head dims above 128: one CTA a block of 64 keys.
+// dK and dV on Hopper for head dims above 128: one CTA a block of 64 keys. dQ has a kernel of its
+// own (query_gradient.cuh).
 //
 //   4 producer warps   each fills one of the four row buffers (Q and dO of even and odd row
-//                      blocks); the first two also bring K and V once; deterministic, those of dO
-//                      see to the turns of their consumer
+//                      blocks); the first two also bring K and V once
 //   2 consumers        in pairs of row blocks, consumer w has the scores of the one in buffer w:
-//                        S^T = K Q^T, dP^T = V dO^T, P^T and dS^T to registers and shared memory
+//                        S^T = K Q^T, dP^T = V dO^T, P^T and dS^T to registers, and one of them to
+//                        shared memory
 //                        consumer 0: dV += P^T dO, consumer 1: dK += dS^T Q, over both blocks;
 //                        the own block's operand comes from registers
-//                        dQ = dS K of the own block, added to the fp32 accumulator from registers
 #pragma once
 
 #include "sm90/backward.cuh"
 #include "sm90/backward_wide_consumer.cuh"
 
 namespace hf_flashattn::sm90 {
-
-// Deterministic: lets one consumer add its row blocks to dQ in turns, the last key block that a row
-// block sees first. A turn is waited for while the consumer still makes what it will add, and
-// passed on while it is at the next row block: to see and to raise a count in global memory takes
-// about a microsecond each. For a whole warp.
-class TurnKeeper {
-  int const consumer_;
-  bool const leader_;
-  int32_t* turn_ = nullptr;  // of the row block that the consumer may add to now
-
- public:
-  __device__ __forceinline__ explicit TurnKeeper(int consumer)
-      : consumer_(consumer), leader_(threadIdx.x % kWarpThreads == 0) {}
-
-  __device__ __forceinline__ void pass_on() {
-    if (turn_ == nullptr) return;
-    barrier_sync(kAdded + consumer_, kWarpgroupThreads + kWarpThreads);
-    if (leader_) add_count(turn_);
-    turn_ = nullptr;
-  }
-
-  __device__ __forceinline__ void take(int32_t* turn, int earlier) {
-    pass_on();
-    if (leader_) wait_count(turn, earlier);
-    __syncwarp();
-    barrier_arrive(kTurn + consumer_, kWarpgroupThreads + kWarpThreads);
-    turn_ = turn;
-  }
-};
 
 // Producer warp 2w brings Q and the statistics of the row blocks of consumer w, 2w + 1 their dO.
 template <class P>
@@ -53,7 +24,6 @@ __device__ void produce_wide(BackwardParams const& p, BackwardWorkspace const& w
   int const buffer = warp / 2;
   bool const queries = warp % 2 == 0;
   uint32_t staging_phase = 0, parity = 0;
-  TurnKeeper turns(buffer);
   if (buffer == 0) {
     int begin, end;
     sequence.visible_keys(work.first_key, P::kBlockN, begin, end);
@@ -78,41 +48,19 @@ __device__ void produce_wide(BackwardParams const& p, BackwardWorkspace const& w
     load_tile_zero_outside(queries ? maps.q : maps.dout, (queries ? s.q_full : s.dout_full)[buffer],
                            s.staging[warp], staging_phase, (queries ? s.q : s.dout)[buffer],
                            sequence.first_q + row, walk.head, sequence.batch, rows_begin, rows_end);
-    if (!queries && p.deterministic) {
-      int64_t const slot = workspace.first_slot(sequence, walk.head) + row;
-      turns.take(workspace.turn + slot / P::kBlockM, work.earlier_key_blocks(walk.block));
-    }
   }
-  turns.pass_on();
 }
 
-// Grid (key blocks, key heads, sequences). Deterministic, CTAs claim their tiles: some wait for
-// those before theirs, and in which order CTAs start nobody promises.
-template <class P>
-__device__ __forceinline__ Work find_work(BackwardParams const& p,
-                                          BackwardWorkspace const& workspace,
-                                          KeyTileOrder const& order, BackwardWideSmem<P>& s) {
-  Work work{int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)};
-  if (p.deterministic) {
-    if (threadIdx.x == 0) s.claimed = atomicAdd(workspace.claimed, 1);
-    __syncthreads();
-    int stream;
-    order.locate(s.claimed, stream, work.block);
-    work.index = stream / workspace.heads_k;
-    work.head = stream % workspace.heads_k;
-  }
-  return {warp_uniform(work.block), warp_uniform(work.head), warp_uniform(work.index)};
-}
-
+// Grid (key blocks, key heads, sequences).
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1)
     backward_wide_kernel(BackwardParams const __grid_constant__ p,
                          BackwardWorkspace const __grid_constant__ workspace,
-                         BackwardMaps const __grid_constant__ maps,
-                         KeyTileOrder const __grid_constant__ order) {
+                         BackwardMaps const __grid_constant__ maps) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<BackwardWideSmem<P>*>(smem_bytes);
-  KeyWork<P> const work(p, find_work(p, workspace, order, s));
+  launch_dependents();
+  KeyWork<P> const work(p, Work{int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)});
   if (work.first_key >= work.sequence.length_k) return;
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();

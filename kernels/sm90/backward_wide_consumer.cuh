@@ -25,7 +25,6 @@ __device__ __forceinline__ void issue_shared_update(float (&acc)[N], ScoreTile c
 template <class P, int W>
 struct WideConsumer {
   static constexpr int kOther = 1 - W;
-  static constexpr int kParts = P::kHeadDim / 64;  // of dQ
 
   BackwardParams const& p;
   BackwardWorkspace const& workspace;
@@ -89,32 +88,7 @@ struct WideConsumer {
     to_operands<P>(W == 0 ? operand : other, W == 0 ? other : operand, scores, dp,
                    s.statistics[W].delta, dropout, rule, lane.quad, p.problem.batch);
     s.scores_empty.wait(parity ^ 1);
-    store_operand(s.ds[W], W == 0 ? other : operand, lane.warp * 16);
-    if constexpr (W == 1) store_operand(s.p, other, lane.warp * 16);
-  }
-
-  // Adds dQ of this consumer's row block to the accumulator in global memory, a part of 64 columns
-  // after the other. Deterministic: in turns, which a producer warp waits for and passes on (see
-  // TurnKeeper). The products of parts 0 and 1 are in flight.
-  __device__ __forceinline__ void add_dq(float (&dq)[2][32], RowWalk<P> const& walk) const {
-    int const thread = threadIdx.x % kWarpgroupThreads;
-    int64_t const slot = workspace.first_slot(work.sequence, walk.head) + walk.first_row();
-    float* const global = workspace.dq + slot * P::kHeadDim + thread * 4;
-    if (p.deterministic) barrier_sync(kTurn + W, kWarpgroupThreads + kWarpThreads);
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      if (part + 1 < kParts) wgmma_wait<1>();
-      else wgmma_wait<0>();
-      float (&own)[32] = dq[part % 2];
-      pin_registers(own);
-      if (part + 1 == kParts) release(s.scores_empty);
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        reduce_add_16b(global + (part * 8 + i) * kWarpgroupThreads * 4,
-                       make_float4(own[4 * i], own[4 * i + 1], own[4 * i + 2], own[4 * i + 3]));
-      if (part + 2 < kParts) issue_dq<P>(own, s, W, part + 2);
-    }
-    if (p.deterministic) barrier_arrive(kAdded + W, kWarpgroupThreads + kWarpThreads);
+    store_operand(W == 0 ? s.ds : s.p, other, lane.warp * 16);
   }
 
   // One pair of row blocks; of an odd number the last pair has only consumer 0's.
@@ -122,7 +96,6 @@ struct WideConsumer {
   __device__ __forceinline__ void step(float (&grad)[P::kHeadDim / 2], RowWalk<P> const& walk,
                                        uint32_t parity) const {
     uint32_t operand[4][4];
-    float dq[2][32];
     if constexpr (Own) {
       make_scores<Other>(operand, walk, parity);
       issue_update<P>(grad, operand, source(W));
@@ -133,19 +106,17 @@ struct WideConsumer {
     if constexpr (Other) {
       source_full(kOther).wait(parity);
       if constexpr (W == 0) issue_shared_update<P>(grad, s.p, source(kOther));
-      else issue_shared_update<P>(grad, s.ds[kOther], source(kOther));
+      else issue_shared_update<P>(grad, s.ds, source(kOther));
     }
     if constexpr (Own) {
-      issue_dq<P>(dq[0], s, W, 0);
-      issue_dq<P>(dq[1], s, W, 1);
-      wgmma_wait<2 + Other>();
+      wgmma_wait<Other>();
       pin_registers(operand);
       release(source_empty(W));
     }
-    wgmma_wait<Own ? 2 : 0>();
+    wgmma_wait<0>();
     pin_registers(grad);
     if constexpr (Other) release(source_empty(kOther));
-    if constexpr (Own) add_dq(dq, walk);
+    release(s.scores_empty);
   }
 
   __device__ __forceinline__ void accumulate(float (&grad)[P::kHeadDim / 2]) const {

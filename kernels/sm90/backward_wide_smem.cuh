@@ -28,7 +28,7 @@ struct RowWalk {
   }
 };
 
-// d256 takes 218 of 227 KB. Buffer w of Q, dO and the statistics belongs to the row blocks of
+// d256 takes 210 of 227 KB. Buffer w of Q, dO and the statistics belongs to the row blocks of
 // consumer w, and each of the four big ones to one producer warp.
 template <class P>
 struct BackwardWideSmem {
@@ -41,8 +41,8 @@ struct BackwardWideSmem {
   ValueTile v;                                                  // scratch for dV
   RowTile q[2];
   RowTile dout[2];
-  ScoreTile ds[2];  // dS^T
-  ScoreTile p;      // P^T of consumer 1's rows; consumer 0 multiplies its own from registers
+  ScoreTile ds;  // dS^T of consumer 0's rows; consumer 1 multiplies its own from registers
+  ScoreTile p;   // P^T of consumer 1's
   RowStatistics<P> statistics[2];
   Mbarrier k_full, v_full;
   Mbarrier q_full[2], q_empty[2];
@@ -50,7 +50,6 @@ struct BackwardWideSmem {
   Mbarrier statistics_full[2], statistics_empty[2];  // empty: threads of consumer w
   Mbarrier scores_empty;  // all consumer warps: nobody reads dS and P of this pair any more
   Mbarrier staging[4];    // TMA to each producer warp itself, for tiles it has to patch
-  int claimed;            // deterministic: this CTA's tile
 };
 
 template <class P>

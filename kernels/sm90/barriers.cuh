@@ -22,15 +22,9 @@ enum BackwardBarrier : int {
   kQueryGradientFull = 3,  // 3, 4, 5, 6
   // + warpgroup: the writer arrives when that part has been read; the consumers wait.
   kQueryGradientEmpty = 7,  // 7, 8
-  // Wide heads, deterministic, + warpgroup: the producer warp that brings its dO arrives when the
-  // turn has come to add to dQ; the consumer waits.
-  kTurn = 3,  // 3, 4
   // Wide heads: consumer 1 arrives when it has issued S^T and dP^T; consumer 0 waits before it
   // issues its own.
-  kFirstScores = 5,
-  // Wide heads, deterministic, + warpgroup: the consumer arrives when it has added to dQ; the same
-  // producer warp waits, and passes the turn on.
-  kAdded = 6,  // 6, 7
+  kFirstScores = 3,
 };
 
 }  // namespace hf_flashattn::sm90

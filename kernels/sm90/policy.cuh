@@ -151,7 +151,7 @@ template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<128, Type, Causal, Dropout> : BackwardTile<128, Type, Causal, Dropout, 64> {};
 
 // Wide heads: dK or dV of 64 keys fills half of a consumer's registers. One consumer accumulates
-// dV, the other dK, and each makes S^T, dP^T and dQ of every other block of 64 rows.
+// dV, the other dK, and each makes S^T and dP^T of every other block of 64 rows.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct BackwardWideTile {
   using Element = typename ElementOf<Type>::type;
@@ -163,20 +163,39 @@ struct BackwardWideTile {
   static constexpr int kBlockM = 64;
   static constexpr int kBlockN = 64;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr bool kSplitRows = false;
-  static constexpr int kPartColumns = 64;  // of dQ
-  static_assert(HeadDim % kPartColumns == 0 && HeadDim <= 256, "dK or dV fits 128 floats");
+  static_assert(HeadDim % 64 == 0 && HeadDim <= 256, "dK or dV fits 128 floats");
 };
 template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<192, Type, Causal, Dropout> : BackwardWideTile<192, Type, Causal, Dropout> {};
 template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<256, Type, Causal, Dropout> : BackwardWideTile<256, Type, Causal, Dropout> {};
 
-// Rows of a dQ block: the workspace is laid out in these.
+// dQ of wide heads: a consumer thread holds HeadDim / 2 registers of dQ and 32 each of S and dP. At
+// 256 the rows, two stages of K and one of V take 224 of 227 KB: V is needed for dP alone, and the
+// next one comes while dQ += dS K and S of the next block are made.
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+struct QueryGradientPolicy {
+  using Element = typename ElementOf<Type>::type;
+  using Registers = RegisterBudget<2>;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr bool kCausal = Causal;
+  static constexpr bool kDropout = Dropout;
+  static constexpr int kConsumers = 2;
+  static constexpr int kBlockM = 64 * kConsumers;
+  static constexpr int kBlockN = 64;
+  static constexpr int kKeyStages = 2;
+  static constexpr int kValueStages = HeadDim > 192 ? 1 : 2;
+  static constexpr int kPairs = Dropout ? kBlockN / 32 : 1;
+  static constexpr bool kFoldTiles = Causal;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+};
+
+// Rows of a block: the workspace is laid out in these.
 template <int HeadDim>
 constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockM;
 
-// Keys of a tile where the backward may recycle its sums of dQ (see common/workspace.cuh).
+// Keys of a tile whose dQ is summed in the workspace, and its memory recycled (see
+// common/workspace.cuh); 0 where dQ has a kernel of its own.
 template <int HeadDim>
 constexpr int kRecyclingKeys =
     HeadDim > 128 ? 0 : BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockN;

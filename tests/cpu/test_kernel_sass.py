@@ -25,19 +25,28 @@ def kernels():
 
 def attention_kernels(kernels, direction):
     names = (f"sm90::{direction}_kernel<", f"sm90::{direction}_wide_kernel<")
+    if direction == "backward":
+        names += ("sm90::query_gradient_kernel<",)
     return {n: b for n, b in kernels.items() if n.startswith(names)}
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_policy_is_instantiated(kernels, direction):
-    choices = product(HEAD_DIMS, ("fp16", "bf16"), ("false", "true"), ("false", "true"))
+    choices_of_a_dim = (("fp16", "bf16"), ("false", "true"), ("false", "true"))
+    choices = product(HEAD_DIMS, *choices_of_a_dim)
     policy = f"sm90::{direction.capitalize()}Policy"
     expected = {
         f"sm90::{direction}{'_wide' if direction == 'backward' and dim > 128 else ''}_kernel"
         f"<{policy}<{dim}, {dtype}, {causal}, {dropout}>>"
         for dim, dtype, causal, dropout in choices
     }
-    if direction == "forward":
+    if direction == "backward":
+        expected |= {
+            f"sm90::query_gradient_kernel<sm90::QueryGradientPolicy<{dim}, {rest}>>"
+            for dim in (192, 256)
+            for rest in map(", ".join, product(*choices_of_a_dim))
+        }
+    else:
         expected |= {f"{n[:20]}<sm90::ListedPolicy<{n[21:-1]}>>" for n in expected}
     assert expected <= set(attention_kernels(kernels, direction))
 
@@ -47,7 +56,8 @@ def test_matrix_products_are_wgmma_on_tiles_from_tma(kernels, direction):
     for name, body in attention_kernels(kernels, direction).items():
         counts = sass.opcode_counts(body)
         # S = QK^T and O = PV; backward adds S^T, dP, dV, dK, dQ. Four k-steps of 16 are the least.
-        assert counts["HGMMA"] >= (8 if direction == "forward" else 20), name
+        alone = direction == "forward" or "query_gradient" in name
+        assert counts["HGMMA"] >= (8 if alone else 20), name
         assert counts["UTMALDG"] >= 3, name
         # mma.sync, of the former generation, makes the scores of a rare block once more.
         hot = sum(i.name == "HMMA" for lap in sass.laps(body) for i in lap)

@@ -1,0 +1,249 @@
+// dQ of wide heads: a persistent, warp-specialised kernel of its own, whose rows stay while keys
+// stream past, so that no sums of dQ leave the registers.
+//
+//   producer warp    Q and dO of a tile, then K and V blocks from the last to the first
+//   2 consumers      64 rows each: S = Q K^T, dP = dO V^T, dS in registers, dQ += dS K
+//
+// dQ += dS K of one block runs under S and dP of the next.
+#pragma once
+
+#include "common/dropout.cuh"
+#include "common/mask.cuh"
+#include "sm90/backward_consumer.cuh"
+
+namespace hf_flashattn::sm90 {
+
+template <class P>
+struct QueryGradientSmem {
+  using Element = typename P::Element;
+  using RowTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
+  using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
+  using ValueTile = KeyTile;
+  RowTile q, dout;
+  KeyTile k[P::kKeyStages];
+  KeyTile v[P::kValueStages];
+  Mbarrier q_full, q_empty, dout_full, dout_empty;  // empty: every consumer warp
+  Mbarrier k_full[P::kKeyStages], k_empty[P::kKeyStages];
+  Mbarrier v_full[P::kValueStages], v_empty[P::kValueStages];
+  Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
+};
+
+template <class P>
+__device__ void init_barriers(QueryGradientSmem<P>& s) {
+  constexpr int kConsumerWarps = P::kConsumers * 4;
+  s.staging.init(1);
+  for (Mbarrier* full : {&s.q_full, &s.dout_full}) full->init(1);
+  for (Mbarrier* empty : {&s.q_empty, &s.dout_empty}) empty->init(kConsumerWarps);
+  for (Mbarrier& full : s.k_full) full.init(1);
+  for (Mbarrier& full : s.v_full) full.init(1);
+  for (Mbarrier& empty : s.k_empty) empty.init(kConsumerWarps);
+  for (Mbarrier& empty : s.v_empty) empty.init(kConsumerWarps);
+  fence_mbarrier_init();
+}
+
+// The next tile with rows, and the key blocks that they see, which may be none.
+template <class P>
+struct RowTiles {
+  using Blocks = KeyBlocks<P::kBlockM, P::kBlockN>;
+  Problem const& problem;
+  StaticTiles<TileScheduler<P::kFoldTiles>> tiles;
+  Work work;
+  int first_row;
+  Blocks blocks;
+
+  __device__ __forceinline__ RowTiles(Problem const& problem,
+                                      TileScheduler<P::kFoldTiles> const& scheduler)
+      : problem(problem), tiles{scheduler} {}
+
+  __device__ __forceinline__ bool next() {
+    while (tiles.next(work)) {
+      Sequence const sequence(problem, work.index);
+      first_row = work.block * P::kBlockM;
+      if (first_row >= sequence.length_q) continue;
+      blocks = Blocks(sequence, P::kCausal, first_row);
+      return true;
+    }
+    return false;
+  }
+};
+
+template <class P>
+__device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTiles<P> tiles) {
+  using Smem = QueryGradientSmem<P>;
+  PipelineState<P::kKeyStages> k_pipe;
+  PipelineState<P::kValueStages> v_pipe;
+  uint32_t staging_phase = 0, rows_phase = 0;
+  auto const load_rows = [&](CUtensorMap const& map, auto const& tile, Mbarrier& full,
+                             Mbarrier& empty, int row, int head, int batch) {
+    empty.wait(rows_phase ^ 1);
+    if (elect_one()) {
+      full.arrive_expect(Smem::RowTile::kBytes);
+      load_tile(map, full, tile, row, head, batch);
+    }
+    __syncwarp();
+  };
+  while (tiles.next()) {
+    if (tiles.blocks.count <= 0) continue;
+    Work const& work = tiles.work;
+    Sequence const sequence(tiles.problem, work.index);
+    int const row = sequence.first_q + tiles.first_row;
+    int const head_k = work.head / (tiles.problem.heads_q / tiles.problem.heads_k);
+    load_rows(maps.q, s.q, s.q_full, s.q_empty, row, work.head, sequence.batch);
+    int const last = tiles.blocks.last();
+    for (int block = last; block >= tiles.blocks.first; --block, k_pipe.next(), v_pipe.next()) {
+      int const first_key = block * P::kBlockN, key_row = sequence.first_k + first_key;
+      int begin, end;
+      sequence.visible_keys(first_key, P::kBlockN, begin, end);
+      s.k_empty[k_pipe.stage].wait(k_pipe.parity() ^ 1);
+      load_tile_zero_outside(maps.k, s.k_full[k_pipe.stage], s.staging, staging_phase,
+                             s.k[k_pipe.stage], key_row, head_k, sequence.batch, begin, end);
+      if (block == last)
+        load_rows(maps.dout, s.dout, s.dout_full, s.dout_empty, row, work.head, sequence.batch);
+      s.v_empty[v_pipe.stage].wait(v_pipe.parity() ^ 1);
+      load_tile_zero_outside(maps.v, s.v_full[v_pipe.stage], s.staging, staging_phase,
+                             s.v[v_pipe.stage], key_row, head_k, sequence.batch, begin, end);
+    }
+    rows_phase ^= 1;
+  }
+}
+
+// From S and dP of a block: dS = P (mask * dP - delta) with P = exp2(scale_log2 * S - LSE), 16
+// bits. The statistics of dropout are as common/dropout.cuh (dropout_lift) says.
+template <class P, int N>
+__device__ __forceinline__ void to_score_gradients(uint32_t (&operand)[N / 8][4],
+                                                   float const (&scores)[N], float const (&dp)[N],
+                                                   float const (&lse)[2], float const (&delta)[2],
+                                                   float scale_log2,
+                                                   DropoutTile const (&tiles)[P::kPairs][2],
+                                                   ByteRule const& rule) {
+#pragma unroll
+  for (int k = 0; k < N / 8; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // rows g and g + 8, columns 2q and 2q + 8
+      int const j = 8 * k + 2 * i, half = i % 2;
+      float low = dp[j], high = dp[j + 1];
+      if constexpr (P::kDropout) {
+        uint32_t const flags = tiles[k / 2][k % 2].keep_flags(rule, half, i / 2);
+        low *= __uint_as_float(flags << 16);
+        high *= __uint_as_float(flags & 0xffff0000u);
+      }
+      low = exp2_approx(fmaf(scores[j], scale_log2, -lse[half])) * (low - delta[half]);
+      high = exp2_approx(fmaf(scores[j + 1], scale_log2, -lse[half])) * (high - delta[half]);
+      operand[k][i] = pack<typename P::Element>(low, high);
+    }
+}
+
+template <class P>
+__device__ void consume(BackwardParams const& p, BackwardWorkspace const& workspace,
+                        QueryGradientSmem<P>& s, RowTiles<P> tiles) {
+  using Element = typename P::Element;
+  constexpr int kScores = P::kBlockN / 2;
+  Problem const& problem = p.problem;
+  int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
+  Lane const lane(threadIdx.x);
+  float const scale_log2 = problem.softmax_scale * kLog2e;
+  ByteRule const rule(drop_threshold(problem.dropout_p));
+  PipelineState<P::kKeyStages> k_pipe;
+  PipelineState<P::kValueStages> v_pipe;
+  uint32_t rows_phase = 0;
+  float dq[P::kHeadDim / 2], scores[kScores], dp[kScores];
+  uint32_t operand[kScores / 8][4];
+  DropoutTile flags[P::kPairs][2];
+
+  while (tiles.next()) {
+    Work const& work = tiles.work;
+    Sequence const sequence(problem, work.index);
+    int const own_row = tiles.first_row + warpgroup * 64, warp_row = own_row + lane.warp * 16;
+    float lse[2], delta[2];
+    int64_t const slot = workspace.first_slot(sequence, work.head) + warp_row + lane.group;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bool const exists = warp_row + lane.group + 8 * i < sequence.length_q;
+      lse[i] = exists ? workspace.lse_log2[slot + 8 * i] : infinity();
+      delta[i] = exists ? workspace.delta[slot + 8 * i] : 0.f;
+    }
+    fill_zero(dq);
+    if (tiles.blocks.count > 0) {
+      KeyBlocks<64, P::kBlockN> const own(sequence, P::kCausal, own_row);
+      int const first = tiles.blocks.first;
+      int block = tiles.blocks.last();
+      // The blocks above these are for later rows alone.
+      int const last =
+          own_row < sequence.length_q ? min(max(own.last(), first - 1), block) : first - 1;
+      for (; block > last; --block, k_pipe.next(), v_pipe.next()) {
+        s.k_full[k_pipe.stage].wait(k_pipe.parity());
+        release(s.k_empty[k_pipe.stage]);
+        s.v_full[v_pipe.stage].wait(v_pipe.parity());
+        release(s.v_empty[v_pipe.stage]);
+      }
+      s.q_full.wait(rows_phase);
+      s.dout_full.wait(rows_phase);
+      rows_phase ^= 1;
+      auto previous = k_pipe;
+      for (; block >= first; --block) {
+        s.k_full[k_pipe.stage].wait(k_pipe.parity());
+        issue_product<P>(scores, s.q, warpgroup * 64, s.k[k_pipe.stage]);
+        s.v_full[v_pipe.stage].wait(v_pipe.parity());
+        issue_product<P>(dp, s.dout, warpgroup * 64, s.v[v_pipe.stage]);
+        if constexpr (P::kDropout) {
+          DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
+          mask.draw(flags, warp_row / 16, block * (P::kBlockN / 16));
+        }
+        wgmma_wait<1>();
+        pin_registers(scores);
+        pin_registers(dq);
+        pin_registers(operand);
+        if (block < last) release(s.k_empty[previous.stage]);
+        if (own.needs_mask(block))
+          mask_keys(scores, VisibleKeys(sequence), P::kCausal, warp_row + lane.group,
+                    block * P::kBlockN, lane.quad);
+        wgmma_wait<0>();
+        pin_registers(dp);
+        release(s.v_empty[v_pipe.stage]);
+        to_score_gradients<P>(operand, scores, dp, lse, delta, scale_log2, flags, rule);
+        issue_update<P>(dq, operand, s.k[k_pipe.stage]);
+        previous = k_pipe;
+        k_pipe.next();
+        v_pipe.next();
+      }
+      release(s.q_empty);
+      release(s.dout_empty);
+      wgmma_wait<0>();
+      pin_registers(dq);
+      pin_registers(operand);
+      if (last >= first) release(s.k_empty[previous.stage]);
+      // A row that sees no key gets 0, whatever its Q and dO hold.
+      if (__any_sync(0xffffffff, lse[0] == infinity() || lse[1] == infinity()))
+        clear_rows(dq, lse[0] == infinity(), lse[1] == infinity());
+    }
+    Element* const global =
+        row_pointer<Element>(p.dq, sequence, sequence.first_q, warp_row, work.head);
+    store_rows(lane, dq, problem.softmax_scale, problem.softmax_scale, global, p.dq.stride_seq,
+               sequence.length_q - warp_row, problem.head_dim);
+  }
+}
+
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1)
+    query_gradient_kernel(BackwardParams const __grid_constant__ p,
+                          BackwardWorkspace const __grid_constant__ workspace,
+                          BackwardMaps const __grid_constant__ maps,
+                          TileScheduler<P::kFoldTiles> const __grid_constant__ scheduler) {
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  auto& s = *reinterpret_cast<QueryGradientSmem<P>*>(smem_bytes);
+  if (threadIdx.x == 0) init_barriers(s);
+  __syncthreads();
+
+  RowTiles<P> const tiles(p.problem, scheduler);
+  if (threadIdx.x < kWarpgroupThreads) {
+    shrink_registers<P::Registers::kProducer>();
+    if (warp_uniform(threadIdx.x / kWarpThreads) == 0) produce(maps, s, tiles);
+  } else {
+    grow_registers<P::Registers::kConsumer>();
+    consume(p, workspace, s, tiles);
+  }
+  // Nothing here needs the kernel before, but what comes after this one counts on both.
+  wait_for_previous_kernel();
+}
+
+}  // namespace hf_flashattn::sm90

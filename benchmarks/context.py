@@ -133,7 +133,8 @@ class Job:
         return [sys.executable, TRAIN, *given, *(["--cpu"] if args.cpu else [])]
 
     def begun(self, args: argparse.Namespace) -> bool:
-        return any((args.runs / self.name).glob("checkpoint-*"))
+        found = (args.runs / self.name).glob("checkpoint-*")
+        return any(path.suffix != ".incomplete" for path in found)
 
     def has_model(self, args: argparse.Namespace) -> bool:
         """Of a start: it is done, and can be continued."""
@@ -456,7 +457,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", default="*", metavar="P,P,...", help="patterns of names, such as 'mini-*-0'")
     add("--list", action="store_true", help="print what would run, and stop")
     add("--models", default="gpt2,mini", metavar="M,M,...", help="sizes of train_gpt2.py")
-    add("--contexts", default=CONTEXTS, metavar="N,N,...", help="the shortest first")
+    add("--contexts", type=integers, default=CONTEXTS, metavar="N,N,...")
     add("--tokens", type=int, default=105_000_000, metavar="N", help="of every context")
     add(
         "--start-share",
@@ -479,7 +480,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--merge", type=Path, nargs="+", metavar="FILE", help="join these into --json, run nothing")
     args = parser.parse_args(argv)
     args.models = args.models.split(",")
-    args.contexts = sorted(int(context) for context in args.contexts.split(","))
+    args.contexts.sort()
     args.window = args.window or args.contexts[-1]
     if not 0 <= args.start_share < 1:
         parser.error(
@@ -490,6 +491,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.merge and not args.corpus:
         parser.error("expected --corpus; got none; next step: examples/prepare_corpus.py")
     return args
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def save_with_picture(args: argparse.Namespace, found: dict[str, Any], command: str) -> None:

@@ -4,7 +4,7 @@
     python examples/train_gpt2.py --text ~/project --glob '**/*.c' --context 4096
     python examples/train_gpt2.py --dataset wikitext --dataset-config wikitext-103-raw-v1
     python examples/train_gpt2.py --compare eager,sdpa,hf_flashattn --steps 300
-    python examples/train_gpt2.py --init-from runs/gpt2-sdpa/model --context 4096 --output DIR
+    python examples/train_gpt2.py --init-from runs/1k/model --context 8192 --output runs/8k
     accelerate launch --num_processes 4 --mixed_precision bf16 examples/train_gpt2.py --size gpt2
 
 Without options it trains on the standard library of the running Python: real text with long

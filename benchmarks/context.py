@@ -99,6 +99,8 @@ class Job:
 
     def command(self, args: argparse.Namespace) -> list[str]:
         before, tokens = self.part(args)
+        # Not at the last step: no run goes on from there, were it stopped in its evaluation.
+        at_the_end = tokens // args.tokens_per_step % SAVE_EVERY == 0
         options = {
             "--corpus": args.corpus,
             "--tokenizer": args.tokenizer or args.corpus / "gpt2",
@@ -114,7 +116,7 @@ class Job:
             "--eval-blocks": args.eval_blocks,
             "--eval-every": args.eval_every,
             "--seed": self.seed,
-            "--save-every": SAVE_EVERY,
+            "--save-every": SAVE_EVERY + at_the_end,
             "--output": args.runs / self.name,
         }
         if self.begins or self.start:

@@ -5,10 +5,11 @@
 
 A job is a run of examples/train_gpt2.py in a process of its own, one on each visible GPU at a time.
 --start-share of the tokens come first, at the shortest context: a job that all contexts of a model
-and seed continue, on the rest of the tokens. The start warms up and stays at its learning rate; a
-continuation begins with a fresh optimizer, warms up in 2 % of its steps and falls to 0. Starts and
-continuations share no text until all of it was read. --start-share 0 trains every context from
-scratch, with a cosine.
+and seed continue, on the rest of the tokens. The start warms up and stays at its learning rate; its
+blocks begin at a random position, so that it trains those of the longest context. A continuation
+begins with a fresh optimizer, warms up in 2 % of its steps and falls to 0. Starts and continuations
+share no text until all of it was read. --start-share 0 trains every context from scratch, with a
+cosine.
 
 All contexts have as many tokens in a step, so as many steps and the same learning rates; long
 documents start blocks of their own at every context. All are evaluated on the same windows of 8192
@@ -122,6 +123,8 @@ class Job:
         if self.begins or self.start:
             options |= {"--first-token": before, "--schedule": "wsd"}
             options["--decay"] = 0 if self.begins else 1
+        if self.begins:
+            options["--positions"] = args.contexts[-1]
         if self.start:
             options |= {"--init-from": args.runs / self.start.name / "model", "--warmup": WARMUP}
         given = [

@@ -69,7 +69,7 @@ class Run:
         disable_progress_bar()  # those of Transformers, one for each file; training keeps its own
         with self.accelerator.main_process_first():
             self.corpus, self.tokenizer, self.blocks = self._prepare_text()
-        self.config = gpt2_config(size, len(self.tokenizer), args.context, args.dropout)
+        self.config = gpt2_config(size, len(self.tokenizer), args.positions, args.dropout)
         self.weights: dict[str, torch.Tensor] | None = None
         if begins_from:
             self.weights = initial_weights(begins_from, self.config, self.tokenizer)
@@ -141,6 +141,7 @@ class Run:
             "batch_size": args.batch_size,
             "accumulate": args.accumulate,
             "eval_window": args.eval_window,
+            "positions": None if args.positions == args.context else args.positions,
             "part": None if args.first_token is None else [args.first_token, args.tokens],
             "processes": self.accelerator.num_processes,
         }
@@ -148,7 +149,10 @@ class Run:
     def _trainee(self, attention: str, recipe: Recipe) -> Trainee:
         args, accelerator = self.args, self.accelerator
         model = random_model(
-            lambda config: make_gpt2(config, args.liger), self.config, attention, args.seed
+            lambda config: make_gpt2(config, args.liger, args.positions > args.context),
+            self.config,
+            attention,
+            args.seed,
         ).to(accelerator.device)
         if self.weights is not None:
             model.load_state_dict(self.weights)

@@ -42,6 +42,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.check(args, ("tokens", "tokens_per_step", "eval_window"))
     if args.context < 2:
         raise bad("context", "at least 2 tokens", args.context)
+    if args.positions is None:
+        args.positions = args.context
+    if args.positions < args.context:
+        raise bad("positions", f"at least --context {args.context}", args.positions)
     if args.vocab_size < 257:
         raise bad("vocab_size", "at least 257 (every byte and the end of text)", args.vocab_size)
     if args.decay is not None and args.schedule != "wsd":
@@ -125,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = options.add_model(parser, SIZES, "gpt2")
     add("--context", type=int, metavar="N", help="tokens of a block (default: GPU 1024, CPU 256)")
+    add(
+        "--positions",
+        type=int,
+        metavar="N",
+        help="position embeddings (default: --context). More: every batch begins at a random one, "
+        "so that all are trained for a run with a longer context",
+    )
     add(
         "--init-from",
         type=Path,

@@ -22,6 +22,7 @@ pytest.importorskip("evaluate")
 import train_gpt2  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from example_helpers import WORDS, refused, results, write_documents  # noqa: E402
+from lm.gpt2 import ShiftedPositions  # noqa: E402
 from lm.training import train  # noqa: E402
 
 
@@ -135,6 +136,36 @@ def test_a_run_begins_from_a_saved_model_with_more_positions(run, tmp_path: Path
     assert positions.shape[0] == 64 and torch.equal(positions[:32], positions[32:])
     assert torch.equal(positions[:32], seen[0]["transformer.wpe.weight"])
     assert results(more)["settings"]["init_from"] == str(start / "model")
+
+
+def test_a_short_context_trains_the_positions_of_a_longer_one(run, tmp_path: Path, monkeypatch):
+    start, seen = tmp_path / "start", []
+    monkeypatch.setattr(train_gpt2, "train", _watched(seen))
+    assert run(start, "--positions", 128, "--lr", 1e-2, "--steps", 40) == 0
+    assert run(tmp_path / "more", "--context", 128, "--init-from", start / "model") == 0
+    assert run(tmp_path / "same", "--init-from", start / "model") == 0
+    before, more, same = (weights["transformer.wpe.weight"] for weights in seen)
+    moved = (more - before).norm(dim=1)[:-1]  # the last one of all predicts nothing
+    assert before.shape[0] == 128 and moved.min() > 0.1 * moved.max()
+    assert torch.equal(same, more[:32])
+    ended, begins = (results(tmp_path / name)["runs"]["sdpa"] for name in ("start", "same"))
+    assert begins["perplexities"][0]["perplexity"] == pytest.approx(
+        ended["perplexities"][-1]["perplexity"], rel=1e-6
+    )
+
+
+def test_positions_of_a_batch_are_next_to_each_other_and_all_are_seen():
+    table = ShiftedPositions.from_pretrained(torch.arange(10.0)[:, None])
+    compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    firsts = []
+    for _ in range(300):
+        found = compiled(torch.arange(4)[None]).flatten()
+        assert torch.equal(found, found[0] + torch.arange(4.0))
+        firsts.append(int(found[0]))
+    counts = [firsts.count(first) for first in range(7)]
+    assert sum(counts) == 300 and min(counts) > 10 and counts[0] > counts[3]
+    assert table.eval()(torch.arange(4)).flatten().tolist() == [0, 1, 2, 3]
 
 
 def test_compared_attentions_begin_from_the_same_saved_model(run, tmp_path: Path):
@@ -302,6 +333,7 @@ def test_a_data_set_by_name(run, tmp_path: Path, cache: Path):
         (("--steps", 0), "--steps"),
         (("--mixed-precision", "fp16"), "on a CPU"),
         (("--resume",), "a checkpoint in"),
+        (("--positions", 16), "at least --context 32 for --positions"),
         (("--decay", 0.1), "--schedule cosine"),
         (("--schedule", "wsd", "--decay", 2), "a share from 0 to 1 for --decay"),
         (("--first-token", 64), "--first-token 64 alone"),

@@ -5,11 +5,11 @@
 
 A job is a run of examples/train_gpt2.py in a process of its own, one on each visible GPU at a time.
 --start-share of the tokens come first, at the shortest context: a job that all contexts of a model
-and seed continue, on the rest of the tokens. The start warms up and stays at its learning rate; its
-blocks begin at a random position, so that it trains those of the longest context. A continuation
-begins with a fresh optimizer, warms up in 2 % of its steps and falls to 0. Starts and continuations
-share no text until all of it was read. --start-share 0 trains every context from scratch, with a
-cosine.
+and seed continue, on the rest of the tokens. The start warms up and stays at its learning rate; a
+continuation begins with a fresh optimizer, warms up in 2 % of its steps and falls to 0. Positions
+that the start lacks begin as copies of its own; with --shift-positions it has and trains those of
+the longest context. Starts and continuations share no text until all of it was read. With
+--start-share 0 every context is trained from scratch, with a cosine.
 
 All contexts have as many tokens in a step, so as many steps and the same learning rates; long
 documents start blocks of their own at every context. All are evaluated on the same windows of 8192
@@ -67,9 +67,9 @@ KEPT_LOSSES = 100  # points of a loss curve in the JSON
 SAVE_EVERY = 400  # steps
 # While no job of the model is done: tokens/s, and seconds to compile, evaluate and read text.
 GUESSED, GUESSED_REST = {"gpt2": 270e3, "mini": 500e3}, 60
-OF_THE_START = ("name", "context", "steps", "resumed_at", "tokens", "tokens_per_second",
-                "training_seconds", "wall_seconds", "perplexity", "losses_every", "losses",
-                "command")  # fmt: skip
+OF_THE_START = ("name", "context", "positions", "steps", "resumed_at", "tokens",
+                "tokens_per_second", "training_seconds", "wall_seconds", "perplexity",
+                "losses_every", "losses", "command")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Job:
         if self.begins or self.start:
             options |= {"--first-token": before, "--schedule": "wsd"}
             options["--decay"] = 0 if self.begins else 1
-        if self.begins:
+        if self.begins and args.shift_positions:
             options["--positions"] = args.contexts[-1]
         if self.start:
             options |= {"--init-from": args.runs / self.start.name / "model", "--warmup": WARMUP}
@@ -332,6 +332,7 @@ def compact(job: Job, args: argparse.Namespace) -> dict[str, Any]:
         "attention": job.attention,
         "compile": settings["compile"],
         "context": job.context,
+        "positions": settings.get("positions") or job.context,
         "seed": job.seed,
         "layers": settings["layers"],
         "hidden": settings["hidden"],
@@ -387,13 +388,17 @@ def require_same_options(
     job: Job, args: argparse.Namespace, entry: dict[str, Any], where: Path
 ) -> None:
     before, own = job.part(args)
+    start = entry if job.begins else entry.get("start") or {}
+    positions = args.contexts[-1 if args.shift_positions else 0]
     expected = {
+        "positions at the start": positions if job.begins or job.start else None,
         "tokens of the start": before,
         "own tokens": own,
         "tokens a step": args.tokens_per_step,
         "window": args.window,
     }
     got = {
+        "positions at the start": start.get("positions"),
         "tokens of the start": entry["tokens"] - own_tokens(entry),
         "own tokens": own_tokens(entry),
         "tokens a step": entry["tokens_per_step"],
@@ -423,15 +428,23 @@ def merged(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
                     "next step: leave one of the files out"
                 )
     trained = [entry for entry in found.values() if entry["attention"] != "eager"]
-    tokens = {(entry["tokens"], (entry.get("start") or {}).get("tokens", 0)) for entry in trained}
-    if len(tokens) != 1:
+    starts = [entry.get("start") or {} for entry in trained]
+    parts = {
+        (entry["tokens"], start.get("tokens", 0), start.get("positions", 0))
+        for entry, start in zip(trained, starts, strict=True)
+    }
+    if len(parts) != 1:
         raise SystemExit(
-            "error: expected jobs on as many tokens each, as many of them at the start; "
-            f"got {sorted(tokens)}; next step: merge the files of one --tokens and --start-share"
+            "error: expected jobs on as many tokens each, as many of them at the start, with as "
+            f"many positions there; got {sorted(parts)}; "
+            "next step: merge the files of one --tokens, --start-share and --shift-positions"
         )
-    share = (trained[0].get("start") or {}).get("share", 0)
+    start = trained[0].get("start") or {"share": 0, "context": 0, "positions": 0}
     command = f"benchmarks/context.py --corpus DIR --tokens {trained[0]['tokens']} "
-    command += f"--start-share {share:g} --jobs {','.join(found)} "
+    command += f"--start-share {start['share']:g} "
+    if start["positions"] > start["context"]:
+        command += "--shift-positions "
+    command += f"--jobs {','.join(found)} "
     return found, command + f"--json benchmarks/results/{args.json.name}"
 
 
@@ -471,6 +484,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="of the tokens: the shortest context's, which all others continue (0: from scratch)",
     )
+    add("--shift-positions", action="store_true", help="starts train the longest context's")
     add("--tokens-per-step", type=int, default=2**16, metavar="N")
     add("--eager-steps", type=int, default=40, metavar="N")
     add("--window", type=int, metavar="N", help="held-out, in tokens (default: longest context)")

@@ -247,7 +247,12 @@ def test_contexts_continue_one_start(shared_start, corpus, tmp_path, capsys):
     wanted = "expected tiny-64-0 with 512 tokens of the start, 512 own tokens; got 768 .*context"
     with pytest.raises(SystemExit, match=wanted):
         context.main([*given, "--start-share", "0.5"])
+    with pytest.raises(SystemExit, match="64 positions at the start; got 32 positions"):
+        context.main([*given, "--shift-positions"])
     assert context.main([*given, "--list"]) == 0  # nothing is left to run
+    args = context.parse([*given, "--shift-positions", "--jobs", "tiny-start-1"])
+    (start,) = context.jobs_to_run(args, {})
+    assert "--positions 64" in " ".join(start.command(args))
 
 
 @pytest.mark.parametrize("fails", [(), ("tiny-start-0",)])

@@ -40,7 +40,7 @@ def gpt2_config(size: Size, tokenizer_size: int, context: int, dropout: float) -
 
 class ShiftedPositions(torch.nn.Embedding):
     """Position embeddings of which every training batch takes others, next to each other, so that
-    all are trained though each batch is shorter; SHAPE (Kiyono et al. 2021) does it for each row."""
+    all are trained though each batch is shorter (SHAPE, Kiyono et al. 2021: others in each row)."""
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         if self.training:

@@ -4,6 +4,7 @@
     python examples/train_gpt2.py --text ~/project --glob '**/*.c' --context 4096
     python examples/train_gpt2.py --dataset wikitext --dataset-config wikitext-103-raw-v1
     python examples/train_gpt2.py --compare eager,sdpa,hf_flashattn --steps 300
+    python examples/train_gpt2.py --init-from runs/1k/model --context 8192 --output runs/8k
     accelerate launch --num_processes 4 --mixed_precision bf16 examples/train_gpt2.py --size gpt2
 
 Without options it trains on the standard library of the running Python: real text with long
@@ -35,8 +36,9 @@ from lm.failures import UsageError
 from lm.fused_loss import require_liger
 from lm.gpt2 import gpt2_config, make_gpt2
 from lm.gpt2_options import parse, recipe_of, size_of
+from lm.initial import initial_weights, saved_config
 from lm.model import parameter_count, random_model, with_attention
-from lm.packing import BlockBatches, Blocks, held_out_windows, pack_corpus
+from lm.packing import BlockBatches, Blocks, PartOrder, held_out_windows, pack_corpus
 from lm.perplexity import held_out_perplexity
 from lm.tokenizer import get_tokenizer, tokenizer_fingerprint
 from lm.training import Progress, Recipe, Trainee, make_trainee, train
@@ -58,19 +60,26 @@ class Run:
         size = size_of(args)
         if args.liger:
             require_liger()
+        begins_from = None if checkpoint else args.init_from  # a checkpoint has all weights
+        if begins_from:
+            saved_config(begins_from)  # its errors before minutes of tokenising
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
         self.say: Callable[[str], None] = self.accelerator.print
         datasets.disable_progress_bars()
         disable_progress_bar()  # those of Transformers, one for each file; training keeps its own
         with self.accelerator.main_process_first():
             self.corpus, self.tokenizer, self.blocks = self._prepare_text()
-        self.config = gpt2_config(size, len(self.tokenizer), args.context, args.dropout)
+        self.config = gpt2_config(size, len(self.tokenizer), args.positions, args.dropout)
+        self.weights: dict[str, torch.Tensor] | None = None
+        if begins_from:
+            self.weights = initial_weights(begins_from, self.config, self.tokenizer)
         self.settings = self._settings()
         self.checkpoint = checkpoint
         self.record = checkpoints.verify(checkpoint, self.settings) if checkpoint else None
 
     def go(self) -> None:
         args = self.args
+        self.accelerator.wait_for_everyone()  # --init-from may be in --output: all have read it
         if args.overwrite and self.accelerator.is_main_process:
             command.remove_earlier_run(args.output)
         self.accelerator.wait_for_everyone()
@@ -81,6 +90,8 @@ class Run:
                 "mixed_precision": self.accelerator.mixed_precision,
                 "compile": args.compile,
                 "liger": args.liger,
+                "init_from": args.init_from and str(args.init_from),
+                "schedule": args.schedule,
             },
             "corpus": self.corpus.describe() | self.blocks.statistics,
         }
@@ -130,18 +141,32 @@ class Run:
             "batch_size": args.batch_size,
             "accumulate": args.accumulate,
             "eval_window": args.eval_window,
+            "positions": None if args.positions == args.context else args.positions,
+            "part": None if args.first_token is None else [args.first_token, args.tokens],
             "processes": self.accelerator.num_processes,
         }
 
     def _trainee(self, attention: str, recipe: Recipe) -> Trainee:
         args, accelerator = self.args, self.accelerator
         model = random_model(
-            lambda config: make_gpt2(config, args.liger), self.config, attention, args.seed
+            lambda config: make_gpt2(config, args.liger, args.positions > args.context),
+            self.config,
+            attention,
+            args.seed,
         ).to(accelerator.device)
+        if self.weights is not None:
+            model.load_state_dict(self.weights)
         report = with_attention(model, attention, args.strict)
         return make_trainee(attention, model, report, recipe, accelerator, args.compile)
 
     def _batches(self, recipe: Recipe) -> BlockBatches:
+        args, order = self.args, None
+        if args.first_token is not None:
+            per_step = recipe.per_step(self.accelerator.num_processes)
+            first = -(-args.first_token // args.context)
+            order = PartOrder(
+                self.blocks.starts, first, recipe.steps * per_step, per_step, recipe.seed
+            )
         return BlockBatches(
             self.blocks.train,
             recipe.batch_size,
@@ -150,6 +175,7 @@ class Run:
             self.accelerator.process_index,
             self.accelerator.num_processes,
             self.accelerator.device,
+            order,
         )
 
     def _evaluate(self, trainee: Trainee) -> dict[str, Any]:

@@ -38,9 +38,28 @@ def gpt2_config(size: Size, tokenizer_size: int, context: int, dropout: float) -
     )
 
 
-def make_gpt2(config: GPT2Config, liger: bool = False) -> GPT2LMHeadModel:
+class ShiftedPositions(torch.nn.Embedding):
+    """Position embeddings of which every training batch takes others, next to each other, so that
+    all are trained though each batch is shorter (SHAPE, Kiyono et al. 2021: others in each row)."""
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            length = positions.shape[-1]
+            free = self.num_embeddings - length
+            # Beyond both ends by half a batch, and back: else the first and last are hardly seen.
+            shift = torch.randint(free + length, (), device=positions.device) - length // 2
+            positions = positions + shift.clamp(0, free)
+        return super().forward(positions)
+
+
+def make_gpt2(
+    config: GPT2Config, liger: bool = False, shift_positions: bool = False
+) -> GPT2LMHeadModel:
     """With `liger`, a forward that is given labels returns the loss alone, without logits."""
     model = GPT2LMHeadModel(config)
+    if shift_positions:
+        own = model.transformer.wpe.weight
+        model.transformer.wpe = ShiftedPositions.from_pretrained(own, freeze=False)
     model.loss_type = "ForCausalLM"  # what it falls back to, but with a warning
     if liger:
         model.forward = types.MethodType(_forward_without_logits, model)

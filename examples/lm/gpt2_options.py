@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from lm.failures import UsageError
 from lm.gpt2 import SIZES
 from lm.model import Size
 from lm.options import bad
-from lm.training import Recipe
+from lm.training import DECAY, SCHEDULES, Recipe
 
 # What a flag is where it was not given: on a CPU something that learns within minutes, on a GPU
 # GPT-2 itself. Without dropout on a CPU: a short run never sees a block twice, and the reference
@@ -41,8 +42,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.check(args, ("tokens", "tokens_per_step", "eval_window"))
     if args.context < 2:
         raise bad("context", "at least 2 tokens", args.context)
+    if args.positions is None:
+        args.positions = args.context
+    if args.positions < args.context:
+        raise bad("positions", f"at least --context {args.context}", args.positions)
     if args.vocab_size < 257:
         raise bad("vocab_size", "at least 257 (every byte and the end of text)", args.vocab_size)
+    if args.decay is not None and args.schedule != "wsd":
+        raise UsageError(
+            "--decay with --schedule wsd", f"--schedule {args.schedule}", "give both or neither"
+        )
+    if args.decay is not None and not 0 <= args.decay <= 1:
+        raise bad("decay", "a share from 0 to 1", args.decay)
     _split_step(args)
     _count_steps(args)
     if args.eval_window and args.eval_window % args.context:
@@ -58,7 +69,9 @@ def size_of(args: argparse.Namespace) -> Size:
 
 
 def recipe_of(args: argparse.Namespace, steps: int | None = None) -> Recipe:
-    return options.recipe_of(args, size_of(args), LR, steps)
+    recipe = options.recipe_of(args, size_of(args), LR, steps)
+    decay = DECAY if args.decay is None else args.decay
+    return dataclasses.replace(recipe, schedule=args.schedule, decay=decay)
 
 
 def _on_gpu(args: argparse.Namespace) -> dict[str, object]:
@@ -84,6 +97,12 @@ def _split_step(args: argparse.Namespace) -> None:
 
 
 def _count_steps(args: argparse.Namespace) -> None:
+    if args.first_token is not None and (args.tokens is None or args.first_token < 0):
+        raise UsageError(
+            "--first-token of 0 or more, with --tokens",
+            f"--first-token {args.first_token}" + (" alone" if args.tokens is None else ""),
+            "for example --tokens 10000000 --first-token 0",
+        )
     if args.tokens is None:
         return
     if args.compare or args.max_seconds:
@@ -110,9 +129,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = options.add_model(parser, SIZES, "gpt2")
     add("--context", type=int, metavar="N", help="tokens of a block (default: GPU 1024, CPU 256)")
+    add(
+        "--positions",
+        type=int,
+        metavar="N",
+        help="position embeddings (default: --context). More: every batch begins at a random one, "
+        "so that all are trained for a run with a longer context",
+    )
+    add(
+        "--init-from",
+        type=Path,
+        metavar="DIR",
+        help="weights of a saved GPT-2, such as `model` in an earlier run's --output; positions "
+        "beyond its own are copies of these in turn",
+    )
     options.add_attention(parser)
     add = options.add_training(parser, "blocks", "6e-4 for gpt2, higher for smaller")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="cosine",
+        help="of the learning rate after warm-up: a cosine down to a tenth, or (warm-up, stable, "
+        "decay) constant and then down to 0",
+    )
+    add(
+        "--decay",
+        type=float,
+        metavar="SHARE",
+        help=f"of the run, with wsd (default: {DECAY}); 0 for a run that others continue",
+    )
     add("--tokens", type=int, metavar="N", help="train on N tokens, whatever the context is")
+    add(
+        "--first-token",
+        type=int,
+        metavar="N",
+        help="train on the tokens N to N + --tokens of the shuffled documents, read over and over: "
+        "from where another run ended, whatever its context (default: on blocks of them all)",
+    )
     add(
         "--tokens-per-step",
         type=int,

@@ -65,6 +65,7 @@ class Blocks:
 
     train: np.ndarray
     held_out: np.ndarray
+    starts: np.ndarray  # int64 (blocks,): where those of train begin in the shuffled documents
     statistics: dict[str, float]
 
 
@@ -120,6 +121,8 @@ def pack_corpus(
             if len(blocks) == 0:
                 raise _too_short(side, context, len(tokens.ids), len(lengths))
             np.save(folder / f"{side}.npy", blocks)
+            if side == "train":
+                np.save(folder / "starts.npy", block_starts(lengths[order], context, whole))
             in_long = lengths[lengths >= context].sum()
             statistics |= {
                 f"{side}_tokens": len(tokens.ids),
@@ -129,9 +132,10 @@ def pack_corpus(
             }
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=1))
 
-    folder = made_once(cache / f"packed-{key}", make)
+    folder = made_once(cache / f"blocks-{key}", make)
     sides = [np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "held_out")]
-    return Blocks(*sides, json.loads((folder / "statistics.json").read_text()))
+    starts = np.load(folder / "starts.npy")
+    return Blocks(*sides, starts, json.loads((folder / "statistics.json").read_text()))
 
 
 def fill_blocks(documents: Rows[Rows[int] | np.ndarray], context: int, whole: bool) -> np.ndarray:
@@ -148,6 +152,21 @@ def fill_blocks(documents: Rows[Rows[int] | np.ndarray], context: int, whole: bo
     chained = np.concatenate(chain)
     full = len(chained) // context * context
     return np.concatenate([*blocks, chained[:full].reshape(-1, context)])
+
+
+def block_starts(lengths: Rows[int] | np.ndarray, context: int, whole: bool) -> np.ndarray:
+    """Where the blocks of fill_blocks begin, int64 (blocks,): the place of their first token in
+    documents of these lengths, one after the other."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    begins = np.cumsum(lengths) - lengths
+    full = lengths // context * context if whole else np.zeros_like(lengths)
+    blocks = [begin + np.arange(0, n, context) for begin, n in zip(begins, full, strict=True)]
+    left = lengths - full
+    ends = np.cumsum(left)  # of what is left of each document, in the chain
+    chain = np.arange(0, ends[-1] // context * context, context)
+    document = np.searchsorted(ends, chain, side="right")
+    inside = chain - (ends - left)[document]
+    return np.concatenate([*blocks, (begins + full)[document] + inside])
 
 
 class BatchOrder:
@@ -179,16 +198,40 @@ class BatchOrder:
         return self._epochs[epoch]
 
 
+class PartOrder:
+    """As BatchOrder, of a part of the text: the blocks number `first` to `first + count`, by where
+    they begin in the shuffled documents, which are read over and over.
+
+    Two runs whose parts do not overlap see different text, whatever their contexts; to a block, as
+    one that is chained reaches into documents behind it. What a part has of a pass is permuted.
+    """
+
+    def __init__(
+        self, starts: np.ndarray, first: int, count: int, per_step: int, seed: int
+    ) -> None:
+        by_place = np.argsort(starts, kind="stable")
+        blocks, end, parts = len(starts), first + count, []
+        for number in range(first // blocks, -(-end // blocks)):
+            here = by_place[max(first - number * blocks, 0) : end - number * blocks]
+            parts.append(np.random.default_rng((seed, number)).permutation(here))
+        self.numbers, self.per_step = np.concatenate(parts), per_step
+
+    def step(self, step: int) -> np.ndarray:
+        """Block numbers of `step`, int64, shape (per_step,)."""
+        return self.numbers[step * self.per_step : (step + 1) * self.per_step]
+
+
 class BlockBatches:
     """The steps of one process, from blocks of which each is a row; a label is the token itself."""
 
     def __init__(
         self, blocks: np.ndarray, batch_size: int, accumulate: int, seed: int, process: int = 0,
         processes: int = 1, device: torch.device | str = "cpu",
+        order: BatchOrder | PartOrder | None = None,
     ) -> None:  # fmt: skip
         self.blocks, self.batch_size, self.device = blocks, batch_size, torch.device(device)
         mine = batch_size * accumulate
-        self.order = BatchOrder(len(blocks), mine * processes, seed)
+        self.order = order or BatchOrder(len(blocks), mine * processes, seed)
         self.mine = slice(process * mine, (process + 1) * mine)
 
     def step(self, step: int) -> Step:

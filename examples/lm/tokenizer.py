@@ -66,6 +66,16 @@ def _get(
     return tokenizer
 
 
+def get_saved_tokenizer(folder: Path) -> Tokenizer | None:
+    """That of a folder with a model; None where there is none.
+
+    Raises:
+        UsageError: it can not be loaded.
+    """
+    files = ("tokenizer.json", "vocab.json")
+    return _load(str(folder)) if any((folder / name).is_file() for name in files) else None
+
+
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     content = repr(sorted(tokenizer.get_vocab().items())) + str(tokenizer.eos_token_id)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

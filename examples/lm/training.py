@@ -20,7 +20,9 @@ from lm.packing import Batch, BlockBatches
 UNLIMITED = 2**40
 REFRESH = 0.5 if sys.stderr.isatty() else 10.0  # seconds between two states of the progress bar
 FLUSH_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
+SCHEDULES = ("cosine", "wsd")
 LOWEST_RATE = 0.1  # of the peak, at the end of the cosine
+DECAY = 0.2  # share of the run, with wsd
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,21 @@ class Recipe:
     clip: float
     seed: int
     max_seconds: float | None = None
+    schedule: str = "cosine"
+    decay: float = DECAY  # share of the run; 0: constant to the end
 
     def per_step(self, processes: int) -> int:
         """Blocks of one optimizer step over all processes."""
         return self.batch_size * self.accumulate * processes
 
     def learning_rate(self, done: float) -> float:
-        """Linear warm-up, then a cosine down to a tenth; `done` is the share of the run, 0 to 1."""
+        """Linear warm-up, then a cosine down to a tenth, or (wsd: warm-up, stable, decay) constant
+        and at last linear down to 0; `done` is the share of the run, 0 to 1."""
         if done < self.warmup:
             return self.lr * done / self.warmup
+        if self.schedule == "wsd":
+            decay = min(self.decay, 1 - self.warmup)
+            return self.lr * (min((1 - min(done, 1)) / decay, 1) if decay else 1)
         rest = min((done - self.warmup) / max(1 - self.warmup, 1e-9), 1.0)
         return self.lr * (LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * rest)))
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import lzma
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,19 @@ def context(monkeypatch):
         script.Job("tiny", 64, 0),
         script.Job("tiny", 32, 0, "eager"),
     ]
-    monkeypatch.setattr(script, "all_jobs", lambda: jobs)
+    monkeypatch.setattr(script, "all_jobs", lambda args: jobs)
     return script
+
+
+@pytest.fixture
+def shared_start(context, monkeypatch):
+    """The script with the jobs that it makes, of two seeds."""
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(context.SEEDS, "tiny", (0, 1))
+    return context
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,8 @@ def options(corpus: Path, tmp_path: Path, *more: str) -> list[str]:
     given = ["--corpus", corpus, "--tokenizer", "corpus", "--cpu", "--no-compile"]
     given += ["--tokens", 512, "--tokens-per-step", 128, "--eager-steps", 2]
     given += ["--window", 64, "--eval-blocks", 4, "--runs", tmp_path / "runs"]
-    given += ["--cache-dir", tmp_path / "cache", "--json", tmp_path / "context.json", *more]
+    given += ["--cache-dir", tmp_path / "cache", "--json", tmp_path / "context.json"]
+    given += ["--models", "tiny", "--contexts", "32,64", "--start-share", 0, *more]
     return list(map(str, given))
 
 
@@ -91,25 +104,24 @@ def test_no_job_is_started_that_does_not_fit(context, corpus, tmp_path, capsys, 
     assert context.main(options(corpus, tmp_path, "--max-seconds", "40", "--jobs", "tiny*")) == 0
     jobs = json.loads((tmp_path / "context.json").read_text())["jobs"]
     assert [entry["name"] for entry in jobs] == ["tiny-32-0"]
-    assert "no time for tiny-64-0" in capsys.readouterr().out
+    assert "no time or no start for tiny-64-0" in capsys.readouterr().out
 
 
 def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(context, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(context, "SAVE_EVERY", 2)
-    monkeypatch.setattr(context.shutil, "rmtree", lambda folder: None)
+    monkeypatch.setattr(context.shutil, "rmtree", lambda folder, **_: None)
     given = options(corpus, tmp_path, "--jobs", "tiny-32-0")
     assert context.main(given) == 0
     (whole,) = json.loads((tmp_path / "context.json").read_text())["jobs"]
-    folder = tmp_path / "runs" / "tiny-32-0"  # as if it had been stopped after the third step
+    folder = tmp_path / "runs" / "tiny-32-0"  # as if it had been stopped in the fourth step
     for path in (tmp_path / "context.json", folder / "results.json", folder / "seconds.json"):
         path.unlink()
-    (last,) = folder.glob("checkpoint-*4")
-    last.rename(tmp_path / "lost")
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-0000003"]
     monkeypatch.undo()
-    monkeypatch.setattr(context, "all_jobs", lambda: [context.Job("tiny", 32, 0)])
+    monkeypatch.setattr(context, "all_jobs", lambda args: [context.Job("tiny", 32, 0)])
     assert context.main(given) == 0
     (resumed,) = json.loads((tmp_path / "context.json").read_text())["jobs"]
-    assert (whole["resumed_at"], resumed["resumed_at"]) == (0, 2)
+    assert (whole["resumed_at"], resumed["resumed_at"]) == (0, 3)
     assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-4)
     assert sorted(path.name for path in folder.iterdir()) == [
         "losses.png",
@@ -147,13 +159,17 @@ def test_files_of_several_calls_are_merged(context, tmp_path, capsys):
     assert context.main(["--merge", str(a), str(b), "--json", str(both)]) == 0
     result = json.loads(both.read_text())
     assert result["jobs"] == [entry(0, 32), entry(0, 64)]
-    assert "--tokens 512 --jobs tiny-64-0,tiny-32-0" in result["command"]
+    assert "--tokens 512 --start-share 0 --jobs tiny-64-0,tiny-32-0" in result["command"]
+    assert result["command"].endswith("--json benchmarks/results/both.json")
 
     b.write_text(json.dumps({"jobs": [entry(0, 64) | {"perplexity": 4.0}]}))
     with pytest.raises(SystemExit, match="expected one entry of tiny-64-0"):
         context.main(["--merge", str(a), str(b), "--json", str(both)])
     b.write_text(json.dumps({"jobs": [entry(0, 32) | {"tokens": 64}]}))
     with pytest.raises(SystemExit, match="as many tokens each"):
+        context.main(["--merge", str(a), str(b), "--json", str(both)])
+    b.write_text(json.dumps({"jobs": [entry(0, 32) | {"start": {"tokens": 384, "share": 0.75}}]}))
+    with pytest.raises(SystemExit, match="as many of them at the start"):
         context.main(["--merge", str(a), str(b), "--json", str(both)])
     with pytest.raises(SystemExit):
         context.main(["--json", str(both)])
@@ -171,16 +187,95 @@ def test_every_context_has_as_many_steps(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     script = importlib.import_module("context")
     gpt2_options = importlib.import_module("lm.gpt2_options")
-    args = script.parse(["--corpus", "corpus", "--cpu"])
-    found = set()
-    for job in script.all_jobs():
-        given = gpt2_options.parse(job.command(args, Path("out"))[2:])
-        recipe = gpt2_options.recipe_of(given)
-        rates = tuple(recipe.learning_rate(step / recipe.steps) for step in range(recipe.steps))
-        per_step = recipe.per_step(1) * given.context
-        found.add((job.attention, recipe.steps, per_step, rates))
-    assert {(attention, steps, n) for attention, steps, n, _ in found} == {
-        ("hf_flashattn", 1602, 65536),
-        ("eager", 40, 65536),
+
+    def found(*options: str) -> dict[tuple, tuple]:
+        args = script.parse(["--corpus", "corpus", "--cpu", *options])
+        kinds = {}
+        for job in script.all_jobs(args):
+            given = gpt2_options.parse(job.command(args)[2:])
+            recipe = gpt2_options.recipe_of(given)
+            rates = tuple(recipe.learning_rate(step / recipe.steps) for step in range(recipe.steps))
+            per_step = recipe.per_step(1) * given.context
+            kind = job.attention, "start" if job.begins else "rest"
+            this = (recipe.steps, per_step, given.first_token, rates)
+            assert kinds.setdefault(kind, this) == this  # of every context, model and seed
+        return kinds
+
+    kinds = found("--start-share", "0")
+    assert {kind: this[:3] for kind, this in kinds.items()} == {
+        ("hf_flashattn", "rest"): (1602, 65536, None),
+        ("eager", "rest"): (40, 65536, None),
     }
-    assert len(found) == 2 and os.environ.get("WORLD_SIZE") is None
+    kinds = found()
+    *start, start_rates = kinds["hf_flashattn", "start"]
+    *rest, rest_rates = kinds["hf_flashattn", "rest"]
+    assert start == [1202, 65536, 0] and rest == [400, 65536, 1202 * 65536]
+    assert start_rates[-1] == max(start_rates) == max(rest_rates) == script.LR
+    assert rest_rates[8] == script.LR and rest_rates[-1] < 0.01 * script.LR
+    assert os.environ.get("WORLD_SIZE") is None
+
+
+def test_contexts_continue_one_start(shared_start, corpus, tmp_path, capsys):
+    context, runs = shared_start, tmp_path / "runs"
+    given = options(corpus, tmp_path, "--start-share", "0.75", "--jobs", "tiny-*-0")
+    given[given.index("--tokens") + 1] = "1024"
+    assert context.main([*given, "--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["tiny-start-0", "tiny-64-0", "tiny-32-0"]
+
+    assert context.main([*given, "--jobs", "tiny-64-0"]) == 0
+    assert (runs / "tiny-start-0" / "model" / "config.json").is_file()
+    assert context.main([*given, "--list"]) == 0  # its start is there, what continues it is not
+    assert capsys.readouterr().out.splitlines()[-1].startswith("tiny-32-0")
+    assert context.main(given) == 0
+    assert not (runs / "tiny-start-0" / "model").exists()
+    long, short = json.loads((tmp_path / "context.json").read_text())["jobs"]
+    assert (long["name"], short["name"]) == ("tiny-64-0", "tiny-32-0")
+    assert long["start"] == short["start"] and short["start"]["share"] == 0.75
+    for entry in (short, long):
+        assert (entry["tokens"], entry["steps"], entry["start"]["tokens"]) == (1024, 2, 768)
+        assert entry["start"]["wall_seconds"] > entry["start"]["training_seconds"] > 0
+        assert [row["step"] for row in entry["perplexities"]] == [0, 2]
+    begins = short["perplexities"][0]["perplexity"]
+    assert begins == pytest.approx(short["start"]["perplexity"], rel=1e-6)
+    assert "2 of 4 jobs done" in capsys.readouterr().out
+
+    wanted = "expected tiny-start-0 with 1536 own tokens; got 768 own tokens in .*runs.tiny-start-0"
+    with pytest.raises(SystemExit, match=wanted):
+        context.main([*given, "--tokens", "2048"])
+    runs.rename(tmp_path / "lost")
+    wanted = "expected tiny-64-0 with 512 tokens of the start, 512 own tokens; got 768 .*context"
+    with pytest.raises(SystemExit, match=wanted):
+        context.main([*given, "--start-share", "0.5"])
+    with pytest.raises(SystemExit, match="64 positions at the start; got 32 positions"):
+        context.main([*given, "--shift-positions"])
+    assert context.main([*given, "--list"]) == 0  # nothing is left to run
+    args = context.parse([*given, "--shift-positions", "--jobs", "tiny-start-1"])
+    (start,) = context.jobs_to_run(args, {})
+    assert "--positions 64" in " ".join(start.command(args))
+
+
+@pytest.mark.parametrize("fails", [(), ("tiny-start-0",)])
+def test_a_continuation_waits_for_its_start(shared_start, corpus, tmp_path, monkeypatch, fails):
+    """Two devices: the start of the other seed runs meanwhile; no start, no continuation."""
+    args = shared_start.parse(options(corpus, tmp_path, "--start-share", "0.5"))
+    began, ended = [], []
+
+    def train(queue, job, device):
+        began.append((job.name, set(ended)))
+        time.sleep(0.1)
+        if job.begins and job.name not in fails:
+            (args.runs / job.name / "model").mkdir(parents=True)
+            for name in ("results.json", "seconds.json", "model/config.json"):
+                (args.runs / job.name / name).touch()
+        ended.append(job.name)
+
+    monkeypatch.setattr(shared_start.Queue, "_train", train)
+    queue = shared_start.Queue(shared_start.jobs_to_run(args, {}), args, {})
+    queue.run([None, None])
+    assert [name for name, _ in began[:2]] == ["tiny-start-0", "tiny-start-1"]
+    assert not began[1][1]
+    for name, before in began[2:]:
+        assert f"tiny-start-{name[-1]}" in before
+    lost = ["tiny-64-0", "tiny-32-0"] if fails else []
+    assert queue.left == lost and len(began) == 6 - len(lost) and not queue.waiting

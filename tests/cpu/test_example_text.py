@@ -24,7 +24,14 @@ import numpy as np  # noqa: E402
 from lm import packing  # noqa: E402
 from lm.cache import made_once  # noqa: E402
 from lm.corpus import local_files, split_documents, unit_hash  # noqa: E402
-from lm.packing import BatchOrder, fill_blocks, pack_corpus, tokenise  # noqa: E402
+from lm.packing import (  # noqa: E402
+    BatchOrder,
+    PartOrder,
+    block_starts,
+    fill_blocks,
+    pack_corpus,
+    tokenise,
+)
 from lm.tokenizer import get_tokenizer  # noqa: E402
 from lm.training import UNLIMITED, Recipe  # noqa: E402
 
@@ -82,6 +89,16 @@ def test_whole_documents_start_their_own_blocks():
     assert blocks[3:] == [[100, 101, 102, 8], [9, 204, 205, 206]]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_blocks_begin_where_their_first_token_is(whole: bool):
+    lengths = [3, 10, 0, 7, 4, 1, 9]
+    ends = np.cumsum(lengths)
+    rows = [list(range(end - n, end)) for n, end in zip(lengths, ends, strict=True)]
+    blocks = fill_blocks(rows, context=4, whole=whole)
+    assert block_starts(lengths, 4, whole).tolist() == blocks[:, 0].tolist()
+    assert len(block_starts([1, 1], 4, whole)) == 0
+
+
 def test_packing_ends_documents_and_keeps_held_out_text_out(tmp_path: Path):
     texts = [f"document {i} " + f"word{i} " * 60 for i in range(40)]
     source = datasets.Dataset.from_dict({"name": [str(i) for i in range(40)], "text": texts})
@@ -124,6 +141,27 @@ def test_batches_visit_every_block_once_an_epoch():
     assert BatchOrder(3, 8, 0).step(0).shape == (8,)
 
 
+def test_parts_of_the_text_do_not_overlap_whatever_the_context():
+    """A run on the first 160 tokens of 240 and one on the rest; then one that reads on."""
+    lengths = np.array([40, 7, 5, 64, 9, 30, 3, 42, 8, 32])
+    tokens = np.arange(240)
+    rows = np.split(tokens, np.cumsum(lengths)[:-1])
+    seen = {}
+    for context, part in ((8, (0, 160)), (4, (160, 80)), (16, (160, 80)), (16, (160, 160))):
+        blocks = fill_blocks(rows, context, whole=True)
+        starts = block_starts(lengths, context, whole=True)
+        first, count = part[0] // context, part[1] // context
+        order = PartOrder(starts, first, count, per_step=count // 5, seed=0)
+        numbers = np.concatenate([order.step(step) for step in range(5)])
+        assert len(numbers) == count and numbers.tolist() != sorted(numbers)
+        seen[context, part] = blocks[numbers].flatten().tolist()
+    before = set(seen[8, (0, 160)])
+    for key in ((4, (160, 80)), (16, (160, 80))):
+        assert len(set(seen[key])) == 80 and len(before.intersection(seen[key])) <= 16, key
+    assert seen[16, (160, 160)][:80] == seen[16, (160, 80)]  # the rest of a pass comes first
+    assert len(before.intersection(seen[16, (160, 160)][80:])) >= 64
+
+
 def test_perplexity_is_that_of_the_probabilities():
     torch.manual_seed(0)
     logits, targets = torch.randn(3, 7, 11), torch.randint(11, (3, 7))
@@ -145,6 +183,18 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and max(rates) == rates[10] == 1
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[100] == recipe.learning_rate(1.2) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("decay", [0, 0.25, 1])
+def test_the_learning_rate_is_constant_and_then_falls_to_zero(decay: float):
+    given = {"lr": 1.0, "warmup": 0.1, "weight_decay": 0, "clip": 1, "seed": 0}
+    recipe = Recipe(100, 1, 1, **given, schedule="wsd", decay=decay)
+    rates = [recipe.learning_rate(done / 100) for done in range(101)]
+    constant = 100 - round(100 * min(decay, 0.9))
+    assert rates[5] == pytest.approx(0.5) and rates[10 : constant + 1] == [1] * (constant - 9)
+    if decay:
+        assert np.diff(rates[constant:]) == pytest.approx(-1 / (100 - constant))
+        assert rates[100] == recipe.learning_rate(1.2) == 0
 
 
 def test_a_cached_folder_is_complete_or_not_there(tmp_path: Path):

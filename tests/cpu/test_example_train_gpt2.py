@@ -22,6 +22,8 @@ pytest.importorskip("evaluate")
 import train_gpt2  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from example_helpers import WORDS, refused, results, write_documents  # noqa: E402
+from lm.gpt2 import ShiftedPositions  # noqa: E402
+from lm.training import train  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,16 @@ def run(text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def _watched(seen: list):
+    """`train` that keeps the weights it begins with."""
+
+    def watched(trainee, *rest):
+        seen.append({n: w.detach().clone() for n, w in trainee.model.named_parameters()})
+        return train(trainee, *rest)
+
+    return watched
+
+
 def test_a_run_lowers_the_loss_and_leaves_its_results(run, tmp_path: Path):
     assert run(tmp_path / "out", "--steps", 60, "--lr", 5e-3, "--eval-every", 30) == 0
     result = results(tmp_path / "out")
@@ -105,6 +117,107 @@ def test_resume_reaches_the_same_loss(run, tmp_path: Path):
     assert got["resumed_at"] == 3
     assert got["losses"] == expected["losses"]
     assert got["perplexities"] == expected["perplexities"]
+
+
+def test_a_run_begins_from_a_saved_model_with_more_positions(run, tmp_path: Path, monkeypatch):
+    start, more = tmp_path / "start", tmp_path / "more"
+    options = ("--lr", 5e-3, "--eval-window", 64, "--schedule", "wsd", "--tokens", 1280)
+    assert run(start, *options, "--decay", 0, "--first-token", 0) == 0
+    ended = results(start)["runs"]["sdpa"]["perplexities"][-1]
+    options += ("--init-from", start / "model", "--first-token", 1280, "--decay", 1)
+    seen = []
+    monkeypatch.setattr(train_gpt2, "train", _watched(seen))
+    assert run(tmp_path / "same", *options) == 0
+    assert run(more, *options, "--context", 64) == 0
+    same, longer = (results(tmp_path / name)["runs"]["sdpa"] for name in ("same", "more"))
+    assert same["perplexities"][0]["perplexity"] == pytest.approx(ended["perplexity"], rel=1e-6)
+    assert longer["perplexities"][0]["by_position"][0]["tokens"] == 4 * 64
+    positions = seen[1]["transformer.wpe.weight"]
+    assert positions.shape[0] == 64 and torch.equal(positions[:32], positions[32:])
+    assert torch.equal(positions[:32], seen[0]["transformer.wpe.weight"])
+    assert results(more)["settings"]["init_from"] == str(start / "model")
+
+
+def test_a_short_context_trains_the_positions_of_a_longer_one(run, tmp_path: Path, monkeypatch):
+    start, seen = tmp_path / "start", []
+    monkeypatch.setattr(train_gpt2, "train", _watched(seen))
+    assert run(start, "--positions", 128, "--lr", 1e-2, "--steps", 40) == 0
+    assert run(tmp_path / "more", "--context", 128, "--init-from", start / "model") == 0
+    assert run(tmp_path / "same", "--init-from", start / "model") == 0
+    before, more, same = (weights["transformer.wpe.weight"] for weights in seen)
+    moved = (more - before).norm(dim=1)[:-1]  # the last one of all predicts nothing
+    assert before.shape[0] == 128 and moved.min() > 0.1 * moved.max()
+    assert torch.equal(same, more[:32])
+    ended, begins = (results(tmp_path / name)["runs"]["sdpa"] for name in ("start", "same"))
+    assert begins["perplexities"][0]["perplexity"] == pytest.approx(
+        ended["perplexities"][-1]["perplexity"], rel=1e-6
+    )
+
+
+def test_positions_of_a_batch_are_next_to_each_other_and_all_are_seen():
+    table = ShiftedPositions.from_pretrained(torch.arange(10.0)[:, None])
+    compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    firsts = []
+    for _ in range(300):
+        found = compiled(torch.arange(4)[None]).flatten()
+        assert torch.equal(found, found[0] + torch.arange(4.0))
+        firsts.append(int(found[0]))
+    counts = [firsts.count(first) for first in range(7)]
+    assert sum(counts) == 300 and min(counts) > 10 and counts[0] > counts[3]
+    assert table.eval()(torch.arange(4)).flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_compared_attentions_begin_from_the_same_saved_model(run, tmp_path: Path):
+    start = tmp_path / "start"
+    assert run(start, "--lr", 5e-3, "--steps", 40) == 0
+    options = ("--init-from", start / "model", "--compare", "eager,sdpa")
+    assert run(tmp_path / "both", *options) == 0
+    runs = results(tmp_path / "both")["runs"]
+    assert runs["eager"]["losses"] == pytest.approx(runs["sdpa"]["losses"], rel=1e-4)
+    assert runs["sdpa"]["losses"][0] < 0.8 * results(start)["runs"]["sdpa"]["losses"][0]
+
+
+def test_a_checkpoint_wins_over_the_model_it_began_from(run, tmp_path: Path):
+    start, out = tmp_path / "start", tmp_path / "out"
+    assert run(start) == 0
+    options = ("--save-every", 3, "--init-from", start / "model")
+    assert run(out, *options) == 0
+    expected = results(out)["runs"]["sdpa"]["losses"]
+    (out / "checkpoint-0000006").rename(tmp_path / "lost")
+    (start / "model").rename(tmp_path / "gone")
+    assert run(out, *options, "--resume") == 0
+    assert results(out)["runs"]["sdpa"]["losses"] == expected
+
+
+def test_refuses_models_that_do_not_fit(run, tmp_path: Path, capsys):
+    start, out = tmp_path / "start", tmp_path / "out"
+    assert run(start, "--steps", 2) == 0
+    model, before = start / "model", results(start)
+    capsys.readouterr()
+
+    def message(*options: object) -> str:
+        code = run(start, "--overwrite", "--init-from", model, *options)
+        assert results(start) == before  # nothing is overwritten
+        return refused(capsys, code)
+
+    assert "no such folder" in refused(capsys, run(out, "--init-from", tmp_path / "no"))
+    assert "layers=2" in message("--layers", 3) and "hidden=64" in message("--hidden", 128)
+    assert "vocabulary=300" in message("--vocab-size", 280)
+    entries = json.loads((model / "tokenizer.json").read_text())
+    entries["model"]["vocab"]["~~"] = entries["model"]["vocab"].pop("~")
+    whole = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(json.dumps(entries))
+    assert f"--tokenizer {model}" in message()
+    (model / "tokenizer.json").write_text(whole)
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:1000])
+    assert "the weights of a GPT-2" in message()
+    (model / "config.json").write_text('{"model_type": "bert"}')
+    assert "a model of type bert" in message()
+    (model / "config.json").unlink()
+    assert f"a saved GPT-2 in {model}" in message()
+    assert not out.exists()
 
 
 def test_comparison_writes_ratios_and_a_plot(run, tmp_path: Path):
@@ -220,6 +333,10 @@ def test_a_data_set_by_name(run, tmp_path: Path, cache: Path):
         (("--steps", 0), "--steps"),
         (("--mixed-precision", "fp16"), "on a CPU"),
         (("--resume",), "a checkpoint in"),
+        (("--positions", 16), "at least --context 32 for --positions"),
+        (("--decay", 0.1), "--schedule cosine"),
+        (("--schedule", "wsd", "--decay", 2), "a share from 0 to 1 for --decay"),
+        (("--first-token", 64), "--first-token 64 alone"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(map(str, value)),
 )

@@ -154,6 +154,16 @@ def test_worse_perplexity_of_longer_contexts_is_said(results, tmp_path: Path):
     assert "not reproduced" not in row(results.page(tmp_path), claim)[1]
 
 
+def test_seconds_of_a_context_are_its_own_and_its_start_s(results, tmp_path: Path):
+    job = {"model": "mini", "attention": "hf_flashattn", "context": 8192, "perplexity": 3.0}
+    job |= {"tokens": 4_000_000, "tokens_per_second": 10_000}
+    job["start"] = {"tokens": 3_000_000, "tokens_per_second": 20_000, "context": 1024}
+    write(tmp_path, "context_start.json", jobs=[job])
+    assert row(results.page(tmp_path), "(the same, with most tokens at 1k")[1] == (
+        "mini, context 8192: 3.000 after 4.0 M tokens (3.0 M of them at 1024), 1 seed(s), 250 s"
+    )
+
+
 def test_files_are_named_only_where_they_say_something(results, tmp_path: Path, monkeypatch):
     runs = {name: {"step_ms": {"median": 1.0}} for name in ("eager", "hf_flashattn")}
     shape = {"batch": 4, "length": 1024}

@@ -32,7 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from host_overhead import Identity, Row, processor
+from host_overhead import Identity, Row, no_grad, processor
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -45,12 +45,6 @@ import host_binding
 TOKENS, HEADS, HEAD_DIM = 64, 8, 64
 LAYERS = 12
 Cases = dict[str, Callable[[], Any]]
-
-
-def no_grad(function: Callable[[], Any]) -> Callable[[], Any]:
-    """The guard around a block of calls, not around each: it costs 2 us."""
-    function.guard = torch.no_grad
-    return function
 
 
 # ---- calls ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_flashattn import _compat, environment, functional, masks, ops, paged, report, support
-from hf_flashattn.call import Call
+from hf_flashattn.call import Call, known_as_plain
 from hf_flashattn.fallback import fall_back
 from hf_flashattn.masks import Compaction, KeyRange, Packed, Segments
 from hf_flashattn.report import SETTINGS
@@ -80,6 +80,10 @@ def attention_forward(
         FallbackError: strict, and the kernel cannot take the call.
         NotImplementedError: neither the kernel nor a fallback can.
     """
+    if not torch.compiler.is_compiling():
+        out = _quick(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+        if out is not None:
+            return out, None
     if kwargs.get("cache") is not None:
         key, value, kwargs = paged.read_cache(module, key, value, kwargs)
     query, key, value = _autocast(query, key, value)
@@ -110,6 +114,127 @@ def attention_forward(
         return _run(call), None
     _refuse_or_count(module, settings, reason)
     return fall_back(call, settings.fallback)
+
+
+# ---- the short way ------------------------------------------------------------------------------
+
+# Of a call's keywords, those that may ask for something else: see _is_plain.
+_DECISIVE = frozenset(
+    (
+        "block_table",
+        "cache",
+        "cu_seq_lens_q",
+        "deterministic",
+        "indices",
+        "output_attentions",
+        "position_bias",
+        "position_ids",
+        "read_index",
+        "s_aux",
+        "sinks",
+        "sliding_window",
+        "softcap",
+    )
+)
+
+
+def _quick(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    extra: dict[str, Any],
+) -> Tensor | None:
+    """The call of most layers, at a third of the cost: dense, hiding only later keys and padding.
+
+    out (B, Sq, H, D), or None for a call that is not surely one of these: attention_forward then
+    asks everything. It would do the same with those that are: nothing is remembered here but what
+    support.explain said.
+    """
+    if not type(query) is type(key) is type(value) is Tensor:
+        return None
+    settings = module.__dict__.get(SETTINGS)
+    if settings is None:
+        settings = _settings_of_registered_name()
+    if settings.tried or settings.excluded is not None or _compat.attentions_wanted():
+        return None
+    if torch._C._is_any_autocast_enabled():
+        query, key, value = _autocast(query, key, value)
+    shape_q, shape_k, dtype = query.shape, key.shape, query.dtype
+    if shape_k != value.shape or shape_k[3] != shape_q[3]:
+        return None
+    if dtype is not key.dtype or dtype is not value.dtype:
+        return None
+    start = length = None
+    if mask is None:
+        causal = _says_causal(module, None, is_causal)
+    else:
+        found = masks.recall(mask)
+        if type(found) is not KeyRange or found.used is not None or found.window is not None:
+            return None
+        causal = found.causal
+        if not found.full:
+            start, length = found.start, found.length
+    if not _DECISIVE.isdisjoint(extra) and not _is_plain(extra, mask, causal, shape_q, shape_k[2]):
+        return None
+    causal = causal and shape_q[2] > 1
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    verdict = _explain_once(
+        query.device,
+        dtype,
+        shape_q[3],
+        shape_q[1],
+        shape_k[1],
+        causal,
+        dropout,
+        (-1, -1),
+        0.0,
+        deterministic,
+        torch.is_grad_enabled() and query.requires_grad,
+    )
+    kernel = verdict.kernel
+    if kernel is None or (query.is_cuda and not ops.library_status().loaded):
+        return None
+    report.count_kernel(module, kernel)
+    if scaling is None:
+        scaling = shape_q[3] ** -0.5
+    return functional.dense_attention(
+        query, key, value, start, length, dropout, scaling, causal, deterministic, True
+    )
+
+
+def _is_plain(
+    extra: dict[str, Any], mask: Tensor | None, causal: bool, shape_q: torch.Size, seqlen_k: int
+) -> bool:
+    """Whether the keywords surely ask for nothing that a dense call does not give."""
+    for name in _DECISIVE.intersection(extra):
+        wish = extra[name]
+        if wish is None or wish is False:
+            continue
+        if name == "sliding_window":
+            if not isinstance(wish, int) or seqlen_k > wish:
+                return False
+        elif name == "position_ids":  # which may say packed: see Call.unchecked_positions
+            batch, _, seqlen_q, _ = shape_q
+            if mask is not None or seqlen_q == 1 or seqlen_q != seqlen_k:
+                continue
+            if causal and extra.get("use_cache") is False:
+                continue
+            if not known_as_plain(wish, batch) or _captured(wish):
+                return False
+        elif name != "softcap" or wish:
+            return False
+    return True
+
+
+def _captured(x: Tensor) -> bool:
+    """_compat.is_tracing of an ordinary tensor outside torch.compile, at a tenth of its cost."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return capturing or torch.jit.is_tracing()
 
 
 def _says_causal(module: nn.Module, mask: Tensor | None, is_causal: bool | None) -> bool:
@@ -261,50 +386,63 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def _run(call: Call) -> Tensor:
-    """out (B, Sq, H, D). The transposes are views: the kernel takes strides."""
-    q, k, v = call.query, call.key, call.value
-    if q.is_cuda and (torch.compiler.is_compiling() or not (_plain(q) and _plain(k) and _plain(v))):
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, S, H, D)
-    found, causal = call.found, call.causal
+    """out (B, Sq, H, D)."""
+    found, plan = call.found, None
+    if isinstance(found, KeyRange) and not found.full:
+        return _run_dense(call, found)
+    if not call.has_lengths and (found is None or isinstance(found, KeyRange)):
+        plan = call.packed_plan()
+        if plan is None:
+            return _run_dense(call, None)
+    q, k, v = _heads_last(call.query, call.key, call.value)
+    options = _options(call)
+    if isinstance(found, Segments) and found.plan is not None:
+        return _run_varlen(q, k, v, found.plan, options)
+    if isinstance(found, Packed):
+        return _run_varlen(q, k, v, found.unpadding.varlen, options)
+    if isinstance(found, Compaction):
+        return _run_compacted(q, k, v, found, options)
+    if plan is not None:
+        return _run_varlen(q, k, v, plan, options)
+    return _run_given(q, k, v, call.extra, options)
+
+
+def _options(call: Call) -> dict[str, Any]:
+    """The keywords of flash_attn_func and flash_attn_varlen_func."""
     options = {
         "dropout_p": call.dropout,
         "softmax_scale": call.scaling,
-        "causal": causal,
+        "causal": call.causal,
         "deterministic": call.deterministic,
     }
     if (window := call.window) != (-1, -1):
         options["window_size"] = window
     if softcap := call.extra.get("softcap"):
         options["softcap"] = softcap
-    if isinstance(found, Segments):
-        if found.plan is None:
-            return _run_given(q, k, v, call.extra, options)
-        return _run_varlen(q, k, v, found.plan, options)
-    if isinstance(found, Packed):
-        return _run_varlen(q, k, v, found.unpadding.varlen, options)
-    if isinstance(found, Compaction):
-        return _run_compacted(q, k, v, found, options)
-    if isinstance(found, KeyRange) and not found.full:
-        if found.used is not None:
-            k, v = k[:, : found.used], v[:, : found.used]
-        return functional.flash_attn_func(
-            q, k, v, **options, key_start=found.start, key_len=found.length
-        )
-    if call.extra.get("cu_seq_lens_q") is not None:
-        return _run_given(q, k, v, call.extra, options)
-    plan = call.packed_plan()
-    if plan is not None:
-        return _run_varlen(q, k, v, plan, options)
-    return functional.flash_attn_func(q, k, v, **options)
+    return options
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether _aligned surely has nothing to do, at a third of its cost."""
-    if type(x) is not Tensor:
-        return False  # a subclass may have no address
-    batch, heads, rows, last = x.stride()
-    return last == 1 and (batch | heads | rows | x.data_ptr() >> 1) & 7 == 0
+def _run_dense(call: Call, keys: KeyRange | None) -> Tensor:
+    """As _quick runs it, to the tensors that are saved: checkpoints compare one call with another.
+
+    A trace sees the transposes instead, which cost nothing there, and the op of every call.
+    """
+    q, k, v = call.query, call.key, call.value
+    start, length = (None, None) if keys is None else (keys.start, keys.length)
+    if keys is not None and keys.used is not None:
+        k, v = k[:, :, : keys.used], v[:, :, : keys.used]
+    options = _options(call)
+    if torch.compiler.is_compiling() or len(options) > 4:
+        q, k, v = _heads_last(q, k, v)
+        return functional.flash_attn_func(q, k, v, **options, key_start=start, key_len=length)
+    return functional.dense_attention(q, k, v, start, length, **options, heads_first=True)
+
+
+def _heads_last(*tensors: Tensor) -> list[Tensor]:
+    """(B, H, S, D) -> (B, S, H, D): views, as the kernel takes strides, but of those it cannot."""
+    if tensors[0].is_cuda:
+        tensors = tuple(map(_aligned, tensors))
+    return [x.transpose(1, 2) for x in tensors]
 
 
 def _aligned(x: Tensor) -> Tensor:

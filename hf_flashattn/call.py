@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat
 from hf_flashattn.masks import TRACED, Descriptor, KeyRange, Packed
+from hf_flashattn.notes import TensorNotes
 from hf_flashattn.unpadding import VarlenPlan, packed_ids, plan_varlen
 
-# position_ids -> (version, batch, VarlenPlan or None)
-_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_PACKED = TensorNotes()  # position_ids -> (batch, VarlenPlan or None)
+
+
+def known_as_plain(positions: Tensor, batch: int) -> bool:
+    """Whether packed_plan has already found that these position_ids do not restart."""
+    return _PACKED.get(positions) == (batch, None)
 
 
 @dataclass(eq=False)  # not frozen: that costs each call a microsecond
@@ -134,11 +138,10 @@ class Call:
         positions = self.unchecked_positions
         if positions is None:
             return None
-        batch, version = self.query.shape[0], -1 if positions.is_inference() else positions._version
-        known = _PACKED.get(positions)
-        if known is not None and known[:2] == (version, batch):
-            return known[2]
+        batch, known = self.query.shape[0], _PACKED.get(positions)
+        if known is not None and known[0] == batch:
+            return known[1]
         ids = packed_ids(positions)
         plan = None if ids is None else plan_varlen(*[ids.expand(batch, -1)] * 2)
-        _PACKED[positions] = (version, batch, plan)
+        _PACKED[positions] = (batch, plan)
         return plan

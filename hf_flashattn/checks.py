@@ -46,10 +46,11 @@ def check_tensors(
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
     dropout_p: float = 0.0,
+    any_strides: bool = False,
 ) -> None:
     """Raise TypeError, ValueError or NotImplementedError for a call that must not be launched.
 
-    Shapes as in reference.attention_reference.
+    Shapes as in reference.attention_reference.  any_strides: what cannot be loaded is copied.
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     qs, ks = q.shape, k.shape
@@ -88,7 +89,7 @@ def check_tensors(
             TypeError,
         )
     _check_kernel(q, ks[-2], dropout_p)
-    if device.type == "cuda":
+    if device.type == "cuda" and not any_strides:
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_strides(name, x)
     if packed:
@@ -211,6 +212,12 @@ def _check_index(
 
 
 # --------------------------------------------------------------------------------------- cu_seqlens
+
+
+def values_are_known(cu: Tensor, x: Tensor, longest: int) -> bool:
+    """Whether cu has been read or made here, and fits x (total, ...) and the longest sequence."""
+    known = trusted(cu)
+    return known is not None and x.shape[:1] == (known[0],) and known[1] <= longest
 
 
 def _check_values(name: str, cu: Tensor, total: int, longest: int) -> None:

@@ -132,6 +132,51 @@ def backward(
     return dq, dk, dv
 
 
+def dense_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool = False,
+    heads_first: bool = False,
+    key_start: Tensor | None = None,
+    key_len: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """hf_flashattn::dense_forward on CPU tensors."""
+    if heads_first:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    visible = (None, None, key_start, key_len, rng_state, 0, 0)
+    return forward(q, k, v, *visible, dropout_p, softmax_scale, causal, deterministic)
+
+
+def dense_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    causal: bool = False,
+    heads_first: bool = False,
+    key_start: Tensor | None = None,
+    key_len: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hf_flashattn::dense_backward on CPU tensors; heads first, gradients are views of the rest."""
+    if heads_first:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    visible = (None, None, key_start, key_len, rng_state, 0, 0)
+    flags = (dropout_p, softmax_scale, causal, deterministic)
+    grads = backward(dout, q, k, v, out, lse, *visible, *flags)
+    return tuple(x.transpose(1, 2) for x in grads) if heads_first else grads
+
+
 class _Mask:
     """A dense call's visibility as SDPA takes it, and the rows and keys it must not be shown.
 

@@ -16,6 +16,8 @@ products do. With torch.use_deterministic_algorithms(True) gradients are determi
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -69,9 +71,13 @@ def flash_attn_func(
     """
     if window_size != _NO_WINDOW or softcap or alibi_slopes is not None:
         causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
-    visible = (None, None, key_start, key_len)
-    out, lse = _attention(q, k, v, visible, 0, 0, dropout_p, softmax_scale, causal, deterministic)
-    return (out, lse, None) if return_attn_probs else out
+    if return_attn_probs or torch.compiler.is_compiling():
+        visible = (None, None, key_start, key_len)
+        flags = (dropout_p, softmax_scale, causal, deterministic)
+        out, lse = _attention(q, k, v, visible, 0, 0, *flags)
+        return (out, lse, None) if return_attn_probs else out
+    flags = (dropout_p, softmax_scale, causal, deterministic)
+    return dense_attention(q, k, v, key_start, key_len, *flags)
 
 
 def flash_attn_kvpacked_func(
@@ -264,6 +270,58 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor | None,
+    key_len: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    heads_first: bool = False,
+) -> Tensor:
+    """flash_attn_func outside traces, checked and run: out (B, Sq, Hq, D).
+
+    heads_first: q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D), as Transformers has them; what the
+        kernels cannot load is copied then, not refused.
+
+    A call on a GPU is checked by the library anyway, at a tenth of what Python's checks cost; those
+    run where it refuses, for the type of the error and its advice. There is no library for the CPU
+    or a subclass, nor before the first use: a call that can never run is no reason to build one.
+    """
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = _under_autocast(q, k, v)
+    visible = (key_start, key_len)
+    flags = (dropout_p, deterministic or torch.are_deterministic_algorithms_enabled())
+    by_library = ops.checks_itself(q)
+    if not by_library:
+        _check_dense(q, k, v, *visible, dropout_p, heads_first)
+    try:
+        if softmax_scale is None:
+            softmax_scale = q.shape[-1] ** -0.5
+        return ops.call_dense(q, k, v, softmax_scale, causal, heads_first, *visible, *flags)
+    except Exception:
+        if by_library:
+            _check_dense(q, k, v, *visible, dropout_p, heads_first)
+        raise
+
+
+def _check_dense(q, k, v, key_start, key_len, dropout_p, heads_first) -> None:
+    if heads_first:
+        q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
+    checks.check_tensors(
+        q,
+        k,
+        v,
+        key_start=key_start,
+        key_len=key_len,
+        dropout_p=dropout_p,
+        any_strides=heads_first,
+    )
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -276,37 +334,38 @@ def _attention(
     causal: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Checks and runs one call: (out, lse). visible: the op's four tensors that hide keys.
+    """Checks and runs one call, packed or traced too: (out, lse).
 
-    A dense call on a GPU is checked by the library anyway, at a tenth of what Python's checks cost;
-    those run where it refuses, for the type of the error and its advice. It cannot see what
-    cu_seqlens say, and there is no library for the CPU, a trace or a subclass, nor before the first
-    use: a call that can never run is no reason to build one.
+    visible: the op's four tensors that hide keys. The library cannot see what cu_seqlens say:
+        where that is not known yet, Python checks everything.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling or torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         q, k, v = _under_autocast(q, k, v)
     shown = (q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    by_library = q.is_cuda and type(q) is Tensor and ops.library_status().loaded
-    if compiling or visible[0] is not None or not by_library:
+    by_library = not torch.compiler.is_compiling() and ops.checks_itself(q) and _known(*shown[:6])
+    if not by_library:
         _check(*shown)
-        return _launch(*shown, softmax_scale, causal, deterministic)
     try:
-        return _launch(*shown, softmax_scale, causal, deterministic)
+        rng_state = ops.new_rng_state(q.device) if dropout_p > 0 else None
+        if softmax_scale is None:
+            softmax_scale = q.shape[-1] ** -0.5
+        flags = (dropout_p, softmax_scale, causal, deterministic)
+        return ops.call_forward((q, k, v, *visible, rng_state, max_seqlen_q, max_seqlen_k, *flags))
     except Exception:
-        _check(*shown)
+        if by_library:
+            _check(*shown)
         raise
 
 
-def _launch(
-    q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic
-) -> tuple[Tensor, Tensor]:
-    rng_state = ops.new_rng_state(q.device) if dropout_p > 0 else None
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    flags = (dropout_p, softmax_scale, causal, deterministic)
-    return ops.call_forward((q, k, v, *visible, rng_state, max_seqlen_q, max_seqlen_k, *flags))
+def _known(q, k, v, visible, max_seqlen_q, max_seqlen_k) -> bool:
+    """Whether nothing is to be read: the values of cu_seqlens are known, and fit."""
+    cu_seqlens_q, cu_seqlens_k, *_ = visible
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return cu_seqlens_q is cu_seqlens_k
+    fits = checks.values_are_known(cu_seqlens_q, q, max_seqlen_q)
+    fits = fits and checks.values_are_known(cu_seqlens_k, k, max_seqlen_k)
+    return fits and os.environ.get("HF_FLASHATTN_CHECK") != "1"
 
 
 def _check(q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p) -> None:

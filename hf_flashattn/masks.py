@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat, support
 from hf_flashattn.descriptors import (
@@ -42,13 +41,11 @@ from hf_flashattn.descriptors import (
     Segments,
     Tokens,
 )
+from hf_flashattn.notes import TensorNotes
 from hf_flashattn.unpadding import Unpadding, plan_varlen
 
-_DECODED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # carrier -> what decode() made of it
-
-
-_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, it on the CPU)
-_LEGIBLE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # legible mask -> its version
+_DECODED = TensorNotes()  # carrier -> what decode() made of it
+_KNOWN = TensorNotes()  # mask -> it on the CPU
 
 
 class TracedFacts:
@@ -174,7 +171,7 @@ def legible_mask(**arguments: Any) -> Tensor | None:
     legible = _compat.explicit_mask(**arguments)
     found = None if torch.compiler.is_compiling() else _DECODED.get(carrier)
     if found is not None:
-        _DECODED[legible], _LEGIBLE[legible] = found, _version(legible)
+        _DECODED[legible] = found
     return legible
 
 
@@ -284,15 +281,11 @@ def padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None
 
 def _read(kept: Tensor) -> Tensor:
     """`kept` on the CPU; read once, where a model makes several masks of the same tensor."""
-    version, known = _version(kept), _KNOWN.get(kept)
-    if known is None or known[0] != version or kept.is_inference():
+    known = _KNOWN.get(kept)
+    if known is None or kept.is_inference():
         copy = kept.cpu()
-        known = _KNOWN[kept] = (version, copy.clone() if copy is kept else copy)
-    return known[1]
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
+        known = _KNOWN[kept] = copy.clone() if copy is kept else copy
+    return known
 
 
 def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool) -> Tensor:
@@ -436,7 +429,7 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
     if mask.dtype not in (torch.int32, torch.bool) or mask.dim() != 4:
         return None
     known = None if torch.compiler.is_compiling() else _DECODED.get(mask)
-    if mask.dtype == torch.bool and (known is None or _LEGIBLE.get(mask) != _version(mask)):
+    if mask.dtype == torch.bool and known is None:
         return None
     if known is not None:
         if isinstance(known, Segments):

@@ -1,4 +1,8 @@
-"""The ops hf_flashattn::forward and ::backward: the library, fakes, autograd, CPU implementations.
+"""The ops: the library, fakes, autograd, CPU implementations.
+
+    hf_flashattn::forward, backward              every call; what torch.compile sees
+    hf_flashattn::dense_forward, dense_backward  a dense call with few arguments, also of tensors
+                                                 with heads first: what eager calls pass through
 
 Where the schemas come from. The compiled library defines them (kernels/torch_binding.cpp) and is
 loaded at import if it is there. If it is not, they are defined here with the same text, so that the
@@ -34,6 +38,17 @@ BACKWARD_SCHEMA = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, "
     "Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, "
     "float softmax_scale, bool causal, bool deterministic) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)"
+)
+DENSE_FORWARD_SCHEMA = (
+    "dense_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal=False, "
+    "bool heads_first=False, Tensor? key_start=None, Tensor? key_len=None, float dropout_p=0.0, "
+    "Tensor? rng_state=None, bool deterministic=False) -> (Tensor out, Tensor lse)"
+)
+DENSE_BACKWARD_SCHEMA = (
+    "dense_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "float softmax_scale, bool causal=False, bool heads_first=False, Tensor? key_start=None, "
+    "Tensor? key_len=None, float dropout_p=0.0, Tensor? rng_state=None, bool deterministic=False) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
 # Read by schemas_are_defined() in torch_binding.cpp.
@@ -153,14 +168,16 @@ def _library_for_cuda() -> None:
 load_library(build_if_missing=False)
 _registry = torch.library.Library("hf_flashattn", "FRAGMENT")
 if not _status.loaded:
-    _registry.define(FORWARD_SCHEMA)
-    _registry.define(BACKWARD_SCHEMA)
+    for _schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA, DENSE_FORWARD_SCHEMA, DENSE_BACKWARD_SCHEMA):
+        _registry.define(_schema)
     _schemas_in_python = True
 _forward = torch.ops.hf_flashattn.forward.default
 _backward = torch.ops.hf_flashattn.backward.default
+_dense_forward = torch.ops.hf_flashattn.dense_forward.default
+_dense_backward = torch.ops.hf_flashattn.dense_backward.default
 
-_registry.impl("forward", cpu.forward, "CPU")
-_registry.impl("backward", cpu.backward, "CPU")
+for _name in ("forward", "backward", "dense_forward", "dense_backward"):
+    _registry.impl(_name, getattr(cpu, _name), "CPU")
 
 
 @torch.library.register_fake("hf_flashattn::forward", lib=_registry)
@@ -175,6 +192,19 @@ def _forward_fake(q, k, v, cu_seqlens_q, *_):
 @torch.library.register_fake("hf_flashattn::backward", lib=_registry)
 def _backward_fake(dout, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("hf_flashattn::dense_forward", lib=_registry)
+def _dense_forward_fake(q, k, v, softmax_scale, causal=False, heads_first=False, *_):
+    return _forward_fake(q.transpose(1, 2) if heads_first else q, k, v, None)
+
+
+@torch.library.register_fake("hf_flashattn::dense_backward", lib=_registry)
+def _dense_backward_fake(dout, q, k, v, out, lse, scale, causal=False, heads_first=False, *_):
+    if not heads_first:
+        return _backward_fake(dout, q, k, v)
+    grads = _backward_fake(dout, *(x.transpose(1, 2) for x in (q, k, v)))
+    return tuple(x.transpose(1, 2) for x in grads)
 
 
 class _Attention(torch.autograd.Function):
@@ -196,12 +226,46 @@ class _Attention(torch.autograd.Function):
         return *_call_backward((dout, *ctx.saved_tensors, *ctx.flags)), None
 
 
+# Function.apply is Python around this, for transforms and setup_context, at 2 us a call.
+_record = super(torch.autograd.Function, _Attention).apply
+
+
+class _Dense(torch.autograd.Function):
+    """The node of an eager dense call. others: what follows v in the schema, as far as given.
+
+    One output, for a second costs as much as the guard against the autograd kernels does.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, others, deterministic):
+        out, lse = _below_autograd(_dense_forward, (q, k, v, *others))
+        flags = (*others, *_DENSE_DEFAULTS[len(others) :])
+        softmax_scale, causal, heads_first, key_start, key_len, dropout_p, rng_state = flags
+        ctx.save_for_backward(q, k, v, out, lse, key_start, key_len, rng_state)
+        ctx.flags = (softmax_scale, causal, heads_first, dropout_p, deterministic)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, key_start, key_len, rng_state = ctx.saved_tensors
+        softmax_scale, causal, heads_first, dropout_p, deterministic = ctx.flags
+        tensors = (dout, q, k, v, out, lse)
+        options = (softmax_scale, causal, heads_first)
+        if deterministic or dropout_p > 0 or key_start is not None or key_len is not None:
+            options += (key_start, key_len, dropout_p, rng_state, deterministic)
+        return *_call_backward(tensors + options, _dense_backward), None, None
+
+
+_DENSE_DEFAULTS = (None, False, False, None, None, 0.0, None)  # of a call's others
+_record_dense = super(torch.autograd.Function, _Dense).apply
+
+
 class _Gradient(torch.autograd.Function):
     """The autograd node of backward: a second derivative is an error, not silently zero."""
 
     @staticmethod
-    def forward(ctx, *args):
-        return _below_autograd(_backward, args)
+    def forward(ctx, op, *args):
+        return _below_autograd(op, args)
 
     @staticmethod
     def backward(ctx, *_):
@@ -225,13 +289,43 @@ def _forward_autograd(*args):
 
 def _backward_autograd(*args):
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:6]):
-        return _Gradient.apply(*args)
+        return _Gradient.apply(_backward, *args)
     return _below_autograd(_backward, args)
+
+
+def _dense_forward_autograd(
+    q,
+    k,
+    v,
+    softmax_scale,
+    causal=False,
+    heads_first=False,
+    key_start=None,
+    key_len=None,
+    dropout_p=0.0,
+    rng_state=None,
+    deterministic=False,
+):
+    others = (softmax_scale, causal, heads_first, key_start, key_len, dropout_p, rng_state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if heads_first:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        hidden = (None, None, key_start, key_len, rng_state, 0, 0)
+        return _forward(q, k, v, *hidden, dropout_p, softmax_scale, causal, deterministic)
+    return _below_autograd(_dense_forward, (q, k, v, *others))
+
+
+def _dense_backward_autograd(*args):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:6]):
+        return _Gradient.apply(_dense_backward, *args)
+    return _below_autograd(_dense_backward, args)
 
 
 # torch.library.register_autograd does the same in general, at 50 us a call more than this.
 _registry.impl("forward", _forward_autograd, "Autograd")
 _registry.impl("backward", _backward_autograd, "Autograd")
+_registry.impl("dense_forward", _dense_forward_autograd, "Autograd")
+_registry.impl("dense_backward", _dense_backward_autograd, "Autograd")
 
 
 # ---------------------------------------------------------------------------------------- the calls
@@ -279,11 +373,54 @@ def call_forward(args: tuple) -> tuple[Tensor, Tensor]:
     if _status.path is None and q.is_cuda:
         _library_for_cuda()
     if torch.is_grad_enabled():
-        if not type(q) is type(k) is type(v) is Tensor:
+        ordinary = type(q) is type(k) is type(v) is Tensor
+        if not ordinary or torch._C._are_functorch_transforms_active():
             return _forward(*args)
         if q.requires_grad or k.requires_grad or v.requires_grad:
-            return _Attention.apply(q, k, v, args[3:])
+            return _record(q, k, v, args[3:])
     return _below_autograd(_forward, args)
+
+
+def call_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    heads_first: bool,
+    key_start: Tensor | None,
+    key_len: Tensor | None,
+    dropout_p: float,
+    deterministic: bool,
+) -> Tensor:
+    """A dense call outside traces, by the shortest way that is right: out (B, Sq, Hq, D).
+
+    heads_first: q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D), of any strides, instead of the layouts
+        and strides of flash_attn_func. Dropout's state is drawn here.
+    """
+    if _status.path is None and q.is_cuda:
+        _library_for_cuda()
+    if dropout_p > 0:
+        state = new_rng_state(q.device)
+        others = (softmax_scale, causal, heads_first, key_start, key_len, dropout_p, state)
+    elif key_start is None and key_len is None:
+        others = (softmax_scale, causal, heads_first)
+    else:
+        others = (softmax_scale, causal, heads_first, key_start, key_len)
+    if torch.is_grad_enabled():
+        ordinary = type(q) is type(k) is type(v) is Tensor
+        if not ordinary or torch._C._are_functorch_transforms_active():
+            options = (*others, *_DENSE_DEFAULTS[len(others) :], deterministic)
+            return _dense_forward(q, k, v, *options)[0]
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            return _record_dense(q, k, v, others, deterministic)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _dense_forward._op(q, k, v, *others)[0]
+
+
+def checks_itself(q: Tensor) -> bool:
+    """Whether the library sees q as it is, and refuses what it cannot run."""
+    return _status.path is not None and q.is_cuda and type(q) is Tensor
 
 
 def backward(
@@ -314,10 +451,10 @@ def backward(
     return _call_backward(tensors + flags)
 
 
-def _call_backward(args: tuple) -> tuple[Tensor, Tensor, Tensor]:
+def _call_backward(args: tuple, op=_backward) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _backward(*args)
-    return _below_autograd(_backward, args)
+        return op(*args)
+    return _below_autograd(op, args)
 
 
 def new_rng_state(device: torch.device) -> Tensor:

@@ -47,6 +47,19 @@ constexpr char kBackwardSchema[] =
     "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, bool deterministic) "
     "-> (Tensor dq, Tensor dk, Tensor dv)";
 
+// The same for dense calls, with what is usual left out: the dispatcher's work grows with every
+// argument that is given.
+constexpr char kDenseForwardSchema[] =
+    "dense_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal=False, bool "
+    "heads_first=False, Tensor? key_start=None, Tensor? key_len=None, float dropout_p=0.0, Tensor? "
+    "rng_state=None, bool deterministic=False) -> (Tensor out, Tensor lse)";
+
+constexpr char kDenseBackwardSchema[] =
+    "dense_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float "
+    "softmax_scale, bool causal=False, bool heads_first=False, Tensor? key_start=None, Tensor? "
+    "key_len=None, float dropout_p=0.0, Tensor? rng_state=None, bool deterministic=False) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)";
+
 // ----------------------------------------------------------------------------------------------
 // checks
 
@@ -81,18 +94,27 @@ int32_t to_int32(int64_t value, char const* what) {
   return static_cast<int32_t>(value);
 }
 
-// q, k, v, out, dout as (B, S, H, D) or packed (T, H, D).
+// How the dimensions of q, k, v, out, dout come.
+enum class Form {
+  kDense,       // (B, S, H, D)
+  kPacked,      // (T, H, D)
+  kHeadsFirst,  // (B, H, S, D), as Transformers' layers have q, k, v
+};
+
 struct Shape {
   int64_t batch, seq, heads, dim;  // packed: batch 1
 };
 
-Shape shape(Tensor const& t, bool packed, char const* name) {
-  HFA_CHECK(t.dim() == (packed ? 3 : 4), name, ": expected ",
-            packed ? "(total, heads, head_dim) with cu_seqlens"
-                   : "(batch, seqlen, heads, head_dim) without cu_seqlens",
+Shape shape(Tensor const& t, Form form, char const* name) {
+  HFA_CHECK(t.dim() == (form == Form::kPacked ? 3 : 4), name, ": expected ",
+            form == Form::kPacked  ? "(total, heads, head_dim) with cu_seqlens"
+            : form == Form::kDense ? "(batch, seqlen, heads, head_dim) without cu_seqlens"
+                                   : "(batch, heads, seqlen, head_dim), heads first",
             ", got shape ", shape_of(t));
   auto const s = t.sizes();
-  return packed ? Shape{1, s[0], s[1], s[2]} : Shape{s[0], s[1], s[2], s[3]};
+  if (form == Form::kPacked) return {1, s[0], s[1], s[2]};
+  if (form == Form::kDense) return {s[0], s[1], s[2], s[3]};
+  return {s[0], s[2], s[1], s[3]};
 }
 
 struct Layout {
@@ -101,18 +123,20 @@ struct Layout {
       loadable;  // TMA: unit stride inside a head, other strides and the base multiples of 16 bytes
 };
 
-Layout layout(Tensor const& t, Shape const& s, bool packed) {
+Layout layout(Tensor const& t, Shape const& s, Form form) {
   auto const strides = t.strides();
-  int const first = packed ? 0 : 1;
+  bool const packed = form == Form::kPacked;
+  int const seq_at = form == Form::kDense ? 1 : packed ? 0 : 2;
+  int const head_at = form == Form::kDense ? 2 : 1;
   // The stride of a dimension of size 1 has no meaning and may be anything: give it the contiguous
   // value.
-  int64_t const head = s.heads == 1 ? s.dim : strides[first + 1];
-  int64_t const seq = s.seq == 1 ? s.heads * s.dim : strides[first];
+  int64_t const head = s.heads == 1 ? s.dim : strides[head_at];
+  int64_t const seq = s.seq == 1 ? s.heads * s.dim : strides[seq_at];
   int64_t const batch = packed || s.batch == 1 ? s.seq * s.heads * s.dim : strides[0];
   void* const data = t.data_ptr();
   auto const usable = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
-  bool const loadable = strides[first + 2] == 1 && usable(head) && usable(seq) && usable(batch) &&
-                        reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  bool const loadable = strides[packed ? 2 : 3] == 1 && usable(head) && usable(seq) &&
+                        usable(batch) && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   return {{data, batch, seq, head}, loadable};
 }
 
@@ -183,7 +207,21 @@ class OnDevice {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-// An uninitialised contiguous CUDA tensor of a shim dtype.
+// An uninitialised CUDA tensor of a shim dtype.
+template <size_t N>
+Tensor empty(int64_t const (&sizes)[N], int64_t const (&strides)[N], int32_t dtype,
+             int32_t device) {
+  AtenTensorHandle handle = nullptr;
+  // The C shim keeps only the fact of a failure. These words are what tools look for to try a
+  // smaller batch.
+  HFA_CHECK(aoti_torch_empty_strided(N, sizes, strides, dtype, aoti_torch_device_type_cuda(),
+                                     device, &handle) == TORCH_SUCCESS,
+            "cannot allocate ", sizes[0], " x ", strides[0], " elements on cuda:", device,
+            ": CUDA out of memory. Next step: a smaller batch, or shorter sequences");
+  return Tensor(handle);
+}
+
+// The same, contiguous.
 template <size_t N>
 Tensor empty(int64_t const (&sizes)[N], int32_t dtype, int32_t device) {
   int64_t strides[N];
@@ -192,19 +230,17 @@ Tensor empty(int64_t const (&sizes)[N], int32_t dtype, int32_t device) {
     strides[i] = step;
     step *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  AtenTensorHandle handle = nullptr;
-  // The C shim keeps only the fact of a failure. These words are what tools look for to try a
-  // smaller batch.
-  HFA_CHECK(aoti_torch_empty_strided(N, sizes, strides, dtype, aoti_torch_device_type_cuda(),
-                                     device, &handle) == TORCH_SUCCESS,
-            "cannot allocate ", step, " elements on cuda:", device,
-            ": CUDA out of memory. Next step: a smaller batch, or shorter sequences");
-  return Tensor(handle);
+  return empty(sizes, strides, dtype, device);
 }
 
-Tensor empty_like(Shape const& s, bool packed, int32_t dtype, int32_t device) {
-  if (packed) return empty({s.seq, s.heads, s.dim}, dtype, device);
-  return empty({s.batch, s.seq, s.heads, s.dim}, dtype, device);
+// In memory always (B, S, H, D), or packed (T, H, D), whatever comes first in the tensor's shape:
+// what the projections before and behind attention have.
+Tensor empty_like(Shape const& s, Form form, int32_t dtype, int32_t device) {
+  if (form == Form::kPacked) return empty({s.seq, s.heads, s.dim}, dtype, device);
+  if (form == Form::kDense) return empty({s.batch, s.seq, s.heads, s.dim}, dtype, device);
+  auto const least1 = [](int64_t size) { return size > 0 ? size : 1; };
+  int64_t const head = least1(s.dim), seq = head * least1(s.heads), batch = seq * least1(s.seq);
+  return empty({s.batch, s.heads, s.seq, s.dim}, {batch, head, seq, 1}, dtype, device);
 }
 
 // ------------------------------------------------------------------------------------------ the
@@ -213,12 +249,13 @@ Tensor empty_like(Shape const& s, bool packed, int32_t dtype, int32_t device) {
 struct Call {
   Problem problem;
   Shape q, k;
-  bool packed;
+  Form form;      // of q, k, v and their gradients
+  Form out_form;  // of out and its gradient
   int32_t device;
   int32_t dtype;  // shim code
   bool empty;     // no row, or no key that a row could see: nothing to launch
 
-  TensorView view(Tensor const& t, Shape const& s) const { return layout(t, s, packed).view; }
+  bool packed() const { return form == Form::kPacked; }
 };
 
 // Checks the arguments that forward and backward share. Values of device tensors are not read: the
@@ -227,17 +264,20 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
                OptionalTensor const& cu_seqlens_q, OptionalTensor const& cu_seqlens_k,
                OptionalTensor const& key_start, OptionalTensor const& key_len,
                OptionalTensor const& rng_state, int64_t max_seqlen_q, int64_t max_seqlen_k,
-               double dropout_p, double softmax_scale, bool causal) {
+               double dropout_p, double softmax_scale, bool causal, bool heads_first) {
   HFA_CHECK(q.is_cuda(), "q: expected a CUDA tensor");
   HFA_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
             "expected both cu_seqlens_q and cu_seqlens_k or none");
   Call call{};
   Problem& p = call.problem;
-  call.packed = cu_seqlens_q.has_value();
+  call.form = cu_seqlens_q.has_value() ? Form::kPacked
+              : heads_first            ? Form::kHeadsFirst
+                                       : Form::kDense;
+  call.out_form = call.packed() ? Form::kPacked : Form::kDense;
   call.device = q.get_device_index();
-  Shape const sq = call.q = shape(q, call.packed, "q");
-  Shape const sk = call.k = shape(k, call.packed, "k");
-  Shape const sv = shape(v, call.packed, "v");
+  Shape const sq = call.q = shape(q, call.form, "q");
+  Shape const sk = call.k = shape(k, call.form, "k");
+  Shape const sv = shape(v, call.form, "v");
   check_like(k, q, "k");
   check_like(v, q, "v");
 
@@ -263,7 +303,7 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
             softmax_scale);
 
   int64_t batch = sq.batch;
-  if (call.packed) {
+  if (call.packed()) {
     HFA_CHECK(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) >= 1,
               "cu_seqlens_q: expected shape (batch + 1,), got ", shape_of(*cu_seqlens_q));
     HFA_CHECK(!key_start && !key_len,
@@ -312,50 +352,42 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
   return call;
 }
 
-// The view of an input. TMA wants other strides than 0, so what was expanded is copied first; `t`
-// then holds the copy, which must live until the launch.
-TensorView input_view(Call const& call, Tensor& t, Shape const& s, char const* name) {
-  Layout l = layout(t, s, call.packed);
+// The view of a tensor of any strides, such as a gradient (a sum's is expanded): copied if TMA
+// cannot load it; `t` then holds the copy, which must live until the launch.
+TensorView copied_view(Tensor& t, Shape const& s, Form form) {
+  Layout l = layout(t, s, form);
   if (!l.loadable) {
-    auto const& v = l.view;
-    bool const expanded = v.stride_seq == 0 || v.stride_head == 0 || v.stride_batch == 0;
-    HFA_CHECK(expanded, name,
-              ": expected head_dim contiguous, other strides multiples of 8 elements, data aligned "
-              "to 16 bytes; "
-              "next step: ",
-              name, ".contiguous()");
-    t = torch::stable::contiguous(t);
-    l = layout(t, s, call.packed);
+    t = t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+    l = layout(t, s, form);
   }
   return l.view;
 }
 
-// Autograd hands over gradients of any strides (a sum's is expanded): copy those that TMA cannot
-// load.
-TensorView gradient_view(Call const& call, Tensor& t, Shape const& s) {
-  Layout l = layout(t, s, call.packed);
-  if (!l.loadable) {
-    t = t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
-    l = layout(t, s, call.packed);
+// The view of an input: refused if TMA cannot load it, unless it was expanded, for TMA wants other
+// strides than 0. With heads first it is a model's, who cannot be asked for another: copied.
+TensorView input_view(Call const& call, Tensor& t, Shape const& s, char const* name) {
+  if (call.form != Form::kHeadsFirst) {
+    Layout const l = layout(t, s, call.form);
+    auto const& v = l.view;
+    bool const expanded = v.stride_seq == 0 || v.stride_head == 0 || v.stride_batch == 0;
+    HFA_CHECK(l.loadable || expanded, name,
+              ": expected head_dim contiguous, other strides multiples of 8 elements, data aligned "
+              "to 16 bytes; "
+              "next step: ",
+              name, ".contiguous()");
   }
-  return l.view;
+  return copied_view(t, s, call.form);
 }
 
 // --------------------------------------------------------------------------------------------------
 // ops
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
-                                   OptionalTensor cu_seqlens_k, OptionalTensor key_start,
-                                   OptionalTensor key_len, OptionalTensor rng_state,
-                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
-                                   double softmax_scale, bool causal, bool /*deterministic*/) {
-  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
-                              max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal);
+std::tuple<Tensor, Tensor> run_forward(Call const& call, Tensor& q, Tensor& k, Tensor& v) {
   OnDevice const guard(call.device);
-  Tensor out = empty_like(call.q, call.packed, call.dtype, call.device);
+  Tensor out = empty_like(call.q, call.out_form, call.dtype, call.device);
   int32_t const fp32 = aoti_torch_dtype_float32();
-  Tensor lse = call.packed ? empty({call.q.heads, call.q.seq}, fp32, call.device)
-                           : empty({call.q.batch, call.q.heads, call.q.seq}, fp32, call.device);
+  Tensor lse = call.packed() ? empty({call.q.heads, call.q.seq}, fp32, call.device)
+                             : empty({call.q.batch, call.q.heads, call.q.seq}, fp32, call.device);
   if (call.empty) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
@@ -366,7 +398,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   params.q = input_view(call, q, call.q, "q");
   params.k = input_view(call, k, call.k, "k");
   params.v = input_view(call, v, call.k, "v");
-  params.out = call.view(out, call.q);
+  params.out = layout(out, call.q, call.out_form).view;
   params.lse = static_cast<float*>(lse.data_ptr());
   Tensor workspace;  // given back in the order of the stream: after the kernels
   void* memory = nullptr;
@@ -378,19 +410,13 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                            Tensor lse, OptionalTensor cu_seqlens_q,
-                                            OptionalTensor cu_seqlens_k, OptionalTensor key_start,
-                                            OptionalTensor key_len, OptionalTensor rng_state,
-                                            int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                            double dropout_p, double softmax_scale, bool causal,
-                                            bool deterministic) {
-  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
-                              max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal);
+std::tuple<Tensor, Tensor, Tensor> run_backward(Call const& call, Tensor& dout, Tensor& q,
+                                                Tensor& k, Tensor& v, Tensor& out, Tensor& lse,
+                                                bool deterministic) {
   for (auto const& [t, name] :
        {std::pair<Tensor const&, char const*>{dout, "dout"}, {out, "out"}}) {
     check_like(t, q, name);
-    Shape const s = shape(t, call.packed, name);
+    Shape const s = shape(t, call.out_form, name);
     HFA_CHECK(s.batch == call.q.batch && s.seq == call.q.seq && s.heads == call.q.heads &&
                   s.dim == call.q.dim,
               name, ": expected the shape of q ", shape_of(q), ", got ", shape_of(t));
@@ -401,23 +427,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
             "lse: expected what forward returned (float32, contiguous), got shape ", shape_of(lse));
 
   OnDevice const guard(call.device);
-  Tensor dq = empty_like(call.q, call.packed, call.dtype, call.device);
-  Tensor dk = empty_like(call.k, call.packed, call.dtype, call.device);
-  Tensor dv = empty_like(call.k, call.packed, call.dtype, call.device);
+  Tensor dq = empty_like(call.q, call.form, call.dtype, call.device);
+  Tensor dk = empty_like(call.k, call.form, call.dtype, call.device);
+  Tensor dv = empty_like(call.k, call.form, call.dtype, call.device);
   if (call.empty) {
     for (Tensor* grad : {&dq, &dk, &dv}) torch::stable::zero_(*grad);
     return {dq, dk, dv};
   }
   BackwardParams params{};
   params.problem = call.problem;
-  params.dout = gradient_view(call, dout, call.q);
+  params.dout = copied_view(dout, call.q, call.out_form);
   params.q = input_view(call, q, call.q, "q");
   params.k = input_view(call, k, call.k, "k");
   params.v = input_view(call, v, call.k, "v");
-  params.out = gradient_view(call, out, call.q);
-  params.dq = call.view(dq, call.q);
-  params.dk = call.view(dk, call.k);
-  params.dv = call.view(dv, call.k);
+  params.out = copied_view(out, call.q, call.out_form);
+  params.dq = layout(dq, call.q, call.form).view;
+  params.dk = layout(dk, call.k, call.form).view;
+  params.dv = layout(dv, call.k, call.form).view;
   params.lse = static_cast<float const*>(lse.data_ptr());
   params.deterministic = deterministic;
   // torch's allocations are aligned to 512 bytes, more than the kernels ask for.
@@ -426,6 +452,48 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   params.workspace = workspace.data_ptr();
   raise_if_failed(launch_backward(params));
   return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
+                                   OptionalTensor cu_seqlens_k, OptionalTensor key_start,
+                                   OptionalTensor key_len, OptionalTensor rng_state,
+                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
+                                   double softmax_scale, bool causal, bool /*deterministic*/) {
+  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
+                              max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, false);
+  return run_forward(call, q, k, v);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                            Tensor lse, OptionalTensor cu_seqlens_q,
+                                            OptionalTensor cu_seqlens_k, OptionalTensor key_start,
+                                            OptionalTensor key_len, OptionalTensor rng_state,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                            double dropout_p, double softmax_scale, bool causal,
+                                            bool deterministic) {
+  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
+                              max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, false);
+  return run_backward(call, dout, q, k, v, out, lse, deterministic);
+}
+
+std::tuple<Tensor, Tensor> dense_forward(Tensor q, Tensor k, Tensor v, double softmax_scale,
+                                         bool causal, bool heads_first, OptionalTensor key_start,
+                                         OptionalTensor key_len, double dropout_p,
+                                         OptionalTensor rng_state, bool /*deterministic*/) {
+  Call const call = make_call(q, k, v, {}, {}, key_start, key_len, rng_state, 0, 0, dropout_p,
+                              softmax_scale, causal, heads_first);
+  return run_forward(call, q, k, v);
+}
+
+std::tuple<Tensor, Tensor, Tensor> dense_backward(Tensor dout, Tensor q, Tensor k, Tensor v,
+                                                  Tensor out, Tensor lse, double softmax_scale,
+                                                  bool causal, bool heads_first,
+                                                  OptionalTensor key_start, OptionalTensor key_len,
+                                                  double dropout_p, OptionalTensor rng_state,
+                                                  bool deterministic) {
+  Call const call = make_call(q, k, v, {}, {}, key_start, key_len, rng_state, 0, 0, dropout_p,
+                              softmax_scale, causal, heads_first);
+  return run_backward(call, dout, q, k, v, out, lse, deterministic);
 }
 
 // True if this process's Python has already defined the schemas, because the library was not there
@@ -443,9 +511,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_flashattn, library) {
   if (hf_flashattn::schemas_are_defined()) return;
   library.def(hf_flashattn::kForwardSchema);
   library.def(hf_flashattn::kBackwardSchema);
+  library.def(hf_flashattn::kDenseForwardSchema);
+  library.def(hf_flashattn::kDenseBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_flashattn, CUDA, library) {
   library.impl("forward", TORCH_BOX(&hf_flashattn::forward));
   library.impl("backward", TORCH_BOX(&hf_flashattn::backward));
+  library.impl("dense_forward", TORCH_BOX(&hf_flashattn::dense_forward));
+  library.impl("dense_backward", TORCH_BOX(&hf_flashattn::dense_backward));
 }

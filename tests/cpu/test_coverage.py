@@ -57,6 +57,7 @@ def test_outcomes(model, task, outcome, why):
 def test_wrong_attention_shows(monkeypatch):
     """A mask that is dropped must not pass: the weights are large enough for it to matter."""
     forward = walk.hf_flashattn.attention._run
+    monkeypatch.setattr(walk.hf_flashattn.attention, "_quick", lambda *_: None)
     monkeypatch.setattr(
         walk.hf_flashattn.attention,
         "_run",

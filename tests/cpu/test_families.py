@@ -111,9 +111,9 @@ DROPOUT = {
 def test_dropout_reaches_the_kernel(name, monkeypatch):
     model = make(DECODERS[name], **{DROPOUT[name]: 0.5}).train()
     seen = []
-    forward = hf_flashattn.attention._run
+    forward = hf_flashattn.ops.call_dense
     monkeypatch.setattr(
-        hf_flashattn.attention, "_run", lambda call: seen.append(call.dropout) or forward(call)
+        hf_flashattn.ops, "call_dense", lambda *args: seen.append(args[8]) or forward(*args)
     )
     batch, _ = inputs("left")
     with hf_flashattn.patched(model, strict=True):

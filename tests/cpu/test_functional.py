@@ -160,16 +160,23 @@ def test_lse_has_no_gradient():
     assert out.requires_grad and not lse.requires_grad
 
 
-def test_deterministic_is_passed_on(monkeypatch):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_deterministic_is_passed_on(monkeypatch, dropout_p):
+    """To the backward, whose last argument it is where it is given."""
     seen = []
-    real = hfa.ops.call_forward
-    monkeypatch.setattr(hfa.ops, "call_forward", lambda args: seen.append(args[-1]) or real(args))
-    q = torch.randn(1, 3, 1, 8)
-    flash_attn_func(q, q, q)
-    flash_attn_func(q, q, q, deterministic=True)
+    real = hfa.ops._call_backward
+
+    def call(args, op):
+        seen.append(args[-1] if len(args) > 9 else False)
+        return real(args, op)
+
+    monkeypatch.setattr(hfa.ops, "_call_backward", call)
+    q = torch.randn(1, 3, 1, 8, requires_grad=True)
+    flash_attn_func(q, q, q, dropout_p).sum().backward()
+    flash_attn_func(q, q, q, dropout_p, deterministic=True).sum().backward()
     torch.use_deterministic_algorithms(True)
     try:
-        flash_attn_func(q, q, q)
+        flash_attn_func(q, q, q, dropout_p).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == [False, True, True]
@@ -185,15 +192,15 @@ def on_a_gpu(monkeypatch):
         checked.append(args)
         real(*args, **options)
 
-    def refuse(args):
+    def refuse(*args):
         raise RuntimeError("the library's words")
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(hfa.checks, "check_tensors", check_tensors)
-    monkeypatch.setattr(hfa.ops, "call_forward", refuse)
+    monkeypatch.setattr(hfa.ops, "call_dense", refuse)
     loaded = hfa.ops.LibraryStatus(Path("libhf_flashattn.so"), "")
-    monkeypatch.setattr(hfa.ops, "library_status", lambda: loaded)
+    monkeypatch.setattr(hfa.ops, "_status", loaded)
     return checked
 
 
@@ -216,6 +223,7 @@ def test_the_checks_say_better_what_the_library_refuses(on_a_gpu):
 
 def test_a_dense_call_on_a_gpu_is_checked_by_the_library_alone(on_a_gpu, monkeypatch):
     monkeypatch.setattr(hfa.ops, "call_forward", lambda args: args[:2])
+    monkeypatch.setattr(hfa.ops, "call_dense", lambda *args: args[0])
     q = torch.randn(1, 3, 2, 8)
     flash_attn_func(q, q, q, key_len=torch.tensor([2], dtype=torch.int32))
     assert not on_a_gpu
@@ -229,8 +237,8 @@ def test_a_dense_call_on_a_gpu_is_checked_by_the_library_alone(on_a_gpu, monkeyp
 
 
 def test_nothing_is_built_for_a_call_that_cannot_run(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(hfa.ops, "library_status", lambda: hfa.ops.LibraryStatus(None, "not yet"))
-    monkeypatch.setattr(hfa.ops, "call_forward", lambda args: pytest.fail("reached the library"))
+    monkeypatch.setattr(hfa.ops, "_status", hfa.ops.LibraryStatus(None, "not yet"))
+    monkeypatch.setattr(hfa.ops, "call_dense", lambda *args: pytest.fail("reached the library"))
     q = torch.randn(1, 3, 2, 8)
     with pytest.raises(TypeError, match="Nearest supported"):
         flash_attn_func(q, q.double(), q)

@@ -1,4 +1,4 @@
-"""hf_flashattn::forward and ::backward: schemas, CPU implementations, tracing, the library."""
+"""The ops: schemas, CPU implementations, tracing, the library."""
 
 import itertools
 import os
@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RNG = torch.tensor([2**60 + 1, 17])
 FORWARD = torch.ops.hf_flashattn.forward.default
 BACKWARD = torch.ops.hf_flashattn.backward.default
+DENSE = torch.ops.hf_flashattn.dense_forward.default
+DENSE_BACKWARD = torch.ops.hf_flashattn.dense_backward.default
 
 
 def int32(*values):
@@ -105,6 +107,67 @@ def test_opcheck(kind):
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
     out, lse = FORWARD(*plain)
     opcheck(BACKWARD, (torch.randn_like(out), *plain[:3], out, lse, *plain[3:]))
+
+
+DENSE_KINDS = [kind for kind in KINDS if "packed" not in kind]
+
+
+def dense_arguments(q, k, v, options, heads_first):
+    """The dense op's positional arguments, heads first in shape alone if at all."""
+    if heads_first:
+        q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v))
+    ranges = (options.get("key_start"), options.get("key_len"))
+    dropout = (options.get("dropout_p", 0.0), options.get("rng_state"))
+    return q, k, v, options["softmax_scale"], options["causal"], heads_first, *ranges, *dropout
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("kind", DENSE_KINDS)
+def test_opcheck_dense(kind, heads_first):
+    args = dense_arguments(*problem(kind), heads_first)
+    opcheck(DENSE, args)
+    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    out, lse = DENSE(*plain)
+    opcheck(DENSE_BACKWARD, (torch.randn_like(out), *plain[:3], out, lse, *plain[3:]))
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("kind", DENSE_KINDS)
+def test_dense_is_forward_with_fewer_words(kind, heads_first):
+    """The op, and the call that draws its own dropout: output, gradients and their memory."""
+    *inputs, options = problem(kind)
+    want, lse = ops.forward(*inputs, **options)
+    dout = torch.randn_like(want)
+    wanted = torch.autograd.grad(want, inputs, dout)
+    args = dense_arguments(*inputs, options, heads_first)
+    out, got_lse = DENSE(*args)
+    assert torch.equal(out, want) and torch.equal(got_lse, lse) and out.is_contiguous()
+    with torch.no_grad():
+        assert torch.equal(DENSE(*args)[0], want)
+    recorded = []
+    if "dropout" not in kind:
+        recorded.append(ops.call_dense(*args[:9], deterministic=False))
+    for result in (out, *recorded):
+        grads = torch.autograd.grad(result, args[:3], dout)
+        for got, exact in zip(grads, wanted, strict=True):
+            got = got.transpose(1, 2) if heads_first else got
+            assert torch.equal(got, exact) and got.is_contiguous()
+
+
+def test_a_recorded_dense_call_has_the_dropout_of_its_state(monkeypatch):
+    *inputs, options = problem("range-causal-dropout")
+    monkeypatch.setattr(ops, "new_rng_state", lambda device: RNG)
+    args = dense_arguments(*inputs, options, False)
+    out = ops.call_dense(*args[:9], deterministic=False)
+    want = ops.forward(*inputs, **options)[0]
+    dout = torch.randn_like(out)
+    assert torch.equal(out, want)
+    for got, exact in zip(
+        torch.autograd.grad(out, inputs, dout),
+        torch.autograd.grad(want, inputs, dout),
+        strict=True,
+    ):
+        assert torch.equal(got, exact)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +392,8 @@ SHOW_SCHEMAS = """
 import torch
 from hf_flashattn import ops
 print(ops._schemas_in_python)
-for op in (torch.ops.hf_flashattn.forward.default, torch.ops.hf_flashattn.backward.default):
-    print(op._schema)
+for name in ("forward", "backward", "dense_forward", "dense_backward"):
+    print(getattr(torch.ops.hf_flashattn, name).default._schema)
 """
 
 LATE = """

@@ -98,13 +98,13 @@ def test_reads_do_not_grow_with_layers(family, kind, use_cache):
 
 def test_a_read_is_seen(monkeypatch):
     """A layer that looks at its mask shows in the count."""
-    real = hf_flashattn.masks.decode
+    real = hf_flashattn.masks.recall
 
-    def looking(mask, *sizes):
+    def looking(mask):
         assert mask.any()
-        return real(mask, *sizes)
+        return real(mask)
 
-    monkeypatch.setattr(hf_flashattn.masks, "decode", looking)
+    monkeypatch.setattr(hf_flashattn.masks, "recall", looking)
     assert len(reads("gpt2", "left", 6)) == len(reads("gpt2", "left", 1)) + 5
 
 

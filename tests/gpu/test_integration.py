@@ -7,7 +7,14 @@ import torch
 from judge import WRONG_OFFSETS, run_wrong_offsets
 from torch.utils.checkpoint import checkpoint
 
-from hf_flashattn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, ops
+from hf_flashattn import (
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    masks,
+    ops,
+)
+from hf_flashattn.attention import attention_forward
 from hf_flashattn.reference import attention_reference
 
 
@@ -219,3 +226,96 @@ def test_empty_problems():
         assert out.shape == q.shape and not out.any()
         grads = torch.autograd.grad(out.sum(), (q, k))
         assert not grads[0].any() and not grads[1].any()
+
+
+# ---- a layer's call: heads first, by the short way ---------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    """An attention module as Transformers has them."""
+
+    def __init__(self, is_causal):
+        super().__init__()
+        self.is_causal = is_causal
+
+
+def layers_gradients(layer, inputs, mask=None):
+    """(out, gradients) of the attention function for q, k, v (B, H, S, D)."""
+    return gradients(lambda q, k, v: attention_forward(layer, q, k, v, mask)[0], inputs)
+
+
+def heads_first(inputs):
+    return [x.detach().transpose(1, 2).requires_grad_() for x in inputs]
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("first", [False, True])
+def test_opcheck_dense(p, first):
+    q, k, v = tensors(seqlen=33)
+    q, k, v = heads_first((q, k, v)) if first else (q, k, v)
+    rng_state = torch.tensor([3, 4], device="cuda") if p else None
+    length = torch.tensor([33, 20], device="cuda", dtype=torch.int32)
+    arguments = (q, k, v, 0.125, True, first, None, length, p, rng_state)
+    torch.library.opcheck(torch.ops.hf_flashattn.dense_forward.default, arguments)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen", [1, 128, 200])
+def test_a_layers_call_is_flash_attn_func(causal, seqlen, deterministic):
+    inputs = tensors(seqlen=seqlen)
+    want = gradients(lambda *x: flash_attn_func(*x, causal=causal), inputs)
+    got = layers_gradients(Layer(causal), heads_first(inputs))
+    assert torch.equal(got[0], want[0]) and got[0].is_contiguous()
+    for a, b in zip(got[1], want[1], strict=True):
+        assert torch.equal(a.transpose(1, 2), b) and a.transpose(1, 2).is_contiguous()
+    with torch.no_grad():
+        alone = attention_forward(Layer(causal), *heads_first(inputs), None)[0]
+    assert torch.equal(alone, want[0])
+
+
+def test_a_layers_tensors_of_any_strides(deterministic):
+    """What TMA cannot load is copied: unaligned data, odd strides. Heads in blocks are not."""
+    inputs = [x.detach() for x in tensors(seqlen=130)]
+    want = layers_gradients(Layer(True), heads_first(inputs))
+    unaligned = torch.empty(inputs[0].numel() + 1, device="cuda", dtype=torch.bfloat16)[1:]
+    unaligned = unaligned.view_as(inputs[0]).copy_(inputs[0])
+    odd = torch.empty(*inputs[1].shape[:-1], 65, device="cuda", dtype=torch.bfloat16)[..., :64]
+    odd.copy_(inputs[1])
+    blocks = inputs[2].transpose(1, 2).contiguous().transpose(1, 2)
+    got = layers_gradients(Layer(True), heads_first((unaligned, odd, blocks)))
+    assert torch.equal(got[0], want[0])
+    for a, b in zip(got[1], want[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_layers_call_in_a_graph_reads_its_mask_anew():
+    """A padded batch: what is written to the carrier between replays counts."""
+    q, k, v = (x.detach() for x in heads_first(tensors(seqlen=96)))
+    kept = torch.ones(2, 96, device="cuda", dtype=torch.bool)
+    kept[1, 50:] = False
+    mask = masks.padded(kept, 96, causal=False)
+    layer, static = Layer(False), mask.clone()
+    attention_forward(layer, q, k, v, static)
+    kept[0, 70:] = False
+    other = masks.padded(kept, 96, causal=False)
+    want = attention_forward(layer, q, k, v, other)[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        static.copy_(mask)
+        attention_forward(layer, q, k, v, static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # Written to in the graph: the ranges are read from the carrier by every replay.
+        static.copy_(other)
+        out = attention_forward(layer, q, k, v, static)[0]
+    graph.replay()
+    assert torch.equal(out, want)

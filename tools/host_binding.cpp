@@ -1,0 +1,95 @@
+// kernels/torch_binding.cpp for CPU tensors, on launchers that do nothing but note what they got.
+//
+// What the host does for a call can so be timed and looked at without a GPU, nvcc or a CUDA build
+// of torch; tools/host_binding.py compiles it. The binding is included as it is. Only what it asks
+// of devices is answered here: tensors of the CPU count as cuda:0, which is the current device.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+
+#include "params.h"
+
+// The few CUDA names that the binding uses, in the place of cuda_runtime_api.h.
+enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 132
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : 0;
+  return cudaSuccess;
+}
+inline char const* cudaGetErrorString(cudaError_t) { return ""; }
+
+namespace torch::stable::accelerator {
+inline DeviceIndex host_index() { return 0; }
+}  // namespace torch::stable::accelerator
+
+namespace {
+int32_t host_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+}  // namespace
+
+#define is_cuda is_cpu
+#define get_device_index() is_cpu() - 1  // asked for as on a GPU, and 0
+#define getCurrentDeviceIndex host_index
+#define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
+#define aoti_torch_get_current_cuda_stream host_stream
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(ns, key, name) _STABLE_TORCH_LIBRARY_IMPL(ns, CPU, name, C10_UID)
+#include "torch_binding.cpp"
+#undef get_device_index
+
+namespace hf_flashattn {
+namespace {
+
+// q, k, v, out, dout, dq, dk, dv: data, stride of batch, sequence and head.
+TensorView views[8];
+Problem problem;
+
+}  // namespace
+
+Status launch_forward(ForwardParams const& p, void*) {
+  TensorView const now[] = {p.q, p.k, p.v, p.out};
+  std::memcpy(views, now, sizeof now);
+  problem = p.problem;
+  return {""};
+}
+
+Status launch_backward(BackwardParams const& p) {
+  TensorView const now[] = {p.q, p.k, p.v, p.out, p.dout, p.dq, p.dk, p.dv};
+  std::memcpy(views, now, sizeof now);
+  problem = p.problem;
+  return {""};
+}
+
+size_t forward_workspace_bytes(Problem const& p) { return p.key_start || p.key_len ? 1024 : 0; }
+size_t backward_workspace_bytes(BackwardParams const&) { return 1024; }
+Status check_supported(Problem const&) { return {""}; }
+
+}  // namespace hf_flashattn
+
+// Copies what the last launch got: 8 views of 4 numbers; seqlen_q, seqlen_k, heads_q, heads_k,
+// batch, head_dim, key_start, key_len.
+extern "C" __attribute__((visibility("default"))) void hf_flashattn_last_launch(
+    int64_t (&out)[40]) {
+  using namespace hf_flashattn;
+  std::memcpy(out, views, sizeof views);
+  int64_t const numbers[] = {problem.seqlen_q,
+                             problem.seqlen_k,
+                             problem.heads_q,
+                             problem.heads_k,
+                             problem.batch,
+                             problem.head_dim,
+                             reinterpret_cast<int64_t>(problem.key_start),
+                             reinterpret_cast<int64_t>(problem.key_len)};
+  std::memcpy(out + 32, numbers, sizeof numbers);
+}

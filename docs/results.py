@@ -23,7 +23,22 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # Files of the kernels before these, by the first digits of their SHA-256: a newer file has others.
-OLDER = {"training_step": "44d89d5b", "bert_large": "d071eee6", "step_parts": "6168f08e"}
+OLDER = {
+    "attention_grid": "942c0362",
+    "attention_grid_more": "c261e2fb",
+    "bert_large": "d071eee6",
+    "bert_large_compiled_half": "ba345a92",
+    "context": "daa7d05f",
+    "gpt2_grid_medium": "a993f337",
+    "gpt2_grid_small": "b03978db",
+    "host_overhead": "0283397f",
+    "limits": "f5ef51ab",
+    "memory": "b14275b2",
+    "packed": "be77fadb",
+    "scaling": "0d99a3d6",
+    "step_parts": "6168f08e",
+    "training_step": "44d89d5b",
+}
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
 NOT_RUN = "not run"

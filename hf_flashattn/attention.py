@@ -432,7 +432,8 @@ def _run_dense(call: Call, keys: KeyRange | None) -> Tensor:
     if keys is not None and keys.used is not None:
         k, v = k[:, :, : keys.used], v[:, :, : keys.used]
     options = _options(call)
-    if torch.compiler.is_compiling() or len(options) > 4:
+    beyond = "window_size" in options or "softcap" in options
+    if torch.compiler.is_compiling() or beyond:
         q, k, v = _heads_last(q, k, v)
         return functional.flash_attn_func(q, k, v, **options, key_start=start, key_len=length)
     return functional.dense_attention(q, k, v, start, length, **options, heads_first=True)

@@ -71,12 +71,11 @@ def flash_attn_func(
     """
     if window_size != _NO_WINDOW or softcap or alibi_slopes is not None:
         causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
+    flags = (dropout_p, softmax_scale, causal, deterministic)
     if return_attn_probs or torch.compiler.is_compiling():
         visible = (None, None, key_start, key_len)
-        flags = (dropout_p, softmax_scale, causal, deterministic)
         out, lse = _attention(q, k, v, visible, 0, 0, *flags)
         return (out, lse, None) if return_attn_probs else out
-    flags = (dropout_p, softmax_scale, causal, deterministic)
     return dense_attention(q, k, v, key_start, key_len, *flags)
 
 

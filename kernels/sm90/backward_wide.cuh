@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     if (work.rows.count > 0) produce_wide(p, workspace, maps, s, work, warp);
   } else {
     grow_registers<P::Registers::kConsumer>();
-    if (warp < 8) consume_wide<0>(p, workspace, s, work);
-    else consume_wide<1>(p, workspace, s, work);
+    if (warp < 8) consume_wide<0>(p, s, work);
+    else consume_wide<1>(p, s, work);
   }
 }
 

@@ -1,5 +1,5 @@
 // The consumers of the wide backward. Consumer 0 accumulates dV, consumer 1 dK; each makes the
-// scores and dQ of every other row block.
+// scores of every other row block.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -27,7 +27,6 @@ struct WideConsumer {
   static constexpr int kOther = 1 - W;
 
   BackwardParams const& p;
-  BackwardWorkspace const& workspace;
   BackwardWideSmem<P>& s;
   KeyWork<P> const& work;
   Lane const lane;
@@ -35,10 +34,9 @@ struct WideConsumer {
   float const scale_log2;
   ByteRule const rule;
 
-  __device__ __forceinline__ WideConsumer(BackwardParams const& p,
-                                          BackwardWorkspace const& workspace,
-                                          BackwardWideSmem<P>& s, KeyWork<P> const& work)
-      : p(p), workspace(workspace), s(s), work(work), lane(threadIdx.x),
+  __device__ __forceinline__ WideConsumer(BackwardParams const& p, BackwardWideSmem<P>& s,
+                                          KeyWork<P> const& work)
+      : p(p), s(s), work(work), lane(threadIdx.x),
         first_rows(work.sequence, P::kCausal, work.first_key + lane.warp * 16 + lane.group),
         scale_log2(p.problem.softmax_scale * kLog2e), rule(drop_threshold(p.problem.dropout_p)) {}
 
@@ -144,10 +142,9 @@ struct WideConsumer {
 };
 
 template <int W, class P>
-__device__ __forceinline__ void consume_wide(BackwardParams const& p,
-                                             BackwardWorkspace const& workspace,
-                                             BackwardWideSmem<P>& s, KeyWork<P> const& work) {
-  WideConsumer<P, W> const consumer(p, workspace, s, work);
+__device__ __forceinline__ void consume_wide(BackwardParams const& p, BackwardWideSmem<P>& s,
+                                             KeyWork<P> const& work) {
+  WideConsumer<P, W> const consumer(p, s, work);
   float grad[P::kHeadDim / 2];  // (64 keys, head dim) of dV or dK
   fill_zero(grad);
   if (work.rows.count > 0) consumer.accumulate(grad);

@@ -144,12 +144,13 @@ def attention_report(model: nn.Module) -> Report:
         for site in sites:
             if site.unsupported is not None:
                 continue
-            config = getattr(site.module, "config", None)
-            name = _compat.plain_name(getattr(config, "_attn_implementation", None))
+            name = site.implementation
             if site.family is not None:
                 site.unsupported = "not patched: it runs attention code of its own"
             elif name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME, LEGIBLE_NAME):
                 site.unsupported = f'not patched: its attention implementation is "{name}"'
+            if site.unsupported is not None:
+                site.implementation = ""
     return Report(type(inner).__name__, sites, [] if patch is None else patch.unpadding)
 
 

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_flashattn import _compat, encoder_trial, environment
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
-from hf_flashattn.families import OwnForward
+from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.hooks import first_before
 from hf_flashattn.masks import TRACED
 from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, LEGIBLE_NAME, STATED_NAME, names_of

@@ -41,11 +41,15 @@ from transformers import (
     FalconForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LayoutLMConfig,
+    LayoutLMModel,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MarkupLMConfig,
+    MarkupLMModel,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     Siglip2VisionConfig,
@@ -344,6 +348,17 @@ def test_a_model_that_declares_its_flash_implementations(way, tmp_path):
 # ---- masks beyond causal and padded: the flash names would drop them -----------------------------
 
 
+def layoutlm():
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return build(LayoutLMModel, LayoutLMConfig(**SMALL, **none, max_position_embeddings=64))
+
+
+def markuplm():
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sizes = {"max_position_embeddings": 64, "max_depth": 4, "pad_token_id": 0}
+    return build(MarkupLMModel, MarkupLMConfig(**SMALL, **none, **sizes))
+
+
 def llama4():
     config = Llama4TextConfig(
         **SMALL,
@@ -368,6 +383,27 @@ def paligemma():
         image_token_id=VOCAB - 1,
     )
     return build(PaliGemmaForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("make", [layoutlm, markuplm])
+def test_a_padding_mask_that_the_model_makes_itself(make, kind):
+    """LayoutLM and MarkupLM add (B, 1, 1, S) to their scores: read once, for all layers."""
+    model, mask = make(), padding(kind)
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    report = assert_same(model, inputs, mask)
+    report.assert_all_on_kernel(allow_cpu=True)
+
+
+def test_an_additive_mask_of_one_row_hides_nothing_else():
+    """GPT-2's modules are causal, but a mask of the caller's own says all there is to say."""
+    model, seen = gpt2(), torch.zeros(BATCH, 1, 1, LENGTH)
+    for mask in (seen, seen.masked_fill(padding("left")[:, None, None] == 0, -1e30), seen + 0.5):
+        expected = output(model, {"input_ids": tokens(), "attention_mask": mask})
+        with hf_flashattn.patched(model) as report:
+            got = output(model, {"input_ids": tokens(), "attention_mask": mask})
+            assert (got - expected).abs().max() < 1e-5
+            assert calls(report, "cpu") == (0 if (mask == 0.5).any() else 2)
 
 
 @pytest.mark.parametrize("way", ["patched", "by name"])

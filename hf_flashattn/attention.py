@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_flashattn import _compat, environment, functional, masks, ops, paged, report, support
 from hf_flashattn.call import Call, known_as_plain
 from hf_flashattn.fallback import fall_back
+from hf_flashattn.families.recognise import padding_alone
 from hf_flashattn.masks import Compaction, KeyRange, Packed, Segments
 from hf_flashattn.report import SETTINGS
 from hf_flashattn.unpadding import VarlenPlan
@@ -87,6 +88,10 @@ def attention_forward(
     if kwargs.get("cache") is not None:
         key, value, kwargs = paged.read_cache(module, key, value, kwargs)
     query, key, value = _autocast(query, key, value)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        pattern = padding_alone(attention_mask) if kwargs.get("sliding_window") is None else None
+        if pattern is not None:
+            attention_mask, is_causal = pattern.carrier(query.shape[0], query.shape[2]), False
     call = Call(
         module,
         query,

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_flashattn import _compat, encoder_trial, environment
 from hf_flashattn._compat import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from hf_flashattn.attention import SETTINGS, Settings
-from hf_flashattn.families import OwnForward
+from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.hooks import first_before
 from hf_flashattn.masks import TRACED
 from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, LEGIBLE_NAME, STATED_NAME, names_of
@@ -144,12 +144,13 @@ def attention_report(model: nn.Module) -> Report:
         for site in sites:
             if site.unsupported is not None:
                 continue
-            config = getattr(site.module, "config", None)
-            name = _compat.plain_name(getattr(config, "_attn_implementation", None))
+            name = site.implementation
             if site.family is not None:
                 site.unsupported = "not patched: it runs attention code of its own"
             elif name not in (FLASH_NAME, ALIAS_NAME, STATED_NAME, LEGIBLE_NAME):
                 site.unsupported = f'not patched: its attention implementation is "{name}"'
+            if site.unsupported is not None:
+                site.implementation = ""
     return Report(type(inner).__name__, sites, [] if patch is None else patch.unpadding)
 
 

@@ -63,7 +63,13 @@ class Preview:
             "all_on_kernel": self.all_on_kernel,
             "counts": dict(Counter(row.runs for row in self.rows)),
             "modules": [
-                {"module": row.module, "class": row.cls, "runs": row.runs, "why": row.why}
+                {
+                    "module": row.module,
+                    "class": row.cls,
+                    "runs": row.runs,
+                    "name": row.implementation,
+                    "why": row.why,
+                }
                 for row in self.rows
             ],
         }

@@ -142,6 +142,7 @@ class Row:
     runs: str  # "kernel", "cpu implementation", "fallback", "mixed" or "unsupported"
     why: str
     calls: Calls
+    implementation: str = ""  # the name under which Transformers gives it our attention
 
     @property
     def expected(self) -> bool:
@@ -167,6 +168,7 @@ class Site:
     excluded: str | None = None  # why it stays off the kernel by the user's wish
     owner: nn.Module | None = None  # the innermost PreTrainedModel around it
     family: Any = None  # families.Family of a module with attention code of its own that we take
+    implementation: str = ""  # what its config names; "" where no name reaches it
 
     def row(self) -> Row:
         """What ran so far; without a call, what will."""
@@ -180,11 +182,12 @@ class Site:
             runs = "mixed" if calls.kernel and calls.cpu else "kernel"
             runs = "cpu implementation" if calls.cpu == calls.total else runs
             why = ", ".join(calls.implementations)
-        return Row(self.name, type(self.module).__name__, runs, why, calls)
+        return Row(self.name, type(self.module).__name__, runs, why, calls, self.implementation)
 
     def expected_row(self, target: Target | None = None) -> Row:
         """The row as it is before any call."""
-        return Row(self.name, type(self.module).__name__, *self.forecast(target), Calls())
+        name, runs = type(self.module).__name__, self.forecast(target)
+        return Row(self.name, name, *runs, Calls(), self.implementation)
 
     def forecast(self, target: Target | None = None) -> tuple[str, str]:
         """(runs, why) from the module's weights and attributes, on `target` or where they are.
@@ -390,7 +393,7 @@ def format_rows(rows: list[Row], *, forecast: bool = False) -> str:
 
     forecast: that all rows are one is said elsewhere: no "(expected)", no counts of calls.
     """
-    cells = [("module", "class", "runs on", "why", "kernel", "cpu", "fallback")]
+    cells = [("module", "class", "runs on", "name", "why", "kernel", "cpu", "fallback")]
     for row in rows:
         note = row.expected and row.runs != "unsupported" and not forecast
         runs = f"{row.runs} (expected)" if note else row.runs
@@ -401,9 +404,9 @@ def format_rows(rows: list[Row], *, forecast: bool = False) -> str:
             f"{row.calls.fallback}{mark}",
         )
         why = textwrap.shorten(row.why, WIDEST_REASON, placeholder=" ...")
-        cells.append((row.module, row.cls, runs, why, *counts))
+        cells.append((row.module, row.cls, runs, row.implementation, why, *counts))
     if forecast:
-        cells = [line[:4] for line in cells]
+        cells = [line[:5] for line in cells]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

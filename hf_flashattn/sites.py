@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from hf_flashattn._compat import PreTrainedConfig, PreTrainedModel
+from hf_flashattn._compat import PreTrainedConfig, PreTrainedModel, plain_name
 from hf_flashattn.families.table import family_of, out_of_reach
 from hf_flashattn.report import Site
 
@@ -39,7 +39,16 @@ def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[
             owner = owner_of(model, name)
             sites.append(Site(plain, module, own, excludes(plain), owner, family))
     _spoil_shared_masks(sites)
+    for site in sites:
+        site.implementation = _implementation_of(site)
     return sites
+
+
+def _implementation_of(site: Site) -> str:
+    """The name in the config that decides on a module's masks and function; "" where none does."""
+    if site.unsupported is not None or (site.family and site.family.keeps_masks(site.module)):
+        return ""
+    return plain_name(config_of(site)._attn_implementation) or ""
 
 
 # What FSDP, torch.compile and checkpointing of single layers add to names: a module that was

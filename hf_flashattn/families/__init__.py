@@ -7,8 +7,3 @@ recognise.py  dense masks that are only padding, or only causal
 forward.py    what takes the place of a module's forward: the pieces above put together
 unpatched.py  masks for such models where only a name says ours
 """
-
-from hf_flashattn.families.forward import OwnForward
-from hf_flashattn.families.table import Family, family_of, out_of_reach
-
-__all__ = ["Family", "OwnForward", "family_of", "out_of_reach"]

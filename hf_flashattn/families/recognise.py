@@ -86,6 +86,17 @@ def _read(mask: Tensor, hides: bool) -> Pattern | None:
     return Pattern(kept, causal=not full) if full or causal else None
 
 
+def padding_alone(mask: Tensor) -> Pattern | None:
+    """The pattern of an additive mask that is one for all heads and queries, or None for others.
+
+    Some models that dispatch make it by themselves. Only a mask of this shape is worth the look.
+    """
+    if not mask.is_floating_point() or mask.dim() != 4:
+        return None
+    one = all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2))
+    return recognise(mask[:, :1, :1]) if one else None
+
+
 def joined(patterns: list[Pattern]) -> Pattern | None:
     """All of them at once."""
     if len(patterns) < 2:

@@ -77,6 +77,7 @@ def test_a_folder_and_a_config_file(run, saved):
         "module": "model.layers.0.self_attn",
         "class": "LlamaAttention",
         "runs": "kernel",
+        "name": "hf_flashattn",
         "why": "sm90 d128",
     }
     assert run(f"{folder}/config.json")[1]["modules"] == data["modules"]
@@ -106,7 +107,9 @@ def test_it_says_what_patch_model_says(make, run, saved):
     model = make()
     data = run(saved(model.config, type(model).__name__), "--device", "cpu", "--dtype", "fp32")[1]
     with patched(model) as report:
-        expected = [(row.module, row.cls, row.runs, row.why) for row in report.rows]
+        expected = [
+            (row.module, row.cls, row.runs, row.implementation, row.why) for row in report.rows
+        ]
     assert [tuple(row.values()) for row in data["modules"]] == expected
     assert data["device"] == "the CPU" and data["counts"] == {"cpu implementation": 2}
     assert data["all_on_kernel"] is True
@@ -169,8 +172,9 @@ def test_text(saved, capsys):
     assert cli.main(["report", saved(llama(num_hidden_layers=2)), "--device", "hopper"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "hf_flashattn: LlamaModel, bfloat16 on a Hopper GPU: 2 kernel"
-    assert lines[1].split() == ["module", "class", "runs", "on", "why"]
-    assert lines[3].split() == ["layers.0.self_attn", "LlamaAttention", "kernel", "sm90", "d128"]
+    assert lines[1].split() == ["module", "class", "runs", "on", "name", "why"]
+    row = ["layers.0.self_attn", "LlamaAttention", "kernel", "hf_flashattn", "sm90", "d128"]
+    assert lines[3].split() == row
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not JSON", '{"model_type": "nonsense"}'])

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from hf_flashattn import FallbackError
 from hf_flashattn.attention import SETTINGS, Settings
-from hf_flashattn.families import Family, OwnForward
+from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.families.recognise import joined, recognise
-from hf_flashattn.families.table import FAMILIES, OUT_OF_REACH, family_of, out_of_reach
+from hf_flashattn.families.table import FAMILIES, OUT_OF_REACH, Family, family_of, out_of_reach
 from hf_flashattn.report import calls_of
 
 BATCH, HEADS, ROWS, DIM = 2, 4, 7, 8

@@ -41,9 +41,17 @@ from transformers import (
     FalconForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LayoutLMConfig,
+    LayoutLMModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MarkupLMConfig,
+    MarkupLMModel,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     StaticCache,
@@ -323,6 +331,8 @@ def test_a_model_that_declares_its_flash_implementations(way, tmp_path):
     expected = output(model, inputs)
     if way == "patch":
         report = hf_flashattn.patch_model(model)
+        assert {row.implementation for row in report.rows} == {"hf_fused_attn"}
+        assert "  hf_fused_attn  " in str(report)
     else:
         if way == "loaded":
             model.save_pretrained(tmp_path)
@@ -333,6 +343,101 @@ def test_a_model_that_declares_its_flash_implementations(way, tmp_path):
     assert model.config._attn_implementation == "hf_fused_attn"
     assert (output(model, inputs) - expected)[mask.bool()].abs().max() < 1e-5
     assert all(row.calls.fallback == 1 and "sinks" in row.why for row in report.rows)
+
+
+# ---- masks beyond causal and padded: the flash names would drop them -----------------------------
+
+
+def layoutlm():
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return build(LayoutLMModel, LayoutLMConfig(**SMALL, **none, max_position_embeddings=64))
+
+
+def markuplm():
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sizes = {"max_position_embeddings": 64, "max_depth": 4, "pad_token_id": 0}
+    return build(MarkupLMModel, MarkupLMConfig(**SMALL, **none, **sizes))
+
+
+def llama4():
+    config = Llama4TextConfig(
+        **SMALL,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        attention_chunk_size=4,
+        layer_types=["chunked_attention", "full_attention"],
+    )
+    return build(Llama4ForCausalLM, config)
+
+
+def paligemma():
+    vision = {"model_type": "siglip_vision_model", "hidden_size": HIDDEN, "intermediate_size": 48}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    text = {**SMALL, "model_type": "gemma", "num_key_value_heads": 2, "head_dim": 8}
+    config = PaliGemmaConfig(
+        vision_config={**vision, "projection_dim": HIDDEN},
+        text_config=text,
+        projection_dim=HIDDEN,
+        image_token_id=VOCAB - 1,
+    )
+    return build(PaliGemmaForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("make", [layoutlm, markuplm])
+def test_a_padding_mask_that_the_model_makes_itself(make, kind):
+    """LayoutLM and MarkupLM add (B, 1, 1, S) to their scores: read once, for all layers."""
+    model, mask = make(), padding(kind)
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    report = assert_same(model, inputs, mask)
+    report.assert_all_on_kernel(allow_cpu=True)
+
+
+def test_an_additive_mask_of_one_row_hides_nothing_else():
+    """GPT-2's modules are causal, but a mask of the caller's own says all there is to say."""
+    model, seen = gpt2(), torch.zeros(BATCH, 1, 1, LENGTH)
+    for mask in (seen, seen.masked_fill(padding("left")[:, None, None] == 0, -1e30), seen + 0.5):
+        expected = output(model, {"input_ids": tokens(), "attention_mask": mask})
+        with hf_flashattn.patched(model) as report:
+            got = output(model, {"input_ids": tokens(), "attention_mask": mask})
+            assert (got - expected).abs().max() < 1e-5
+            assert calls(report, "cpu") == (0 if (mask == 0.5).any() else 2)
+
+
+@pytest.mark.parametrize("way", ["patched", "by name"])
+def test_chunked_attention(way):
+    model, mask = llama4(), padding("left")
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    expected = model(**inputs).logits
+    whole = copy.deepcopy(model)
+    whole.config.attention_chunk_size = 64  # within which all see each other: chunks do show
+    assert (whole(**inputs).logits - expected)[mask.bool()].abs().max() > 1e-2
+    got, report = output_by(way, model, inputs, whole=True, name=NAMES[1])
+    assert (got.logits - expected)[mask.bool()].abs().max() < 1e-5
+    chunked, full = report.rows
+    assert chunked.runs == "fallback" and "boolean 4-D mask" in chunked.why
+    assert full.runs == "cpu implementation" and full.implementation.startswith("hf_fused_attn")
+
+
+@pytest.mark.parametrize("way", ["patched", "by name"])
+def test_a_prefix_that_sees_itself(way):
+    """PaliGemma: image and prompt see each other, the rest is causal."""
+    model, ids, mask = paligemma(), tokens(2, 12, seed=5) % (VOCAB - 1), torch.ones(2, 12).long()
+    ids[:, 2:6], mask[0, :2] = VOCAB - 1, 0
+    types = (torch.arange(12) >= 8).long().expand(2, -1)  # 0 is the prefix
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    inputs["token_type_ids"] = types
+    expected = model(**inputs).logits
+    causal = model(**inputs | {"token_type_ids": torch.ones_like(types)}).logits
+    assert (causal - expected)[mask.bool()].abs().max() > 1e-2  # the prefix does show
+    got, report = output_by(way, model, inputs, whole=True, name=NAMES[1])
+    assert (got.logits - expected)[mask.bool()].abs().max() < 1e-5
+    text = [row for row in report.rows if "language_model" in row.module]
+    assert len(text) == 2 and all(row.calls.fallback == 1 for row in text), report
+    assert all("boolean 4-D mask" in row.why for row in text), report
 
 
 # ---- names for parts of a model ------------------------------------------------------------------
@@ -390,7 +495,9 @@ def test_a_name_for_each_part(wish, way, tmp_path):
     assert (output(model.eval(), LLAVA_INPUTS) - expected).abs().max() < 1e-5
     for row in hf_flashattn.attention_report(model).rows:
         part = "vision_config" if "vision" in row.module else "text_config"
-        named = (wish if isinstance(wish, str) else wish[part]).startswith("hf_")
+        name = wish if isinstance(wish, str) else wish[part]
+        named = name.startswith("hf_")
+        assert row.implementation == (name if named else "")
         assert row.runs == ("cpu implementation" if named else "unsupported"), row
 
 
@@ -463,8 +570,8 @@ def test_a_legible_mask_that_was_written_to_is_read_anew():
     assert masks.decode(mask, LENGTH, LENGTH) is None
 
 
-def output_by(way, model, inputs, whole=False):
-    """(what the model gives, its report): patched, compiled too, or loaded anew under our name."""
+def output_by(way, model, inputs, whole=False, name=NAMES[0]):
+    """(what the model gives, its report): patched, compiled too, or loaded anew under a name."""
     if way in ("patched", "compiled"):
         report = hf_flashattn.patch_model(model)
         if way == "compiled":
@@ -472,7 +579,7 @@ def output_by(way, model, inputs, whole=False):
             model = torch.compile(model, backend="eager")
     else:
         state = model.state_dict()
-        model = build(type(model), copy.deepcopy(model.config), "hf_flashattn")
+        model = build(type(model), copy.deepcopy(model.config), name)
         model.load_state_dict(state)
         report = hf_flashattn.attention_report(model)
     out = model(**inputs)

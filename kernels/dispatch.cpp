@@ -72,10 +72,9 @@ Status check(Problem const& p) {
         "step: "
         "fold the sign of the scale into q",
         p.softmax_scale, 1.0 / std::sqrt(double(p.head_dim)));
-  if (!(p.dropout_p >= 0.f && p.dropout_p < 1.f))
-    return failure("expected 0 <= dropout_p < 1, got %g. Next step: pass a probability",
-                   p.dropout_p);
-  if (p.dropout_p > 0.f && p.rng_state == nullptr)
+  if (p.drop_threshold > 255)
+    return failure("expected a drop_threshold of at most 255, got %u", p.drop_threshold);
+  if (p.drop_threshold > 0 && p.rng_state == nullptr)
     return failure("expected rng_state (seed, offset) on the device with dropout, got none");
   if ((p.cu_seqlens_q == nullptr) != (p.cu_seqlens_k == nullptr))
     return failure("expected both of cu_seqlens_q and cu_seqlens_k or neither, got one");
@@ -109,7 +108,7 @@ Entry const* find(Problem const& p) {
     if (entries[0].head_dim < p.head_dim) continue;
     for (Entry const& entry : entries)
       if (entry.compute_capability == p.compute_capability && entry.dtype == p.dtype &&
-          entry.causal == p.causal && entry.dropout == (p.dropout_p > 0.f))
+          entry.causal == p.causal && entry.dropout == (p.drop_threshold > 0))
         return &entry;
   }
   return nullptr;

@@ -40,7 +40,7 @@ struct Problem {
   int32_t const* key_start;  // (batch,) device, or null: 0
   int32_t const* key_len;    // (batch,) device, or null: up to seqlen_k
 
-  float dropout_p;           // 0: no dropout; see common/dropout.cuh for the mask
+  uint32_t drop_threshold;   // of 256, below it drops; 0: no dropout; see common/dropout.cuh
   int64_t const* rng_state;  // (2,) device: Philox seed and offset; null without dropout
 
   void* stream;  // cudaStream_t

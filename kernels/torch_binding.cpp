@@ -258,6 +258,13 @@ struct Call {
   bool packed() const { return form == Form::kPacked; }
 };
 
+// round(256 p), but neither "never" nor "always": the kernels and the reference agree on this rule.
+uint32_t drop_threshold(double p) {
+  if (p == 0.0) return 0;
+  int const threshold = static_cast<int>(static_cast<float>(p) * 256.f + 0.5f);
+  return threshold < 1 ? 1 : threshold > 255 ? 255 : threshold;
+}
+
 // Checks the arguments that forward and backward share. Values of device tensors are not read: the
 // kernels stay inside the tensors for any content of cu_seqlens, key_start and key_len.
 Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
@@ -332,9 +339,7 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
   p.total_k = to_int32(sk.batch * sk.seq, "tokens of k");
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.causal = causal;
-  // A probability too small for a float is still dropout: the reference drops 1 / 256 then too.
-  float const least = std::numeric_limits<float>::min();
-  p.dropout_p = dropout_p > 0.0 ? std::fmax(static_cast<float>(dropout_p), least) : 0.f;
+  p.drop_threshold = drop_threshold(dropout_p);
   if (dropout_p > 0.0) {
     HFA_CHECK(rng_state->is_cuda() && rng_state->get_device_index() == call.device &&
                   rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 &&

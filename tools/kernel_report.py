@@ -28,18 +28,6 @@ MAX_UNIT_CPU_SECONDS = 60
 MAX_UNIT_BYTES = 1.5 * 2**30
 MAX_BUILD_SECONDS = 300  # of wall clock on two cores
 
-# Kernels whose hot loop may spill: a pattern of the readable name, how many instructions, and why.
-_POLICY = r"(?:\w+::)*ForwardPolicy<(?:\(int\))?"
-_BACKWARD = r"(?:\w+::)*BackwardPolicy<(?:\(int\))?"
-ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    rf"ListedPolicy<{_POLICY}64.*false>+": (1, "a reload of a listed tile's coordinates, of 363"),
-    rf"ListedPolicy<{_POLICY}64.*true>+": (9, "the same, of 608, with dropout"),
-    rf"ListedPolicy<{_POLICY}96": (8, "the same, of 308 or 502"),
-    rf"ListedPolicy<{_POLICY}128.*true>+": (1, "the same, of 634, with dropout"),
-    r"kernel<(?:\w+::)*QueryGradientPolicy<(?:\(int\))?256.*true>+": (21, "dropout, of 694"),
-    rf"kernel<{_BACKWARD}64.*true>+": (6, "dropout's constants, of 1000"),
-}
-
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -147,10 +135,7 @@ def failures(units: list[Unit]) -> list[str]:
             peak, limit = unit.peak_bytes / 2**30, MAX_UNIT_BYTES / 2**30
             found.append(f"{unit.name}: {peak:.2f} GB to compile, expected <= {limit}")
         for kernel in unit.kernels:
-            allowed = [
-                n for pattern, (n, _) in ALLOWED_SPILLS.items() if re.search(pattern, kernel.name)
-            ]
-            if kernel.hot_spills > max(allowed, default=0):
+            if kernel.hot_spills > 0:
                 count, kernel_name = kernel.hot_spills, short_name(kernel.name)
                 found.append(f"{unit.name}: {count} spills in the hot loop of {kernel_name}")
         found += [f"{unit.name}: {r}" for r in unit.remarks if COMPLAINT.search(r)]

@@ -26,14 +26,10 @@
 
 namespace hf_flashattn {
 
-// round(256 p), but neither "never" nor "always": the kernels and the reference agree on this rule.
-__host__ __device__ inline uint32_t drop_threshold(float p) {
-  int const threshold = static_cast<int>(p * 256.f + 0.5f);
-  return threshold < 1 ? 1 : threshold > 255 ? 255 : threshold;
+// The inverse of the kept fraction, 1 without dropout.
+__host__ __device__ inline float keep_scale(uint32_t threshold) {
+  return 256.f / (256 - threshold);
 }
-
-// The inverse of the kept fraction.
-__host__ __device__ inline float keep_scale(float p) { return 256.f / (256 - drop_threshold(p)); }
 
 // The fp16 number 1.0 as a number of type T: what keep_flags multiplies kept elements by.
 template <class T>
@@ -44,7 +40,9 @@ constexpr float kFlagValue<__nv_bfloat16> = 1.f / 128;
 // The backward's P is multiplied by this (by way of the LSE) and its delta divided: a kept flag,
 // read as a float, is the other factor of 2^-7, so that P^T (flag * dP^T - delta) needs no further
 // product. P' has the flag's value in T instead, and what accumulates it is scaled by the last.
-__host__ __device__ inline float dropout_lift(float p) { return 128.f * keep_scale(p); }
+__host__ __device__ inline float dropout_lift(uint32_t threshold) {
+  return 128.f * keep_scale(threshold);
+}
 template <class T>
 constexpr float kLiftedScale = 1.f / (128.f * kFlagValue<T>);
 
@@ -123,7 +121,8 @@ struct DropoutMask {
     key = make_uint2(uint32_t(seed), uint32_t(uint64_t(seed) >> 32));
     offset = uint32_t(position) ^ uint32_t(uint64_t(position) >> 32);
     batch_head = batch * p.heads_q + head;
-    int const group = threadIdx.x % kWarpThreads / 4, quad = threadIdx.x % 4;
+    int const lane = D == Down::kKeys ? lane_anew() : threadIdx.x % kWarpThreads;
+    int const group = lane / 4, quad = lane % 4;
     call = D == Down::kRows ? group / 2 * 4 + quad : quad * 4 + group / 2;
     odd = group % 2;
   }

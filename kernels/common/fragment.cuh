@@ -40,14 +40,11 @@ __device__ __forceinline__ void to_operand(uint32_t (&operand)[N / 8][4], float 
 template <class Tile, int Steps>
 __device__ __forceinline__ void store_operand(Tile const& tile, uint32_t const (&operand)[Steps][4],
                                               int first_row) {
-  int const lane = threadIdx.x % kWarpThreads;
-  int const row = first_row + lane % 16;
+  int const lane = lane_anew();
+  // Matrices 0, 1 are rows 0-7, 8-15 of the left 8 columns; 2, 3 the same of the right 8.
+  uint32_t const first = tile.address() + Tile::unit_offset(first_row + lane % 16, lane / 16);
 #pragma unroll
-  for (int k = 0; k < Steps; ++k) {
-    // Matrices 0, 1 are rows 0-7, 8-15 of the left 8 columns; 2, 3 the same of the right 8.
-    int const unit = 2 * k + lane / 16;
-    store_matrix_x4(tile.address() + Tile::unit_offset(row, unit), operand[k]);
-  }
+  for (int k = 0; k < Steps; ++k) store_matrix_x4(Tile::later_unit(first, 2 * k), operand[k]);
 }
 
 // Scales a warp's 16 x 2N-column accumulator, rounds it and writes `rows` rows and `columns`

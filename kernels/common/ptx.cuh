@@ -16,6 +16,20 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
+// The same value, but to the compiler another one: what a loop makes of it is made anew in every
+// turn, and not kept in registers that it then lacks.
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// This thread's lane, likewise.
+__device__ __forceinline__ int lane_anew() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
+  return lane;
+}
+
 __device__ __forceinline__ uint32_t smem_address(void const* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -42,6 +42,12 @@ struct SmemTile {
     return (unit / kUnits) * kChunkBytes + row * kChunkRowBytes +
            (((unit % kUnits) ^ swizzle) * 16);
   }
+
+  // From the address of unit 0 or 1 of a row to that of the unit `units` further, an even number.
+  static __device__ __forceinline__ uint32_t later_unit(uint32_t address, int units) {
+    constexpr int kUnits = kChunkStep / 8;
+    return (address + units / kUnits * kChunkBytes) ^ (units % kUnits * 16);
+  }
 };
 
 // The shared-memory descriptor of a wgmma operand (PTX ISA, "Matrix descriptor"): the swizzle, and

@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     if (threadIdx.x == 0) workspace.turn[sum / BlockM] = 0;
   }
 
-  float const lift = p.problem.dropout_p > 0.f ? dropout_lift(p.problem.dropout_p) : 1.f;
+  uint32_t const threshold = p.problem.drop_threshold;
+  float const lift = threshold > 0 ? dropout_lift(threshold) : 1.f;
   int const lane = threadIdx.x % kLanes;
 #pragma unroll
   for (int r = threadIdx.x / kLanes; r < BlockM; r += kRows) {

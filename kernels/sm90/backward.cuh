@@ -56,10 +56,10 @@ class TileClaims {
       work.head = stream % heads_k_;
       found = work.block * P::kBlockN < Sequence(problem, work.index).length_k;
     }
-    handover_.empty[ring_.stage].wait(ring_.parity() ^ 1);
+    handover_.empty[ring_.stage()].wait(ring_.parity() ^ 1);
     if (threadIdx.x % kWarpThreads == 0) {
-      handover_.slot[ring_.stage] = make_int4(found ? work.block : -1, work.head, work.index, 0);
-      handover_.full[ring_.stage].arrive();
+      handover_.slot[ring_.stage()] = make_int4(found ? work.block : -1, work.head, work.index, 0);
+      handover_.full[ring_.stage()].arrive();
     }
     __syncwarp();
     ring_.next();
@@ -93,18 +93,18 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
         int const rows_begin = max(sequence.first_seeing_row(P::kCausal) - row, 0);
         int const rows_end =
             sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM;
-        s.statistics_empty[pipe.stage].wait(pipe.parity() ^ 1);
+        s.statistics_empty[pipe.stage()].wait(pipe.parity() ^ 1);
         if (elect_one())
-          load_statistics(workspace, first_slot + row, s.statistics_full[pipe.stage],
-                          s.statistics[pipe.stage]);
+          load_statistics(workspace, first_slot + row, s.statistics_full[pipe.stage()],
+                          s.statistics[pipe.stage()]);
         __syncwarp();
-        s.q_empty[pipe.stage].wait(pipe.parity() ^ 1);
-        load_tile_zero_outside(maps.q, s.q_full[pipe.stage], s.staging, staging_phase,
-                               s.q[pipe.stage], sequence.first_q + row, head, sequence.batch,
+        s.q_empty[pipe.stage()].wait(pipe.parity() ^ 1);
+        load_tile_zero_outside(maps.q, s.q_full[pipe.stage()], s.staging, staging_phase,
+                               s.q[pipe.stage()], sequence.first_q + row, head, sequence.batch,
                                rows_begin, rows_end);
-        s.dout_empty[pipe.stage].wait(pipe.parity() ^ 1);
-        load_tile_zero_outside(maps.dout, s.dout_full[pipe.stage], s.staging, staging_phase,
-                               s.dout[pipe.stage], sequence.first_q + row, head, sequence.batch,
+        s.dout_empty[pipe.stage()].wait(pipe.parity() ^ 1);
+        load_tile_zero_outside(maps.dout, s.dout_full[pipe.stage()], s.staging, staging_phase,
+                               s.dout[pipe.stage()], sequence.first_q + row, head, sequence.batch,
                                rows_begin, rows_end);
         if (keys_loaded) continue;
         // The first rows have memory of their own, K and V wait for the last ones of the tile

@@ -84,7 +84,7 @@ struct RowBlockDropout {
 
 // From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (mask * dP^T - delta).
 // With dropout the statistics are such that P^T is too large and delta too small by the factor
-// dropout_lift(p): flags read as floats are 2^-7, and no product is needed to undo that.
+// dropout_lift: flags read as floats are 2^-7, and no product is needed to undo that.
 template <class P, int N, int Steps>
 __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
                                             uint32_t (&ds_operand)[Steps][4],
@@ -132,7 +132,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
   Problem const& problem = p.problem;
   float const scale_log2 = problem.softmax_scale * kLog2e;
-  ByteRule const rule(drop_threshold(problem.dropout_p));
+  ByteRule const rule(problem.drop_threshold);
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
   FirstRows const first_rows(work.sequence, P::kCausal, warp_key + lane.group);
   s.k_full.wait(keys_phase);
@@ -141,7 +141,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   for (int head = work.first_head; head < work.first_head + work.group; ++head)
     for (int block = work.rows.first; block < work.rows.first + work.rows.count;
          ++block, pipe.next()) {
-      int const stage = pipe.stage;
+      int const stage = pipe.stage();
       float scores[kScores], dp[kScores], dq[P::kPartColumns / 2];
       uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];
       RowBlockDropout<P> dropout;
@@ -243,7 +243,7 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
     }
     // The other consumer may still read the dS of the last row block, but not the one before it.
     static_assert(P::kStages == 2, "the next stage is the one before the last");
-    auto const* const scratch = s.ds[pipe.stage].data + warpgroup * 64 * 64;
+    auto const* const scratch = s.ds[pipe.stage()].data + warpgroup * 64 * 64;
     store_gradient(p.dv, work, grad.dv, P::kDropout ? kLiftedScale<typename P::Element> : 1.f,
                    scratch, warpgroup, lane, p.problem.head_dim);
     store_gradient(p.dk, work, grad.dk, p.problem.softmax_scale, scratch, warpgroup, lane,

@@ -112,15 +112,15 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
       wait_count(workspace.added + stream, key_blocks, 500);
 #pragma unroll 1
       for (int piece = 0; piece < kStages; ++piece)
-        load_piece(sums + piece * kFloats, (pipe.stage + piece) % kStages);
+        load_piece(sums + piece * kFloats, (pipe.stage() + piece) % kStages);
     }
     __syncwarp();
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece, pipe.next(), sums += kFloats) {
       int const row = P::kSplitRows ? piece / kPiecesOfPart * 64 : 0;
       int const column = (P::kSplitRows ? piece % kPiecesOfPart : piece) * 16;
-      uint32_t const address = smem_address(buffers.data[pipe.stage]) + lane * 16;
-      buffers.full[pipe.stage].wait(pipe.parity());
+      uint32_t const address = smem_address(buffers.data[pipe.stage()]) + lane * 16;
+      buffers.full[pipe.stage()].wait(pipe.parity());
       Element* global = out + row * p.dq.stride_seq + column;
       bool const exists = column + own_column < p.problem.head_dim;
 #pragma unroll(P::Registers::kProducer < 40 ? 1 : 2)
@@ -140,7 +140,8 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
           store_global_8b(global + 8 * p.dq.stride_seq, high[0], high[1]);
       }
       __syncwarp();
-      if (lane == 0 && piece + kStages < kPieces) load_piece(sums + kStages * kFloats, pipe.stage);
+      if (lane == 0 && piece + kStages < kPieces)
+        load_piece(sums + kStages * kFloats, pipe.stage());
       if (!workspace.last_user(stream))
 #pragma unroll
         for (int i = 0; i < kFloats; i += 4 * kWarpThreads)

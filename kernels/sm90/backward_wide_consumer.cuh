@@ -38,7 +38,7 @@ struct WideConsumer {
                                           KeyWork<P> const& work)
       : p(p), s(s), work(work), lane(threadIdx.x),
         first_rows(work.sequence, P::kCausal, work.first_key + lane.warp * 16 + lane.group),
-        scale_log2(p.problem.softmax_scale * kLog2e), rule(drop_threshold(p.problem.dropout_p)) {}
+        scale_log2(p.problem.softmax_scale * kLog2e), rule(p.problem.drop_threshold) {}
 
   // What this consumer accumulates from: dO for dV, Q for dK.
   __device__ __forceinline__ auto& source(int buffer) const {

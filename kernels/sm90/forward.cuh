@@ -77,8 +77,8 @@ template <class P>
 __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
                         ForwardScheduler<P> const& scheduler) {
   Problem const& problem = p.problem;
-  PipelineState<P::kStages> pipe;
-  PipelineState<P::kQueryStages> q_pipe;
+  PipelineState<P::kStages, P::kListed> pipe;
+  PipelineState<P::kQueryStages, P::kListed> q_pipe;
   uint32_t staging_phase = 0;
   Work work;
   for (auto tiles = tiles_of_warp(s, scheduler); tiles.next(work);) {
@@ -88,10 +88,10 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
     if (blocks.count <= 0) continue;
 
-    s.q_empty[q_pipe.stage].wait(q_pipe.parity() ^ 1);
+    s.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
     if (elect_one()) {
-      s.q_full[q_pipe.stage].arrive_expect(ForwardSmem<P>::QTile::kBytes);
-      load_tile(maps.q, s.q_full[q_pipe.stage], s.q[q_pipe.stage], sequence.first_q + first_row,
+      s.q_full[q_pipe.stage()].arrive_expect(ForwardSmem<P>::QTile::kBytes);
+      load_tile(maps.q, s.q_full[q_pipe.stage()], s.q[q_pipe.stage()], sequence.first_q + first_row,
                 work.head, sequence.batch);
     }
     __syncwarp();
@@ -100,17 +100,17 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
     int const head_k = work.head / (problem.heads_q / problem.heads_k);
     for (int block = blocks.last(); block >= blocks.first; --block, pipe.next()) {
       int const first_key = block * P::kBlockN, row = sequence.first_k + first_key;
-      s.k_empty[pipe.stage].wait(pipe.parity() ^ 1);
+      s.k_empty[pipe.stage()].wait(pipe.parity() ^ 1);
       if (elect_one()) {
-        s.k_full[pipe.stage].arrive_expect(ForwardSmem<P>::KeyTile::kBytes);
-        load_tile(maps.k, s.k_full[pipe.stage], s.k[pipe.stage], row, head_k, sequence.batch);
+        s.k_full[pipe.stage()].arrive_expect(ForwardSmem<P>::KeyTile::kBytes);
+        load_tile(maps.k, s.k_full[pipe.stage()], s.k[pipe.stage()], row, head_k, sequence.batch);
       }
       __syncwarp();
       int begin, end;
       sequence.visible_keys(first_key, P::kBlockN, begin, end);
-      s.v_empty[pipe.stage].wait(pipe.parity() ^ 1);
-      load_tile_zero_outside(maps.v, s.v_full[pipe.stage], s.staging, staging_phase,
-                             s.v[pipe.stage], row, head_k, sequence.batch, begin, end);
+      s.v_empty[pipe.stage()].wait(pipe.parity() ^ 1);
+      load_tile_zero_outside(maps.v, s.v_full[pipe.stage()], s.staging, staging_phase,
+                             s.v[pipe.stage()], row, head_k, sequence.batch, begin, end);
     }
   }
 }
@@ -159,14 +159,15 @@ struct TensorCoreTurns {
 
 // A block that none of this consumer's rows sees: keeps its place in the pipeline and in the ring.
 template <class P>
-__device__ __forceinline__ void skip_block(ForwardSmem<P>& s, PipelineState<P::kStages> const& pipe,
+__device__ __forceinline__ void skip_block(ForwardSmem<P>& s,
+                                           PipelineState<P::kStages, P::kListed> const& pipe,
                                            TensorCoreTurns<P> const& turns) {
   turns.take();
   turns.pass();
-  s.k_full[pipe.stage].wait(pipe.parity());
-  release(s.k_empty[pipe.stage]);
-  s.v_full[pipe.stage].wait(pipe.parity());
-  release(s.v_empty[pipe.stage]);
+  s.k_full[pipe.stage()].wait(pipe.parity());
+  release(s.k_empty[pipe.stage()]);
+  s.v_full[pipe.stage()].wait(pipe.parity());
+  release(s.v_empty[pipe.stage()]);
 }
 
 template <class P>
@@ -181,8 +182,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   TensorCoreTurns<P> const turns{warpgroup};
   turns.start();
 
-  PipelineState<P::kStages> pipe;
-  PipelineState<P::kQueryStages> q_pipe;
+  PipelineState<P::kStages, P::kListed> pipe;
+  PipelineState<P::kQueryStages, P::kListed> q_pipe;
   auto tiles = tiles_of_warp(s, scheduler);
   ConsumerTile<P> tile{};
   float out[P::kHeadDim / 2], scores[kScores], rescale[2], normalise[2], lse[2];
@@ -200,18 +201,18 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   auto const next_busy_tile = [&](bool found) {
     for (; found && tile.idle; found = next_tile()) {
       skip_blocks();
-      s.q_full[q_pipe.stage].wait(q_pipe.parity());
-      release(s.q_empty[q_pipe.stage]);
+      s.q_full[q_pipe.stage()].wait(q_pipe.parity());
+      release(s.q_empty[q_pipe.stage()]);
       q_pipe.next();
     }
     return found;
   };
   auto const issue_first_scores = [&] {
     skip_blocks();
-    s.q_full[q_pipe.stage].wait(q_pipe.parity());
-    s.k_full[pipe.stage].wait(pipe.parity());
+    s.q_full[q_pipe.stage()].wait(q_pipe.parity());
+    s.k_full[pipe.stage()].wait(pipe.parity());
     turns.take();
-    issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
+    issue_scores(scores, s, pipe.stage(), q_pipe.stage(), warpgroup);
     turns.pass();
   };
   auto const mask_scores = [&] {
@@ -222,8 +223,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   auto const scores_again = [&](float (&values)[kScores], bool const(&rows)[2]) {
     VisibleKeys const visible = tile.visible_keys(problem);
     int const first_key = tile.block * P::kBlockN, row = warp_row() + lane.group;
-    warp_scores<Element>(values, rows, s.q[q_pipe.stage], warpgroup * 64 + lane.warp * 16,
-                         s.k[pipe.stage], lane, [&](int half, int key) {
+    warp_scores<Element>(values, rows, s.q[q_pipe.stage()], warpgroup * 64 + lane.warp * 16,
+                         s.k[pipe.stage()], lane, [&](int half, int key) {
                            return visible.sees(P::kCausal, row + 8 * half, first_key + key);
                          });
   };
@@ -234,7 +235,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   auto const finish_rows = [&] {
     softmax.finish(normalise, lse);
     if constexpr (P::kDropout) {
-      float const scale = keep_scale(problem.dropout_p) / kFlagValue<Element>;
+      float const scale = keep_scale(problem.drop_threshold) / kFlagValue<Element>;
       normalise[0] *= scale;
       normalise[1] *= scale;
     }
@@ -276,7 +277,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     dropout.set_rows(warp_row());
     fill_zero(out);
     dropout.draw(tile.block);
-    release(s.k_empty[pipe.stage]);
+    release(s.k_empty[pipe.stage()]);
     mask_scores();
     softmax.first(scores);
     to_probabilities();
@@ -284,11 +285,12 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     while (--tile.block >= tile.first) {
       auto const previous = pipe;
       pipe.next();
-      s.k_full[pipe.stage].wait(pipe.parity());
+      s.k_full[pipe.stage()].wait(pipe.parity());
       turns.take();
-      issue_scores(scores, s, pipe.stage, q_pipe.stage, warpgroup);
-      s.v_full[previous.stage].wait(previous.parity());
-      issue_output(out, probabilities, s, previous.stage);
+      issue_scores(scores, s, pipe.stage(), P::kListed ? anew(q_pipe.stage()) : q_pipe.stage(),
+                   warpgroup);
+      s.v_full[previous.stage()].wait(previous.parity());
+      issue_output(out, probabilities, s, previous.stage());
       turns.pass();
       if constexpr (P::kDrawEarly) dropout.draw(tile.block);  // under S = Q K^T
       wgmma_wait<1>();
@@ -299,7 +301,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       wgmma_wait<0>();
       pin_registers(out);
       pin_registers(probabilities);
-      release(s.v_empty[previous.stage]);
+      release(s.v_empty[previous.stage()]);
       bool const large = softmax.sums_are_large();
       to_probabilities();  // before the vote is known: nothing waits for it, and it is rarely true
       if (large) {
@@ -308,12 +310,12 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         dropout.draw(tile.block);
         to_probabilities();
       }
-      release(s.k_empty[pipe.stage]);
+      release(s.k_empty[pipe.stage()]);
     }
 
     // The last output; the next tile is found under it.
     auto const last = pipe;
-    int const q_last = q_pipe.stage;
+    int const q_last = q_pipe.stage();
     pipe.next();
     q_pipe.next();
     auto const rows_of_tile = [&] {
@@ -321,13 +323,13 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     };
     if constexpr (!P::kListed) rows = rows_of_tile();
     if constexpr (P::kOutputPath != OutputPath::kQueryMemory) release(s.q_empty[q_last]);
-    s.v_full[last.stage].wait(last.parity());
-    issue_output(out, probabilities, s, last.stage);
+    s.v_full[last.stage()].wait(last.parity());
+    issue_output(out, probabilities, s, last.stage());
     finish_rows();
     if constexpr (!P::kListed) found = next_tile();
     wgmma_wait<0>();
     pin_registers(out);
-    release(s.v_empty[last.stage]);
+    release(s.v_empty[last.stage()]);
     if constexpr (P::kListed) rows = rows_of_tile();
     if constexpr (!kStoreLate) store_output(rows, q_last);
     if constexpr (P::kListed) found = next_tile();

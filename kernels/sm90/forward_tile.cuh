@@ -35,7 +35,7 @@ struct BlockDropout {
   template <int Steps>
   __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) const {
     if constexpr (P::kDropout) {
-      ByteRule const rule(drop_threshold(problem.dropout_p));
+      ByteRule const rule(problem.drop_threshold);
 #pragma unroll
       for (int k = 0; k < Steps; ++k)
 #pragma unroll

@@ -94,14 +94,14 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
       int const first_key = block * P::kBlockN, key_row = sequence.first_k + first_key;
       int begin, end;
       sequence.visible_keys(first_key, P::kBlockN, begin, end);
-      s.k_empty[k_pipe.stage].wait(k_pipe.parity() ^ 1);
-      load_tile_zero_outside(maps.k, s.k_full[k_pipe.stage], s.staging, staging_phase,
-                             s.k[k_pipe.stage], key_row, head_k, sequence.batch, begin, end);
+      s.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
+      load_tile_zero_outside(maps.k, s.k_full[k_pipe.stage()], s.staging, staging_phase,
+                             s.k[k_pipe.stage()], key_row, head_k, sequence.batch, begin, end);
       if (block == last)
         load_rows(maps.dout, s.dout, s.dout_full, s.dout_empty, row, work.head, sequence.batch);
-      s.v_empty[v_pipe.stage].wait(v_pipe.parity() ^ 1);
-      load_tile_zero_outside(maps.v, s.v_full[v_pipe.stage], s.staging, staging_phase,
-                             s.v[v_pipe.stage], key_row, head_k, sequence.batch, begin, end);
+      s.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
+      load_tile_zero_outside(maps.v, s.v_full[v_pipe.stage()], s.staging, staging_phase,
+                             s.v[v_pipe.stage()], key_row, head_k, sequence.batch, begin, end);
     }
     rows_phase ^= 1;
   }
@@ -142,7 +142,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
   float const scale_log2 = problem.softmax_scale * kLog2e;
-  ByteRule const rule(drop_threshold(problem.dropout_p));
+  ByteRule const rule(problem.drop_threshold);
   PipelineState<P::kKeyStages> k_pipe;
   PipelineState<P::kValueStages> v_pipe;
   uint32_t rows_phase = 0;
@@ -171,37 +171,39 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
       int const last =
           own_row < sequence.length_q ? min(max(own.last(), first - 1), block) : first - 1;
       for (; block > last; --block, k_pipe.next(), v_pipe.next()) {
-        s.k_full[k_pipe.stage].wait(k_pipe.parity());
-        release(s.k_empty[k_pipe.stage]);
-        s.v_full[v_pipe.stage].wait(v_pipe.parity());
-        release(s.v_empty[v_pipe.stage]);
+        s.k_full[k_pipe.stage()].wait(k_pipe.parity());
+        release(s.k_empty[k_pipe.stage()]);
+        s.v_full[v_pipe.stage()].wait(v_pipe.parity());
+        release(s.v_empty[v_pipe.stage()]);
       }
       s.q_full.wait(rows_phase);
       s.dout_full.wait(rows_phase);
       rows_phase ^= 1;
       auto previous = k_pipe;
       for (; block >= first; --block) {
-        s.k_full[k_pipe.stage].wait(k_pipe.parity());
-        issue_product<P>(scores, s.q, warpgroup * 64, s.k[k_pipe.stage]);
-        s.v_full[v_pipe.stage].wait(v_pipe.parity());
-        issue_product<P>(dp, s.dout, warpgroup * 64, s.v[v_pipe.stage]);
-        if constexpr (P::kDropout) {
-          DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
-          mask.draw(flags, warp_row / 16, block * (P::kBlockN / 16));
-        }
+        s.k_full[k_pipe.stage()].wait(k_pipe.parity());
+        issue_product<P>(scores, s.q, warpgroup * 64, s.k[k_pipe.stage()]);
+        s.v_full[v_pipe.stage()].wait(v_pipe.parity());
+        issue_product<P>(dp, s.dout, warpgroup * 64, s.v[v_pipe.stage()]);
         wgmma_wait<1>();
         pin_registers(scores);
         pin_registers(dq);
         pin_registers(operand);
-        if (block < last) release(s.k_empty[previous.stage]);
+        if (block < last) release(s.k_empty[previous.stage()]);
+        if constexpr (P::kDropout) {
+          // Under dP, not before: the operand above leaves no registers for it at head dim 256.
+          schedule_fence(problem.batch);
+          DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
+          mask.draw(flags, warp_row / 16, block * (P::kBlockN / 16));
+        }
         if (own.needs_mask(block))
           mask_keys(scores, VisibleKeys(sequence), P::kCausal, warp_row + lane.group,
                     block * P::kBlockN, lane.quad);
         wgmma_wait<0>();
         pin_registers(dp);
-        release(s.v_empty[v_pipe.stage]);
+        release(s.v_empty[v_pipe.stage()]);
         to_score_gradients<P>(operand, scores, dp, lse, delta, scale_log2, flags, rule);
-        issue_update<P>(dq, operand, s.k[k_pipe.stage]);
+        issue_update<P>(dq, operand, s.k[k_pipe.stage()]);
         previous = k_pipe;
         k_pipe.next();
         v_pipe.next();
@@ -211,7 +213,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
       wgmma_wait<0>();
       pin_registers(dq);
       pin_registers(operand);
-      if (last >= first) release(s.k_empty[previous.stage]);
+      if (last >= first) release(s.k_empty[previous.stage()]);
       // A row that sees no key gets 0, whatever its Q and dO hold.
       if (__any_sync(0xffffffff, lse[0] == infinity() || lse[1] == infinity()))
         clear_rows(dq, lse[0] == infinity(), lse[1] == infinity());

@@ -181,11 +181,11 @@ __device__ void claim_tiles(TileList const& list, TileHandover<Readers>& handove
       message.x = load_from_l2(&list.units[unit].row_block);
       message.z = load_from_l2(&list.units[unit].index);
     }
-    handover.slot[ring.stage] = message;
-    handover.full[ring.stage].arrive();
+    handover.slot[ring.stage()] = message;
+    handover.full[ring.stage()].arrive();
     if (tile >= tiles) return;
     ring.next();
-    handover.empty[ring.stage].wait(ring.parity() ^ 1);
+    handover.empty[ring.stage()].wait(ring.parity() ^ 1);
     tile = gridDim.x + atomicAdd(list.claimed, 1);
   }
 }
@@ -197,16 +197,16 @@ struct ListedTiles {
   PipelineState<kTileSlots> ring;
 
   __device__ __forceinline__ bool next(Work& work) {
-    handover.full[ring.stage].wait(ring.parity());
+    handover.full[ring.stage()].wait(ring.parity());
     // Lane 0 reads, as it alone arrives at `empty`.
     int4 message = make_int4(-1, 0, 0, 0);
-    if (threadIdx.x % kWarpThreads == 0) message = handover.slot[ring.stage];
+    if (threadIdx.x % kWarpThreads == 0) message = handover.slot[ring.stage()];
     // Shuffles and a vote, so that ptxas sees that the whole warp agrees and keeps uniform
     // registers around the loop: without the vote the kernel spills into its main loop at d64.
     work.block = warp_uniform(message.x);
     work.head = warp_uniform(message.y);
     work.index = warp_uniform(message.z);
-    release(handover.empty[ring.stage]);
+    release(handover.empty[ring.stage()]);
     ring.next();
     return __any_sync(0xffffffff, message.x >= 0);
   }

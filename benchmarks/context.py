@@ -55,8 +55,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outcome import save
 from plot_context import draw
-from training_step import save
 
 TRAIN = os.path.relpath(Path(__file__).parents[1] / "examples" / "train_gpt2.py")
 CONTEXTS = "1024,2048,4096,8192"

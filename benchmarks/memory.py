@@ -24,17 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_step import (
-    ATTENTIONS,
-    SHAPES,
-    TINY,
-    contender,
-    environment,
-    in_k,
-    length_axis,
-    save,
-    timed,
-)
+from contenders import ATTENTIONS, SHAPES, TINY, contender, timed
+from outcome import environment, in_k, length_axis, save
 
 PARTS = {"body": "without the output layer", "whole": "with output layer and loss"}
 LONG_MS = 2000  # a first step that long is not slow for being the first

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training_step import in_k, length_axis
+from outcome import in_k, length_axis
 
 COLORS = dict(
     zip((1024, 2048, 4096, 8192), ("#a0aec0", "#63b3ed", "#2b6cb0", "#c05621"), strict=True)

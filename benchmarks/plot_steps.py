@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training_step import ATTENTIONS, in_k
+from contenders import ATTENTIONS
+from outcome import in_k
 
 COLORS = {"eager": "#888888", "sdpa": "#2b6cb0", "hf_flashattn": "#c05621"}
 TITLES = {False: "not compiled", True: "torch.compile"}

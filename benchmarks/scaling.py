@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_step import ATTENTIONS, save
+from contenders import ATTENTIONS
+from outcome import save
 
 EXAMPLES = Path(os.path.relpath(Path(__file__).parents[1] / "examples"))
 LAYOUTS = ("one", "ddp", "fsdp")

@@ -19,21 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import ATTENTIONS, SHAPES, TINY, Contender, contender, random_batch
+from outcome import environment, save
 from torch import nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
-from training_step import (
-    ATTENTIONS,
-    SHAPES,
-    TINY,
-    Contender,
-    contender,
-    environment,
-    ran_on,
-    random_batch,
-    save,
-)
+from training_step import ran_on
 
 MARK = "part: "
 BACKWARD = "autograd::engine::evaluate_function"

@@ -111,10 +111,10 @@ SEEN = ("attention", "MLP GEMMs", "other GEMMs", "output layer", "LayerNorm", "G
 @pytest.mark.parametrize("model", ["gpt2", "bert-large"])
 def test_forward_and_backward_of_a_part_are_found(script, model: str):
     """Every operator of a step is in one part, every GEMM of both directions in the right one."""
-    parts, training_step = script("step_parts"), script("training_step")
-    shape, cpu = training_step.TINY[model], torch.device("cpu")
-    current = training_step.contender(model, shape, "sdpa", 0, cpu, False)
-    batch = training_step.random_batch(model, shape, torch.Generator().manual_seed(0))
+    parts, contenders = script("step_parts"), script("contenders")
+    shape, cpu = contenders.TINY[model], torch.device("cpu")
+    current = contenders.contender(model, shape, "sdpa", 0, cpu, False)
+    batch = contenders.random_batch(model, shape, torch.Generator().manual_seed(0))
     handles = parts.mark(current.model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         current.model(**batch).loss.backward()
@@ -187,17 +187,17 @@ def test_two_gpus_are_needed_for_two_processes(script, monkeypatch):
 
 
 def test_flat_batches_have_the_loss_of_padded_ones(script, monkeypatch):
-    training_step = script("training_step")
-    monkeypatch.setattr(training_step, "DROPOUT", 0.0)
-    shape, cpu = training_step.TINY["bert-large-half"], torch.device("cpu")
-    batch = training_step.random_batch("bert-large-half", shape, torch.Generator().manual_seed(0))
+    contenders = script("contenders")
+    monkeypatch.setattr(contenders, "DROPOUT", 0.0)
+    shape, cpu = contenders.TINY["bert-large-half"], torch.device("cpu")
+    batch = contenders.random_batch("bert-large-half", shape, torch.Generator().manual_seed(0))
     losses = []
-    for attention in ("eager", training_step.FLAT):
-        current = training_step.contender("bert-large-half", shape, attention, 0, cpu, False)
-        formed = training_step.to_device(current.form(batch), cpu)
+    for attention in ("eager", contenders.FLAT):
+        current = contenders.contender("bert-large-half", shape, attention, 0, cpu, False)
+        formed = contenders.to_device(current.form(batch), cpu)
         losses.append([current.step(formed).item() for _ in range(3)])
-    flat = training_step.flattened(batch)
-    assert flat["input_ids"].shape == (1, training_step.real_tokens(batch))
+    flat = contenders.flattened(batch)
+    assert flat["input_ids"].shape == (1, contenders.real_tokens(batch))
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 

@@ -81,6 +81,8 @@ def attention_forward(
         FallbackError: strict, and the kernel cannot take the call.
         NotImplementedError: neither the kernel nor a fallback can.
     """
+    if kwargs.get("sliding_window") is not None and _compat.misstates_window(type(module)):
+        kwargs["sliding_window"] = None
     if not torch.compiler.is_compiling():
         out = _quick(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
         if out is not None:

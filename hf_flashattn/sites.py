@@ -145,6 +145,14 @@ def reads_masks(cls: type[nn.Module]) -> bool:
     return "attention_mask.dtype == torch.bool" in _source(cls)
 
 
+def leaves_flash(cls: type[nn.Module]) -> bool:
+    """Whether an attention class hands some calls to SDPA under the name of a flash implementation.
+
+    SAM 2 and 3 do with biases: a carrier would reach SDPA as a mask.
+    """
+    return dispatches(cls) and 'ALL_ATTENTION_FUNCTIONS["sdpa"]' in _source(cls)
+
+
 @functools.cache
 def _source(cls: type[nn.Module]) -> str:
     """The source of a class and of its bases, torch's left out; "" for what has none."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_flashattn import _compat
 from hf_flashattn.families.table import FAMILIES
 from hf_flashattn.masks import attention_mask, legible_mask, stated_mask
-from hf_flashattn.sites import dispatches, reads_masks
+from hf_flashattn.sites import dispatches, leaves_flash, reads_masks
 
 
 def mask_of_a_name(**arguments: Any) -> Tensor | None:
@@ -55,4 +55,4 @@ def _search(config_class: type) -> str:
     home = sys.modules.get(f"{package}.modeling_{folder}")
     classes = () if home is None else vars(home).values()
     layers = [x for x in classes if isinstance(x, type) and issubclass(x, nn.Module)]
-    return "legible" if any(reads_masks(x) for x in layers) else "plain"
+    return "legible" if any(reads_masks(x) or leaves_flash(x) for x in layers) else "plain"

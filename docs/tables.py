@@ -50,6 +50,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("softcap", {"softcap": 30.0}),
     ("ALiBi", {"alibi": True}),
     ("additive bias, arbitrary mask", {"bias": True}),
+    ("attention sinks", {"sinks": True}),
     ("paged KV cache", {"paged": True}),
 ]
 

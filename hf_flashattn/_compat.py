@@ -113,6 +113,7 @@ __all__ = [
     "is_tracing",
     "missing",
     "misstates_causality",
+    "misstates_window",
     "plain_name",
     "register",
     "register_masked",
@@ -334,6 +335,14 @@ _MISSTATED = frozenset(
 def misstates_causality(cls: type) -> bool:
     """Whether a model, module or config class is of these; then no mask means: sees everything."""
     return cls.__module__ in _MISSTATED
+
+
+def misstates_window(cls: type) -> bool:
+    """Whether a module class passes a sliding window on that its eager attention does not heed.
+
+    DiffusionGemma's decoder sees all of the canvas and of what came before, in every layer.
+    """
+    return cls.__name__ == "DiffusionGemmaDecoderTextAttention"
 
 
 def attentions_wanted() -> bool:

@@ -81,6 +81,8 @@ def attention_forward(
         FallbackError: strict, and the kernel cannot take the call.
         NotImplementedError: neither the kernel nor a fallback can.
     """
+    if kwargs.get("sliding_window") is not None and _compat.misstates_window(type(module)):
+        kwargs["sliding_window"] = None
     if not torch.compiler.is_compiling():
         out = _quick(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
         if out is not None:
@@ -200,6 +202,8 @@ def _quick(
         0.0,
         deterministic,
         torch.is_grad_enabled() and query.requires_grad,
+        False,  # bias
+        False,  # sinks
     )
     kernel = verdict.kernel
     if kernel is None or (query.is_cuda and not ops.library_status().loaded):
@@ -275,12 +279,10 @@ def _why_not(call: Call) -> str | None:
         mask, found = found.mask, found.found
     if call.weights_wanted:
         return "output_attentions=True: the kernel never builds attention weights"
-    if extra.get("position_bias") is not None:
-        return "adds a position bias to the scores"
-    if extra.get("s_aux") is not None:
-        return "uses attention sinks (s_aux)"
-    if extra.get("sinks") is not None:
-        return "uses attention sinks (sinks)"
+    # Of the module, and so told before what the mask of this call says.
+    bias, sinks = extra.get("position_bias") is not None, _sinks(call) is not None
+    if (bias or sinks) and (refused := support.explain_features(bias=bias, sinks=sinks)):
+        return refused.reason
     if extra.get("block_table") is not None:
         raise NotImplementedError(
             "hf_flashattn: expected the keys and values themselves, got the block table of a paged "
@@ -293,7 +295,7 @@ def _why_not(call: Call) -> str | None:
             f"{type(call.module).__name__}. Nearest supported: the model on its own masks. Next "
             'step: load it with attn_implementation="eager".'
         )
-    if mask is not None and found is None:
+    if mask is not None and found is None and not _is_bias(call):
         kind = "boolean" if mask.dtype == torch.bool else "additive"
         if call.window != (-1, -1):
             return f"sliding window of {extra['sliding_window']} tokens: {kind} {mask.dim()}-D mask"
@@ -307,11 +309,49 @@ def _why_not(call: Call) -> str | None:
         )
     if (positions := call.unchecked_positions) is not None and _compat.is_tracing(positions):
         return "position_ids from the caller: packed or not cannot be seen while tracing"
+    if _adds_bias(call) and support.explain_features(bias=True) is None and _is_varlen(call):
+        return "adds a position bias to packed sequences"
     if call.value.shape[-1] != call.query.shape[-1]:
         return f"head dims differ: queries {call.query.shape[-1]}, values {call.value.shape[-1]}"
     if not call.query.dtype == call.key.dtype == call.value.dtype:
         return f"mixed dtypes: {call.query.dtype}, {call.key.dtype}, {call.value.dtype}"
     return None
+
+
+def _adds_bias(call: Call) -> bool:
+    """Whether something is added to the scores: a position bias, or a mask that must be added."""
+    return call.extra.get("position_bias") is not None or _is_bias(call)
+
+
+def _is_bias(call: Call) -> bool:
+    """Whether the mask, in which nothing simpler was found, goes to a kernel as a bias.
+
+    Only the fallback knows masks and windows that may or may not be in them.
+    """
+    if call.mask is None or call.found is not None or call.window != (-1, -1):
+        return False
+    return support.explain_features(bias=True) is None
+
+
+def _is_varlen(call: Call) -> bool:
+    """Whether the call runs without padding: a bias is of rows as long as the longest."""
+    if call.has_lengths or not isinstance(call.found, KeyRange | None):
+        return True
+    return call.packed_plan() is not None
+
+
+def _sinks(call: Call) -> Tensor | None:
+    """(H,), under either of its names in Transformers: a score beside those of each row."""
+    sinks = call.extra.get("s_aux")
+    return call.extra.get("sinks") if sinks is None else sinks
+
+
+def _bias(call: Call) -> Tensor | None:
+    """What a kernel adds to the scores: (B or 1, H or 1, Sq or 1, Sk), -inf hides."""
+    bias, mask = call.extra.get("position_bias"), call.mask if _is_bias(call) else None
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros((), dtype=call.query.dtype, device=mask.device).where(mask, -torch.inf)
+    return mask if bias is None else bias if mask is None else bias + mask
 
 
 def _supported(call: Call) -> tuple[str, str | None]:
@@ -329,6 +369,8 @@ def _supported(call: Call) -> tuple[str, str | None]:
         extra.get("softcap") or 0.0,
         call.deterministic,
         torch.is_grad_enabled() and query.requires_grad,
+        _adds_bias(call),
+        _sinks(call) is not None,
     )
     explain = _explain if torch.compiler.is_compiling() else _explain_once
     verdict = explain(*what)
@@ -352,6 +394,8 @@ def _explain(
     softcap: float,
     deterministic: bool,
     needs_grad: bool,
+    bias: bool,
+    sinks: bool,
 ) -> support.Support:
     return support.explain(
         support.Request(
@@ -365,6 +409,8 @@ def _explain(
             dropout_p=dropout_p,
             window=window,
             softcap=softcap,
+            bias=bias,
+            sinks=sinks,
             deterministic=deterministic,
             needs_grad=needs_grad,
         )
@@ -424,7 +470,15 @@ def _options(call: Call) -> dict[str, Any]:
         options["window_size"] = window
     if softcap := call.extra.get("softcap"):
         options["softcap"] = softcap
+    if (sinks := _sinks(call)) is not None:
+        options["s_aux"] = sinks
+    if (bias := _bias(call)) is not None:
+        options["attn_bias"] = bias
     return options
+
+
+# What dense_attention, the short way of flash_attn_func, does not take.
+_BEYOND_DENSE = frozenset(("window_size", "softcap", "s_aux", "attn_bias"))
 
 
 def _run_dense(call: Call, keys: KeyRange | None) -> Tensor:
@@ -437,7 +491,9 @@ def _run_dense(call: Call, keys: KeyRange | None) -> Tensor:
     if keys is not None and keys.used is not None:
         k, v = k[:, :, : keys.used], v[:, :, : keys.used]
     options = _options(call)
-    beyond = "window_size" in options or "softcap" in options
+    if "attn_bias" in options:  # of a static cache, of which the keys were cut
+        options["attn_bias"] = options["attn_bias"][..., : k.shape[2]]
+    beyond = not _BEYOND_DENSE.isdisjoint(options)
     if torch.compiler.is_compiling() or beyond:
         q, k, v = _heads_last(q, k, v)
         return functional.flash_attn_func(q, k, v, **options, key_start=start, key_len=length)

@@ -3,10 +3,10 @@
     out = flash_attn_func(q, k, v, dropout_p=0.1, causal=True)      # (B, S, H, D), differentiable
 
 Code written for flash-attn runs unchanged where it uses what is there: full and causal attention,
-dropout, GQA and MQA, packed sequences, deterministic gradients. A sliding window, softcap, ALiBi
-and a paged cache raise NotImplementedError. What flash-attn lacks comes as keywords: key_start and
-key_len say per batch row which keys are real, so that left- and right-padded batches run without a
-copy.
+dropout, GQA and MQA, packed sequences, deterministic gradients. A sliding window, softcap, ALiBi,
+attention sinks, a bias and a paged cache raise NotImplementedError. What flash-attn lacks comes as
+keywords: key_start and key_len say per batch row which keys are real, so that left- and
+right-padded batches run without a copy.
 
 Causal means bottom-right aligned: the last query sees the last key. Rows that see no key give 0
 (and no gradient). Under torch.autocast, inputs are cast to its dtype as PyTorch's own matrix
@@ -43,6 +43,8 @@ def flash_attn_func(
     *,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    attn_bias: Tensor | None = None,
 ) -> Result:
     """softmax(softmax_scale * q k^T + mask) v, per head.
 
@@ -59,6 +61,8 @@ def flash_attn_func(
         deterministic: gradients bitwise equal from run to run, somewhat slower.
         key_start, key_len: int32 (B,) on q's device, row b sees the keys
             key_start[b] <= c < key_start[b] + key_len[b]; None: from 0, and to the end.
+        s_aux: (Hq,), attention sinks, a score beside those of each row.  attn_bias: added to the
+            scores, (B or 1, Hq or 1, Sq or 1, Sk). None only, both are not there yet.
 
     Returns: out (B, Sq, Hq, D) in q's dtype. With return_attn_probs (out, softmax_lse, None),
         softmax_lse fp32 (B, Hq, Sq); flash-attn's third entry, the dropped probabilities, serves
@@ -69,8 +73,11 @@ def flash_attn_func(
         NotImplementedError: what is not there yet: a dtype, head dim, GPU or option.
         RuntimeError: CUDA tensors, and the library is missing and cannot be built.
     """
-    if window_size != _NO_WINDOW or softcap or alibi_slopes is not None:
-        causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes)
+    beyond = alibi_slopes is not None or s_aux is not None or attn_bias is not None
+    if window_size != _NO_WINDOW or softcap or beyond:
+        causal = _only_what_is_there(
+            window_size, causal, softcap, alibi_slopes, s_aux=s_aux, attn_bias=attn_bias
+        )
     flags = (dropout_p, softmax_scale, causal, deterministic)
     if return_attn_probs or torch.compiler.is_compiling():
         visible = (None, None, key_start, key_len)
@@ -163,6 +170,8 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """Attention within each sequence of a packed batch.
 
@@ -180,7 +189,9 @@ def flash_attn_varlen_func(
 
     Raises: as flash_attn_func.
     """
-    causal = _only_what_is_there(window_size, causal, softcap, alibi_slopes, block_table)
+    causal = _only_what_is_there(
+        window_size, causal, softcap, alibi_slopes, block_table, s_aux=s_aux
+    )
     if not isinstance(cu_seqlens_q, Tensor) or not isinstance(cu_seqlens_k, Tensor):
         got = f"{type(cu_seqlens_q).__name__} and {type(cu_seqlens_k).__name__}"
         raise TypeError(
@@ -389,16 +400,20 @@ def _only_what_is_there(
     softcap: float,
     alibi_slopes: Tensor | None,
     block_table: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    attn_bias: Tensor | None = None,
 ) -> bool:
     """Raise NotImplementedError for what is to come; return causal, which (-1, 0) also means."""
-    window = tuple(window_size)
-    if window != (-1, -1) or softcap or alibi_slopes is not None or block_table is not None:
+    window, tensors = tuple(window_size), (alibi_slopes, block_table, s_aux, attn_bias)
+    if window != (-1, -1) or softcap or any(x is not None for x in tensors):
         support.refuse(
             support.explain_features(
                 window=window,
                 causal=causal,
                 softcap=softcap,
                 alibi=alibi_slopes is not None,
+                bias=attn_bias is not None,
+                sinks=s_aux is not None,
                 paged=block_table is not None,
             )
         )

@@ -7,7 +7,7 @@ from torch import nn
 from hf_flashattn import _compat
 from hf_flashattn._compat import PreTrainedConfig
 from hf_flashattn.report import Site
-from hf_flashattn.sites import config_of, reads_masks
+from hf_flashattn.sites import config_of, leaves_flash, reads_masks
 
 FLASH_NAME = "hf_flashattn"
 ALIAS_NAME = "hf_fused_attn"
@@ -38,6 +38,8 @@ def _choose_name(owner: nn.Module | None) -> str:
         return STATED_NAME
     if owner is not None and any(reads_masks(type(module)) for module in owner.modules()):
         return LEGIBLE_NAME
+    if owner is not None and any(leaves_flash(type(module)) for module in owner.modules()):
+        return ALIAS_NAME
     return (
         FLASH_NAME
         if takes_flash and not getattr(owner, "_compatible_flash_implementations", None)

@@ -208,8 +208,6 @@ class Site:
             return "kernel", "to be seen in the first forward"
         if target is None:
             target = Target(weight.device.type, support.compute_capability(weight.device))
-        if getattr(self.module, "sinks", None) is not None:
-            return "fallback", "uses attention sinks (s_aux)"
         dtype, note = weight.dtype, ""
         if target.device_type == "cuda" and dtype == torch.float32:
             dtype, note = torch.bfloat16, "under autocast; fp32 calls fall back"
@@ -223,6 +221,7 @@ class Site:
             1,
             softcap=float(softcap),
             bias=self.adds_bias(),
+            sinks=getattr(self.module, "sinks", None) is not None,
         )
         verdict = support.explain(request)
         if not verdict.ok:

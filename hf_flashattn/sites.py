@@ -16,7 +16,7 @@ from collections.abc import Callable
 from torch import nn
 
 from hf_flashattn._compat import PreTrainedConfig, PreTrainedModel, plain_name
-from hf_flashattn.families.table import family_of, out_of_reach
+from hf_flashattn.families.table import family_of, is_no_attention, out_of_reach
 from hf_flashattn.report import Site
 
 
@@ -25,13 +25,18 @@ def find_sites(model: nn.Module, excludes: Callable[[str], str | None]) -> list[
 
     excludes(name): why the user keeps a module off the kernel, or None.
     """
-    sites = []
-    for name, module in model.named_modules():
-        reached = dispatches(type(module))
-        if reached or _looks_like_attention(module):
-            own, family = None, None
+    sites, modules, inside = [], dict(model.named_modules()), ()
+    for name, module in modules.items():
+        if name.startswith(inside):
+            continue  # a part of a family's attention, such as a projection of it
+        reached, family = dispatches(type(module)), None
+        if not reached:
+            family = family_of(type(module), type(modules[name.rpartition(".")[0]]))
+        if reached or family is not None or _looks_like_attention(module):
+            own = None
+            if family is not None:
+                inside = (*inside, f"{name}.")
             if not reached:
-                family = family_of(type(module))
                 own = out_of_reach(type(module)) if family is None else family.refuses(module)
             elif _edits_masks(type(module)):
                 own = f"{type(module).__name__} edits its masks, which must be Transformers' own"
@@ -101,6 +106,8 @@ def _takes_mask(cls: type[nn.Module]) -> bool:
 
 def _looks_like_attention(module: nn.Module) -> bool:
     """An attention module of its own: named so, with weights, and no wrapper of another one."""
+    if is_no_attention(type(module)):
+        return False
     if (
         not re.search(r"Attention|Attn", type(module).__name__)
         or next(module.parameters(), None) is None
@@ -136,6 +143,14 @@ def reads_masks(cls: type[nn.Module]) -> bool:
     if issubclass(cls, PreTrainedModel) or dispatches(cls):
         return False
     return "attention_mask.dtype == torch.bool" in _source(cls)
+
+
+def leaves_flash(cls: type[nn.Module]) -> bool:
+    """Whether an attention class hands some calls to SDPA under the name of a flash implementation.
+
+    SAM 2 and 3 do with biases: a carrier would reach SDPA as a mask.
+    """
+    return dispatches(cls) and 'ALL_ATTENTION_FUNCTIONS["sdpa"]' in _source(cls)
 
 
 @functools.cache

@@ -39,6 +39,7 @@ class Request:
     softcap: float = 0.0
     alibi: bool = False
     bias: bool = False
+    sinks: bool = False
     deterministic: bool = False
     needs_grad: bool = False
     paged: bool = False
@@ -82,6 +83,7 @@ def explain(request: Request) -> Support:
         softcap=r.softcap,
         alibi=r.alibi,
         bias=r.bias,
+        sinks=r.sinks,
         paged=r.paged,
     )
     if refused := features or _shape(r):
@@ -110,6 +112,7 @@ def explain_features(
     softcap: float = 0.0,
     alibi: bool = False,
     bias: bool = False,
+    sinks: bool = False,
     paged: bool = False,
 ) -> Support | None:
     """The first of the features that no kernel has yet, or None: what needs no tensor to see."""
@@ -129,9 +132,15 @@ def explain_features(
         )
     if bias:
         return _no(
-            "an additive bias or an arbitrary mask is not there yet",
+            "an additive bias (position bias, ALiBi, arbitrary mask) is not there yet",
             "causal, padding (key_start, key_len) and packed sequences (cu_seqlens)",
             "use attn_implementation='sdpa' for this module",
+        )
+    if sinks:
+        return _no(
+            "attention sinks (s_aux) are not there yet",
+            "s_aux=None",
+            "use attn_implementation='eager' for this model",
         )
     if paged:
         return _no(

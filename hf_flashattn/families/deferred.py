@@ -15,8 +15,9 @@ report counts a fallback and names the operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Addend:
     """What was added to the scores, before they were scaled by `factor`."""
 
     value: Any  # Tensor or MaskView
-    dims: int  # of the scores: 4, or 3 with batch and heads in one
+    dims: int  # of the scores: 4; 3 with batch and heads in one; 5 with the batch in two
     factor: float = 1.0
 
 
@@ -76,6 +77,7 @@ class Notes:
     multiplied: bool = False  # by the triangle: what it zeroed is hidden by the next addend
     probabilities: bool = False
     dropout: float = 0.0
+    transposed: bool = False  # probabilities of which the last two dimensions have changed places
 
 
 class Deferred:
@@ -238,6 +240,7 @@ class Deferral(TorchFunctionMode):
 
     begin: rules.begin, which knows the product of queries and keys.
     finish(notes, value, probabilities) -> out, in the shape of the product that it replaces.
+    whole: by function, what does all of attention in one call (see whole.py).
     triangle: the buffer in which the module keeps its causal pattern, or None.
     window: of that pattern.  clamps: the code cuts the scores off at the lowest number.
     zeros: what it adds in torch.baddbmm is 0.  skips: batched products before that of the scores.
@@ -249,6 +252,7 @@ class Deferral(TorchFunctionMode):
         begin: Callable[..., Deferred | None],
         finish: Callable[[Notes, Tensor, Deferred], Tensor],
         *,
+        whole: Mapping[Callable, Callable] = MappingProxyType({}),
         triangle: Tensor | None = None,
         window: int | None = None,
         clamps: bool = False,
@@ -256,7 +260,7 @@ class Deferral(TorchFunctionMode):
         skips: int = 0,
     ) -> None:
         super().__init__()
-        self.module, self.begin, self.finish = module, begin, finish
+        self.module, self.begin, self.finish, self.whole = module, begin, finish, whole
         self.triangle, self.window = triangle, window
         self.clamps, self.zeros, self.skips = clamps, zeros, skips
         self.scores: Deferred | None = None
@@ -274,6 +278,9 @@ class Deferral(TorchFunctionMode):
         if self.finished:
             return function(*args, **kwargs)
         if self.scores is None:
+            whole = self.whole.get(function)
+            if whole is not None and (done := whole(self, *args, **kwargs)) is not NotImplemented:
+                return done
             name = PRODUCTS.get(function)
             if name is not None and (begun := self.begin(self, function, name, args, kwargs)):
                 if self.skips == 0:

@@ -25,6 +25,7 @@ from hf_flashattn.families.deferred import Deferral, Deferred, MaskView, Notes
 from hf_flashattn.families.recognise import Pattern, joined, recognise
 from hf_flashattn.families.rules import begin
 from hf_flashattn.families.table import Family
+from hf_flashattn.families.whole import WHOLE
 
 
 class OwnForward:
@@ -63,6 +64,7 @@ class OwnForward:
             module,
             begin,
             functools.partial(_finish, module, family, wanted),
+            whole=WHOLE,
             triangle=family.triangle_of(module),
             window=family.window(module),
             clamps=family.clamps,
@@ -119,7 +121,7 @@ def _finish(
     probabilities: Deferred,
 ) -> Tensor:
     """The product of the probabilities with the values, in the shape of that product."""
-    heads = getattr(module, family.heads)
+    heads = family.heads_of(module)
     q, k, v = (
         x if x.dim() == 4 else x.unflatten(0, (-1, heads))
         for x in (notes.query, notes.key.transpose(-1, -2), value)
@@ -163,7 +165,7 @@ def _masks_of(
     module: nn.Module, family: Family, notes: Notes, probabilities: Deferred
 ) -> tuple[Tensor | None, bool, Tensor | None]:
     """(mask for attention_forward, what is causal without one, bias or None)."""
-    batch, heads = notes.query.shape[0], getattr(module, family.heads)
+    batch, heads = notes.query.shape[0], family.heads_of(module)
     batch = batch if notes.query.dim() == 4 else batch // heads
     rows, columns = probabilities.shape[-2:]
     ours: list[Tensor] = []  # as our mask function made them
@@ -180,14 +182,14 @@ def _masks_of(
             else:
                 ours.append(x)
             continue
-        x = _four_dims(addend.value, addend.dims, heads)
+        x = _four_dims(addend.value, addend.dims, heads, batch)
         pattern = recognise(x)
         if pattern is None:
             dense.append(x if addend.factor == 1.0 else x * addend.factor)
         else:
             read.append((pattern, lambda x=x: x))
     for hidden in notes.hidden:
-        x = _four_dims(hidden.value, hidden.dims, heads)
+        x = _four_dims(hidden.value, hidden.dims, heads, batch)
         pattern = recognise(x, hides=True)
         if pattern is None:
             dense.append(_additive(~x, notes.query.dtype))
@@ -227,8 +229,10 @@ def _windowed(mask: Tensor, window: int | None, columns: int) -> Tensor:
     return mask & near.triu(columns - rows - window + 1)
 
 
-def _four_dims(x: Tensor, dims: int, heads: int) -> Tensor:
+def _four_dims(x: Tensor, dims: int, heads: int, batch: int) -> Tensor:
     """As it broadcasts against scores (B, H, Sq, Sk)."""
+    if dims == 5 and x.dim() == 5:  # (images or 1, windows, H or 1, Sq, Sk)
+        return x.expand(batch // x.shape[1], *x.shape[1:]).flatten(0, 1)
     if dims == 3 and x.dim() == 3:
         return x.unflatten(0, (-1, heads)) if x.shape[0] != 1 else x[None]
     while x.dim() < 4:

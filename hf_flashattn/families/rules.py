@@ -52,6 +52,7 @@ for _name in ("matmul", "bmm", "baddbmm", "einsum"):
 # ---- the beginning: query @ key^T ----------------------------------------------------------------
 
 _BATCHED_PRODUCT = re.compile(r"(\w+)(\w)(\w),\1\3(\w)->\1\2\4")
+_TRANSPOSED_PRODUCT = re.compile(r"(\w+)(\w)(\w),\1(\w)\3->\1\2\4")  # q k^T without a transpose
 
 
 def begin(
@@ -67,9 +68,12 @@ def begin(
             addends = (Addend(bias, 3, float(beta)),)
     elif name == "einsum":
         operands = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-        if len(operands) != 2 or not _BATCHED_PRODUCT.fullmatch(args[0].replace(" ", "")):
+        letters = args[0].replace(" ", "")
+        transposed = _TRANSPOSED_PRODUCT.fullmatch(letters) is not None
+        if len(operands) != 2 or not (transposed or _BATCHED_PRODUCT.fullmatch(letters)):
             return None
         query, key = operands
+        key = key.transpose(-2, -1) if transposed and isinstance(key, Tensor) else key
     else:
         query, key = _given(args, kwargs, ("input", "mat2" if name == "bmm" else "other"))
     if not (isinstance(query, Tensor) and isinstance(key, Tensor)):
@@ -117,6 +121,12 @@ def _scale(function: Callable, name: str, scores: Any, factor: Any, **kwargs: An
     if scores.run.is_triangle(factor) and "mul" in name:
         changes = {"causal": True, "window": scores.run.window, "multiplied": True}
         return _next(function, (left, right), {}, scores, **changes)
+    if isinstance(factor, Tensor) and "mul" in name and not scores.notes.addends:
+        # One factor per head: as well of the queries. (H, 1, 1), or (B, H, 1, 1).
+        if factor.dim() != 0 and factor.shape[-1] != 1:
+            return NotImplemented
+        query = scores.notes.query * factor
+        return _next(function, (left, right), {}, scores, query=query)
     if not isinstance(factor, (int, float)):
         return NotImplemented
     if "mul" not in name:
@@ -151,8 +161,11 @@ def _add(function: Callable, name: str, left: Any, right: Any, **kwargs: Any) ->
 
 @rule("masked_fill")
 def _masked_fill(function: Callable, name: str, scores: Any, mask: Any, value: Any) -> Any:
-    if not isinstance(scores, Deferred) or scores.notes.probabilities:
+    if not isinstance(scores, Deferred):
         return NotImplemented
+    if scores.notes.probabilities:  # what is hidden already has none
+        known = any(hidden.value is mask for hidden in scores.notes.hidden)
+        return scores if known and value == 0 else NotImplemented
     if not isinstance(value, (int, float)) or value > LOWEST or not isinstance(mask, Tensor):
         return NotImplemented
     hidden = (*scores.notes.hidden, Hidden(mask, scores.ndim))
@@ -168,6 +181,13 @@ def _where(function: Callable, name: str, condition: Any, scores: Any, other: An
         return NotImplemented
     changes = {"causal": True, "window": scores.run.window}
     return _next(function, (condition, scores, other), {}, scores, **changes)
+
+
+def hide_later_keys(scores: Deferred) -> Deferred:
+    """Causal, of as many queries as keys."""
+    rows, columns = scores.shape[-2:]
+    later = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).triu(1)
+    return _next(Tensor.masked_fill, (scores, later, -torch.inf), {}, scores, causal=True)
 
 
 @rule("max", "maximum")
@@ -206,13 +226,13 @@ def _dropout(
         return NotImplemented
     if not training or p == 0.0:
         return probabilities
-    if probabilities.notes.dropout:
+    if probabilities.notes.dropout or probabilities.notes.transposed:
         return NotImplemented
     args = (probabilities, p, training)
     return _next(F.dropout, args, {}, probabilities, dropout=float(p))
 
 
-@rule("to", "float", "type_as", "contiguous")
+@rule("to", "type", "float", "type_as", "contiguous")
 def _cast(function: Callable, name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Kernels compute scores and probabilities in fp32, whatever the operands."""
     if not isinstance(x, Deferred):
@@ -222,7 +242,7 @@ def _cast(function: Callable, name: str, x: Any, *args: Any, **kwargs: Any) -> A
         dtype = torch.float32
     elif name == "type_as":
         dtype = args[0].dtype
-    elif name == "to":
+    elif name in ("to", "type"):
         for y in (*args, *kwargs.values()):
             dtype = y if isinstance(y, torch.dtype) else getattr(y, "dtype", dtype)
     return _next(function, (x, *args), kwargs, x, dtype=dtype)
@@ -230,7 +250,7 @@ def _cast(function: Callable, name: str, x: Any, *args: Any, **kwargs: Any) -> A
 
 @rule("view", "reshape")
 def _view(function: Callable, name: str, x: Any, *sizes: Any) -> Any:
-    """Batch and heads folded into one, or unfolded."""
+    """Batch and heads folded into one, or unfolded; the batch split into images and windows."""
     if not isinstance(x, Deferred):
         return NotImplemented
     wanted = tuple(sizes[0]) if sizes and isinstance(sizes[0], (tuple, list)) else tuple(sizes)
@@ -239,7 +259,9 @@ def _view(function: Callable, name: str, x: Any, *sizes: Any) -> Any:
         known *= n if n != -1 else 1
     if -1 in wanted:
         wanted = tuple(x.shape.numel() // max(known, 1) if n == -1 else n for n in wanted)
-    if len(wanted) not in (3, 4) or wanted[-2:] != tuple(x.shape[-2:]):
+    if len(wanted) not in (3, 4, 5) or wanted[-2:] != tuple(x.shape[-2:]):
+        return NotImplemented
+    if len(wanted) == 5 and (x.ndim != 4 or wanted[2] != x.shape[1]):
         return NotImplemented
     if torch.Size(wanted).numel() != x.shape.numel():
         return NotImplemented
@@ -249,6 +271,24 @@ def _view(function: Callable, name: str, x: Any, *sizes: Any) -> Any:
 @rule("expand_as")
 def _expand_as(function: Callable, name: str, x: Any, other: Any) -> Any:
     return x.expand(other.shape) if isinstance(x, Tensor) else NotImplemented
+
+
+@rule("reshape_as", "view_as")
+def _reshape_as(function: Callable, name: str, x: Any, other: Any) -> Any:
+    return x.reshape(other.shape) if isinstance(x, Tensor) else NotImplemented
+
+
+@rule("permute", "transpose")
+def _transpose(function: Callable, name: str, x: Any, *dims: Any) -> Any:
+    """Of probabilities (B, Sq, Sk), whose product with the values is then the other way round."""
+    if not isinstance(x, Deferred) or not x.notes.probabilities or x.notes.transposed:
+        return NotImplemented
+    dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    places = {dim % 3 for dim in dims} == {1, 2} if name == "transpose" else dims == (0, 2, 1)
+    if x.ndim != 3 or not places:
+        return NotImplemented
+    shape = (x.shape[0], x.shape[2], x.shape[1])
+    return _next(function, (x, *dims), {}, x, shape=shape, transposed=True)
 
 
 # ---- the end: probabilities @ value --------------------------------------------------------------
@@ -267,7 +307,13 @@ def _product(function: Callable, name: str, *args: Any, **kwargs: Any) -> Any:
     probabilities, value = operands
     if torch.compiler.is_compiling() and isinstance(value, Deferred):
         probabilities, value = value, probabilities  # how Dynamo hands on `probabilities @ value`
+    if isinstance(value, Deferred) and value.notes.transposed and isinstance(probabilities, Tensor):
+        # values^T @ probabilities^T: of the probabilities before they were transposed
+        out = _product(torch.matmul, "matmul", value.made_by[1][0], probabilities.transpose(1, 2))
+        return out if out is NotImplemented else out.transpose(1, 2)
     if not isinstance(probabilities, Deferred) or not isinstance(value, Tensor):
+        return NotImplemented
+    if probabilities.notes.transposed:
         return NotImplemented
     run = probabilities.run
     if not probabilities.notes.probabilities or run.finished or run.given_up:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -20,7 +21,7 @@ def _never(module: nn.Module) -> str | None:
 class Family:
     """What is particular to the attention code of a class.
 
-    heads, head_dim: the attributes that hold them, or a function of the module.
+    heads, head_dim: the attributes that hold them, or functions of the module.
     bias: what it adds to the scores besides masks, said of one module, or None.
     refuses: why a module of it stays as it is, or None.
     own_masks: its model computes with the masks, so they stay as the model makes them.
@@ -28,7 +29,7 @@ class Family:
     clamps, zeros, skips: see deferred.Deferral.
     """
 
-    heads: str = "num_attention_heads"
+    heads: str | Callable[[nn.Module], int] = "num_attention_heads"
     head_dim: str | Callable[[nn.Module], int] = "attention_head_size"
     bias: Callable[[nn.Module], str | None] = _never
     refuses: Callable[[nn.Module], str | None] = _never
@@ -38,6 +39,9 @@ class Family:
     clamps: bool = False
     zeros: bool = False
     skips: int = 0
+
+    def heads_of(self, module: nn.Module) -> int:
+        return self.heads(module) if callable(self.heads) else getattr(module, self.heads)
 
     def head_dim_of(self, module: nn.Module) -> int:
         if callable(self.head_dim):
@@ -72,10 +76,51 @@ def _quantised(module: nn.Module) -> str | None:
     return "its softmax counts in integers (quant_mode)" if module.quant_mode else None
 
 
+def _relative_positions(module: nn.Module) -> str | None:
+    return "relative positions"
+
+
+def _with_attribute(name: str) -> Callable[[nn.Module], str | None]:
+    """Relative positions, if an attribute of the module says so."""
+    return lambda module: "relative positions" if getattr(module, name) else None
+
+
+def _in_views(name: str) -> Callable[[nn.Module], str | None]:
+    def refuses(module: nn.Module) -> str | None:
+        if not getattr(module, name):
+            return None
+        return f"{type(module).__name__} adds relative positions by height and by width"
+
+    return refuses
+
+
+def _pooling_dim(module: nn.Module) -> int:
+    return module.hidden_size // module.num_heads
+
+
+def _dim_of_qkv(module: nn.Module) -> int:
+    return module.qkv.in_features // module.num_heads
+
+
+def _one_head(dim: Callable[[nn.Module], int]) -> Family:
+    """Of the pixels or frames of an autoencoder."""
+    return Family(heads=lambda module: 1, head_dim=dim)
+
+
 _BERT = Family()
 _BART = Family(heads="num_heads", head_dim="head_dim")
 _XLM = Family(heads="n_heads", head_dim="head_dim", own_masks=True)
 _GPT = Family(heads="num_attention_heads", head_dim="head_dim")
+_QKV = Family("num_heads", _dim_of_qkv)  # vision transformers that project to all three at once
+_SAM = Family(
+    head_dim=lambda module: module.qkv.in_features // module.num_attention_heads,
+    bias=_with_attribute("use_rel_pos"),
+)
+_SWIN = Family(bias=_relative_positions, own_masks=True)
+_LEVIT = Family(head_dim="key_dim", bias=_relative_positions)
+_OWN_MASKS = Family("num_heads", "head_dim", own_masks=True)
+_PIXELS = _one_head(lambda module: module.q.out_channels)
+_TORCH = Family("num_heads", "head_dim", own_masks=True)
 
 # module and class, without "transformers.models." and "modeling_"
 FAMILIES: dict[str, Family] = {
@@ -115,7 +160,130 @@ FAMILIES: dict[str, Family] = {
     "visual_bert.VisualBertSelfAttention": _BERT,
     "mpnet.MPNetSelfAttention": Family(bias=lambda module: "relative positions"),
     "layoutlmv2.LayoutLMv2SelfAttention": Family(bias=_layoutlmv2_bias, own_masks=True),
+    "blip.BlipAttention": _BART,
+    "blip_text.BlipTextSelfAttention": _BERT,
+    "vilt.ViltSelfAttention": _BERT,
+    "flava.FlavaSelfAttention": _BERT,
+    "canine.CanineSelfAttention": _BERT,
+    "tvp.TvpAttention": _BERT,
+    "lxmert.LxmertAttention": Family(own_masks=True),
+    "big_bird.BigBirdSelfAttention": Family(own_masks=True),
+    "bigbird_pegasus.BigBirdPegasusSelfAttention": Family(own_masks=True),
+    "superglue.SuperGlueSelfAttention": Family(own_masks=True),
+    "perceiver.PerceiverSelfAttention": Family("num_heads", "qk_channels_per_head", own_masks=True),
+    "imagegpt.ImageGPTAttention": Family("num_heads", "head_dim", triangle="bias", own_masks=True),
+    "bark.BarkSelfAttention": _OWN_MASKS,
+    "clvp.ClvpSelfAttention": _BART,
+    "led.LEDDecoderAttention": _OWN_MASKS,
+    "groupvit.GroupViTAttention": _BART,
+    "speecht5.SpeechT5Attention": Family(
+        "num_heads",
+        "head_dim",
+        bias=lambda module: None if module.is_decoder else "relative positions",
+    ),
+    "wavlm.WavLMAttention": Family(
+        "num_heads", "head_dim", bias=_relative_positions, own_masks=True
+    ),
+    "fastspeech2_conformer.FastSpeech2ConformerAttention": Family(
+        "num_heads", "head_dim", bias=_relative_positions, own_masks=True
+    ),
+    "bros.BrosSelfAttention": Family(bias=_relative_positions),
+    "granite_speech.GraniteSpeechConformerAttention": Family(
+        "num_heads", "dim_head", bias=_relative_positions, own_masks=True
+    ),
+    "granite_speech_plus.GraniteSpeechPlusConformerAttention": Family(
+        "num_heads", "dim_head", bias=_relative_positions, own_masks=True
+    ),
+    "table_transformer.TableTransformerAttention": _BART,
+    "dab_detr.DetrAttention": _BART,
+    "dab_detr.DabDetrAttention": Family("attention_heads", "attention_head_dim"),
+    "mask2former.Mask2FormerAttention": _OWN_MASKS,
+    "oneformer.OneFormerAttention": _OWN_MASKS,
+    "grounding_dino.GroundingDinoMultiheadAttention": Family(own_masks=True),
+    "mm_grounding_dino.MMGroundingDinoMultiheadAttention": Family(own_masks=True),
+    "omdet_turbo.OmDetTurboMultiheadAttention": Family(own_masks=True),
+    "zoedepth.ZoeDepthMultiheadAttention": Family(own_masks=True),
+    "pvt.PvtEfficientSelfAttention": _BERT,
+    "pvt_v2.PvtV2SelfAttention": _BERT,
+    "glpn.GLPNEfficientSelfAttention": _BERT,
+    "mobilevit.MobileViTSelfAttention": _BERT,
+    "mgp_str.MgpstrAttention": _QKV,
+    "timesformer.TimesformerSelfAttention": _QKV,
+    "vitdet.VitDetAttention": Family(
+        "num_heads", _dim_of_qkv, refuses=_in_views("use_relative_position_embeddings")
+    ),
+    "seggpt.SegGptAttention": Family(
+        head_dim=lambda module: module.qkv.in_features // module.num_attention_heads,
+        refuses=_in_views("use_relative_position_embeddings"),
+    ),
+    "cvt.CvtSelfAttention": Family(
+        "num_heads", lambda module: module.embed_dim // module.num_heads
+    ),
+    "levit.LevitAttention": _LEVIT,
+    "levit.LevitAttentionSubsample": _LEVIT,
+    "data2vec_vision.Data2VecVisionSelfAttention": Family(
+        bias=_with_attribute("has_relative_position_bias")
+    ),
+    "data2vec_vision.Data2VecVisionSdpaSelfAttention": Family(
+        bias=_with_attribute("has_relative_position_bias")
+    ),
+    "donut_swin.DonutSwinSelfAttention": _SWIN,
+    "maskformer_swin.MaskFormerSwinSelfAttention": _SWIN,
+    "clap.ClapAudioSelfAttention": _SWIN,
+    "swinv2.Swinv2SelfAttention": _SWIN,
+    "swin2sr.Swin2SRSelfAttention": _SWIN,
+    "sam.SamVisionAttention": _SAM,
+    "sam.SamVisionSdpaAttention": _SAM,
+    "sam_hq.SamHQVisionAttention": _SAM,
+    "sam_hq.SamHQVisionSdpaAttention": _SAM,
+    "deepseek_ocr2.DeepseekOcr2SamVisionAttention": _SAM,
+    "deepseek_ocr2.DeepseekOcr2SamVisionSdpaAttention": _SAM,
+    "unlimited_ocr.UnlimitedOcrSamVisionAttention": _SAM,
+    "unlimited_ocr.UnlimitedOcrSamVisionSdpaAttention": _SAM,
+    "got_ocr2.GotOcr2VisionAttention": _SAM,
+    "pp_formulanet.PPFormulaNetVisionAttention": _SAM,
+    "slanext.SLANeXtVisionAttention": _SAM,
+    "aimv2.Aimv2AttentionPoolingHead": Family("num_heads", _pooling_dim),
+    "janus.JanusVQVAEAttnBlock": _PIXELS,
+    "chameleon.ChameleonVQVAEEncoderAttnBlock": _PIXELS,
+    "apertus1p5.Apertus1p5VisionTokenizerAttnBlock": _PIXELS,
+    "wavtokenizer.WavTokenizerVocosAttention": _PIXELS,
 }
+
+# torch.nn.MultiheadAttention, where the class that holds it does without its attention weights.
+WITHOUT_WEIGHTS = frozenset(
+    (
+        "aria.AriaCrossAttention",
+        "bridgetower.BridgeTowerResidualAttention",
+        "idefics2.Idefics2MultiheadAttentionPoolingHead",
+        "mask2former.Mask2FormerMaskedAttentionDecoderLayer",
+        "oneformer.OneFormerTransformerDecoderSelfAttentionLayer",
+        "oneformer.OneFormerTransformerDecoderCrossAttentionLayer",
+        "phi4_multimodal.Phi4MultimodalVisionMultiheadAttentionPoolingHead",
+        "siglip.SiglipMultiheadAttentionPoolingHead",
+        "siglip2.Siglip2MultiheadAttentionPoolingHead",
+    )
+)
+
+# Named after attention, but it happens elsewhere.
+NO_ATTENTION = frozenset(
+    (
+        "cvt.CvtSelfAttentionConvProjection",
+        "hubert.HubertAttnAdapterLayer",
+        "lxmert.LxmertAttentionOutput",
+        "neomme.NeoMMEExclusiveSelfAttention",
+        "patchtsmixer.PatchTSMixerGatedAttention",
+        "phi4_multimodal.Phi4MultimodalAudioRelativeAttentionBias",
+        "unispeech.UniSpeechAttnAdapterLayer",
+        "unispeech_sat.UniSpeechSatAttnAdapterLayer",
+        "wav2vec2.Wav2Vec2AttnAdapterLayer",
+    )
+)
+
+_DEFORMABLE = "samples the values at learned points (deformable)"
+_BOTH_WAYS = "shares one product of image and text both ways"
+_WEIGHTS = "returns its weights as a map: there are no values"
+_CHUNKS = "attends within chunks, with relative positions and a softcap"
 
 OUT_OF_REACH: dict[str, str] = {
     "deberta.DisentangledSelfAttention": "adds products of queries and keys with positions",
@@ -141,6 +309,39 @@ OUT_OF_REACH: dict[str, str] = {
     "cpmant.CpmAntAttention": "masks its probabilities after the softmax",
     "minimax.MiniMaxLightningAttention": "is linear, without a softmax",
     "kimi_linear.KimiLinearDeltaAttention": "is linear, without a softmax",
+    "bailing_hybrid.BailingHybridDeltaAttention": "is linear, without a softmax",
+    "glm5_next.Glm5NextTextLinearAttention": "is linear, without a softmax",
+    "olmo_hybrid.OlmoHybridLinearAttentionDecoderLayer": "is linear, without a softmax",
+    "mobilevitv2.MobileViTV2LinearSelfAttention": (
+        "is linear: one softmax over the tokens weighs a sum of the keys"
+    ),
+    "swiftformer.SwiftFormerEfficientAdditiveAttention": "is additive, without scores of pairs",
+    "slanet.SLANetAttentionGRUCell": "is additive, one step of a GRU at a time",
+    "slanext.SLANeXtAttentionGRUCell": "is additive, one step of a GRU at a time",
+    "sew_d.DisentangledSelfAttention": "adds products of queries and keys with positions",
+    "lilt.LiltSelfAttention": "adds the scores of text and layout to each other",
+    "vits.VitsAttention": "adds relative positions to the values too, by its probabilities",
+    "autoformer.AutoformerAttention": "is autocorrelation by FFT, without a softmax over keys",
+    "informer.InformerProbSparseAttention": "computes scores of chosen queries only (ProbSparse)",
+    "dinat.NeighborhoodAttention": "attends to a neighbourhood of each pixel (NATTEN)",
+    "hiera.HieraMaskUnitAttention": "attends within mask units and pools its queries",
+    "groupvit.GroupViTAssignAttention": "assigns each key to one group, by a softmax over queries",
+    "evolla.EvollaSequenceCompressorAttention": "subtracts its largest score before the mask",
+    "evolla.EvollaSequenceAlignerCrossAttention": "joins scores of three kinds of keys",
+    "gemma3n.Gemma3nAudioAttention": _CHUNKS,
+    "gemma4.Gemma4AudioAttention": _CHUNKS,
+    "grounding_dino.GroundingDinoBiMultiHeadAttention": _BOTH_WAYS,
+    "mm_grounding_dino.MMGroundingDinoBiMultiHeadAttention": _BOTH_WAYS,
+    "detr.DetrMHAttentionMap": _WEIGHTS,
+    "maskformer.MaskFormerDetrMHAttentionMap": _WEIGHTS,
+    "conditional_detr.ConditionalDetrMHAttentionMap": _WEIGHTS,
+    "dab_detr.DabDetrMHAttentionMap": _WEIGHTS,
+    "visual_bert.VisualBertRegionToPhraseAttention": _WEIGHTS,
+    "oneformer.OneFormerTextMapperAttention": "computes on heads behind the tokens (einsum)",
+    "esmfold.EsmFoldAttention": "attends over pairs of residues, with biases of pairs",
+    "esmfold.EsmFoldSelfAttention": "adds a bias of pairs of residues and gates its output",
+    "esmfold.EsmFoldInvariantPointAttention": "adds distances of points in space to its scores",
+    "esmfold2.EsmFold2RowAttentionPooling": "pools rows by learned weights, without queries",
 }
 
 
@@ -150,11 +351,28 @@ def _key(cls: type[nn.Module]) -> str:
     return f"{module}.{cls.__name__}" if inside else ""
 
 
-def family_of(cls: type[nn.Module]) -> Family | None:
-    """The family of a class with attention code of its own, or None."""
+def family_of(cls: type[nn.Module], holder: type[nn.Module] | None = None) -> Family | None:
+    """The family of a class with attention code of its own, or None.
+
+    holder: the class of the module that holds it, which decides for torch.nn.MultiheadAttention.
+    """
+    if cls is torch.nn.MultiheadAttention:
+        return _TORCH if holder is not None and _key(holder) in WITHOUT_WEIGHTS else None
     return FAMILIES.get(_key(cls))
+
+
+def is_no_attention(cls: type[nn.Module]) -> bool:
+    """Whether a class is named after attention and computes none."""
+    return _key(cls) in NO_ATTENTION
 
 
 def out_of_reach(cls: type[nn.Module]) -> str:
     """One line: why attention code of its own stays as it is."""
-    return f"{cls.__name__} {OUT_OF_REACH.get(_key(cls), 'has attention code of its own')}"
+    key = _key(cls)
+    if cls is torch.nn.MultiheadAttention:
+        why = "is torch's, and what holds it may use its attention weights"
+    elif key.endswith("MultiscaleDeformableAttention"):
+        why = _DEFORMABLE
+    else:
+        why = OUT_OF_REACH.get(key, "has attention code of its own")
+    return f"{cls.__name__} {why}"

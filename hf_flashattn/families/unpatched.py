@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_flashattn import _compat
 from hf_flashattn.families.table import FAMILIES
 from hf_flashattn.masks import attention_mask, legible_mask, stated_mask
-from hf_flashattn.sites import dispatches, reads_masks
+from hf_flashattn.sites import dispatches, leaves_flash, reads_masks
 
 
 def mask_of_a_name(**arguments: Any) -> Tensor | None:
@@ -45,12 +45,14 @@ def _kind_of_masks(config_class: type) -> str:
 def _search(config_class: type) -> str:
     if _compat.misstates_causality(config_class):
         return "stated"
-    folder = config_class.__module__.rpartition(".configuration_")[2]
-    home = sys.modules.get(f"transformers.models.{folder}.modeling_{folder}")
+    package, _, folder = config_class.__module__.rpartition(".configuration_")
     for key in FAMILIES:
         known, _, name = key.partition(".")
-        if known == folder and hasattr(home, name) and not dispatches(getattr(home, name)):
-            return "eager"
+        if known == folder or known.startswith(f"{folder}_"):  # a model's part, as blip_text is
+            home = sys.modules.get(f"{package}.modeling_{known}")
+            if hasattr(home, name) and not dispatches(getattr(home, name)):
+                return "eager"
+    home = sys.modules.get(f"{package}.modeling_{folder}")
     classes = () if home is None else vars(home).values()
     layers = [x for x in classes if isinstance(x, type) and issubclass(x, nn.Module)]
-    return "legible" if any(reads_masks(x) for x in layers) else "plain"
+    return "legible" if any(reads_masks(x) or leaves_flash(x) for x in layers) else "plain"

@@ -132,6 +132,23 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
         FALCON | {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
     ),
     "xglm": ("XGLMForCausalLM", "XGLMConfig", XGLM),
+    "imagegpt": (
+        "ImageGPTForCausalImageModeling",
+        "ImageGPTConfig",
+        GPT | {"vocab_size": VOCAB + 1, "tie_word_embeddings": False},
+    ),
+    "imagegpt_upcast": (
+        "ImageGPTForCausalImageModeling",
+        "ImageGPTConfig",
+        GPT
+        | {"vocab_size": VOCAB + 1, "tie_word_embeddings": False}
+        | {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+    ),
+    "big_bird": (
+        "BigBirdForCausalLM",
+        "BigBirdConfig",
+        BERT | {"attention_type": "original_full", "is_decoder": True, "hidden_act": "gelu"},
+    ),
     "trocr": (
         "TrOCRForCausalLM",
         "TrOCRConfig",
@@ -192,6 +209,15 @@ ENCODERS: dict[str, tuple[str, str, dict]] = {
         "ConvBertConfig",
         BERT | {"embedding_size": HIDDEN, "head_ratio": 2, "conv_kernel_size": 3},
     ),
+    "big_bird": ("BigBirdModel", "BigBirdConfig", BERT | {"attention_type": "original_full"}),
+    "flava": ("FlavaTextModel", "FlavaTextConfig", BERT),
+    "groupvit": (
+        "GroupViTTextModel",
+        "GroupViTTextConfig",
+        {name: x for name, x in BERT.items() if name not in NO_DROPOUT}
+        | {"eos_token_id": VOCAB - 1, "initializer_factor": 3.0, "dropout": 0.0},
+    ),
+    "blip_text": ("BlipTextModel", "BlipTextConfig", BERT | {"is_decoder": False}),
     "visual_bert": ("VisualBertModel", "VisualBertConfig", BERT | {"visual_embedding_dim": 8}),
     "openai": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", GPT | {"afn": "gelu"}),
     "xlm": ("XLMWithLMHeadModel", "XLMConfig", XLM),

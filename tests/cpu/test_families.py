@@ -65,7 +65,7 @@ def test_a_bias_falls_back_and_equals_eager(name, kind):
     batch, mask = inputs(kind)
     report = assert_same(model, batch, mask, tolerance=2e-5)
     assert calls(report, "fallback") == 2 and calls(report, "cpu") == 0, report
-    assert all("adds a position bias to the scores" in row.why for row in report.rows), report
+    assert all("an additive bias (position bias" in row.why for row in report.rows), report
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,10 +16,21 @@ from hf_flashattn import FallbackError
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.families.recognise import joined, recognise
-from hf_flashattn.families.table import FAMILIES, OUT_OF_REACH, Family, family_of, out_of_reach
+from hf_flashattn.families.table import (
+    FAMILIES,
+    NO_ATTENTION,
+    OUT_OF_REACH,
+    WITHOUT_WEIGHTS,
+    Family,
+    family_of,
+    is_no_attention,
+    out_of_reach,
+)
 from hf_flashattn.report import calls_of
 
 BATCH, HEADS, ROWS, DIM = 2, 4, 7, 8
+COVERAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+A_HOLDER = "siglip.SiglipMultiheadAttentionPoolingHead"
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -85,7 +99,58 @@ def mask_before_scale(m, q, k, v, mask):
     return ((q @ k.mT + mask) / math.sqrt(DIM)).softmax(-1) @ v, None
 
 
-SPELLINGS = [plain, in_place, folded, added_product, einsum, filled, mask_before_scale]
+def einsum_of_rows(m, q, k, v, mask):
+    scores = torch.einsum("bhlk,bhtk->bhlt", [q, k]) * DIM**-0.5 + mask
+    return torch.einsum("bhlt,bhtv->bhlv", [scores.softmax(-1), v]), None
+
+
+def scaled_by_a_tensor(m, q, k, v, mask):
+    return ((q @ k.mT) * torch.tensor(0.3) + mask).softmax(-1) @ v, None
+
+
+def scaled_by_head(m, q, k, v, mask):
+    factor = torch.linspace(0.1, 0.5, HEADS).view(HEADS, 1, 1)
+    return ((q @ k.mT) * factor + mask).softmax(-1) @ v, None
+
+
+def zeros_after_softmax(m, q, k, v, mask):
+    hidden = mask < 0
+    weights = (q @ k.mT).masked_fill(hidden, LOWEST).softmax(-1).masked_fill(hidden, 0.0)
+    return weights @ v, None
+
+
+def values_first(m, q, k, v, mask):
+    """As convolutions have them, (B, D, S), of folded heads."""
+    keys = mask.expand(BATCH, HEADS, 1, ROWS).reshape(BATCH * HEADS, 1, ROWS)
+    weights = (torch.bmm(flat(q), flat(k).mT) * DIM**-0.5 + keys).softmax(dim=2)
+    out = torch.bmm(flat(v).permute(0, 2, 1), weights.permute(0, 2, 1)).permute(0, 2, 1)
+    return out.view(BATCH, HEADS, ROWS, DIM), None
+
+
+def in_one_call(m, q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5), None
+
+
+def in_one_call_boolean(m, q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask == 0), None
+
+
+SPELLINGS = [
+    plain,
+    in_place,
+    folded,
+    added_product,
+    einsum,
+    filled,
+    mask_before_scale,
+    einsum_of_rows,
+    scaled_by_a_tensor,
+    scaled_by_head,
+    zeros_after_softmax,
+    values_first,
+    in_one_call,
+    in_one_call_boolean,
+]
 
 
 def triangle_where(m, q, k, v, mask):
@@ -119,8 +184,13 @@ def indexed(m, q, k, v, mask):
     return weights[:, :, :, :4] @ v[:, :, :4], weights
 
 
-def scaled_by_a_tensor(m, q, k, v, mask):
-    return ((q @ k.mT) * torch.tensor(0.3) + mask).softmax(-1) @ v, None
+def scaled_by_key(m, q, k, v, mask):
+    return ((q @ k.mT) * torch.linspace(0.1, 0.5, ROWS) + mask).softmax(-1) @ v, None
+
+
+def thinned(m, q, k, v, mask):
+    weights = (q @ k.mT + mask).softmax(-1)
+    return weights.masked_fill(torch.eye(ROWS, dtype=torch.bool), 0.0) @ v, None
 
 
 def sink(m, q, k, v, mask):
@@ -132,7 +202,8 @@ UNKNOWN = {
     capped: "tanh",
     gated: "mul",
     indexed: "getitem",
-    scaled_by_a_tensor: "mul",
+    scaled_by_key: "mul",
+    thinned: "masked_fill",
     sink: "cat",
 }
 
@@ -323,19 +394,120 @@ def test_other_masks_are_not_recognised(mask):
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def test_every_line_of_the_table_names_a_class():
-    """A class that is gone, or dispatches now, is fine in one version but not in all."""
-    import importlib
+def class_of(key: str) -> type | None:
+    """The class of a line; its module may lie in the folder of a larger model, as blip_text does.
 
-    for key in (*FAMILIES, *OUT_OF_REACH):
-        module, name = key.split(".")
-        folder = module if module != "modeling" else name
-        home = importlib.import_module(f"transformers.models.{folder}.modeling_{module}")
-        assert isinstance(getattr(home, name, None), type), key
-        if key in FAMILIES:
-            assert family_of(getattr(home, name)) is FAMILIES[key]
-        else:
-            assert OUT_OF_REACH[key] in out_of_reach(getattr(home, name))
+    None, or skipped, in another Transformers than docs/coverage.md was made with.
+    """
+    module, name = key.split(".")
+    places = list(Path(transformers.__file__).parent.glob(f"models/*/modeling_{module}.py"))
+    if not places and f"Transformers {transformers.__version__}," not in COVERAGE.read_text():
+        pytest.skip(f"Transformers {transformers.__version__} has no modeling_{module}")
+    home = importlib.import_module(f"transformers.models.{places[0].parent.name}.modeling_{module}")
+    return getattr(home, name, None)
+
+
+@pytest.mark.parametrize("key", [*FAMILIES, *OUT_OF_REACH, *sorted(WITHOUT_WEIGHTS | NO_ATTENTION)])
+def test_every_line_of_the_table_names_a_class(key):
+    """A class that is gone, or dispatches now, is fine in one version but not in all."""
+    cls = class_of(key)
+    assert isinstance(cls, type), key
+    if key in FAMILIES:
+        assert family_of(cls) is FAMILIES[key]
+    elif key in OUT_OF_REACH:
+        assert family_of(cls) is None and OUT_OF_REACH[key] in out_of_reach(cls)
+    elif key in WITHOUT_WEIGHTS:
+        assert family_of(nn.MultiheadAttention, cls) is not None
+    else:
+        assert is_no_attention(cls)
+
+
+# ---- attention in one call of torch --------------------------------------------------------------
+
+
+def causal_in_one_call(m, q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True), None
+
+
+def test_one_call_that_is_causal():
+    got, expected, module = run(causal_in_one_call, None, strict=True)
+    assert_equal(got, expected)
+    assert calls_of(module).cpu == 1
+
+
+def test_one_call_with_a_bias_falls_back_and_gives_it_its_gradient():
+    bias = torch.randn(1, HEADS, ROWS, ROWS, requires_grad=True)
+    module = Spelled(in_one_call)
+    x = torch.randn(BATCH, ROWS, HEADS * DIM)
+    (want,) = torch.autograd.grad(module(x, bias)[0].square().sum(), bias)
+    OwnForward(module, Family(own_masks=True))
+    (got,) = torch.autograd.grad(module(x, bias)[0].square().sum(), bias)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert calls_of(module).fallback == 1
+
+
+def test_one_call_that_torch_aligns_otherwise_is_left_to_torch():
+    """Causal of fewer queries than keys: torch's first query sees the first key, ours more."""
+
+    def spell(m, q, k, v, mask):
+        return F.scaled_dot_product_attention(q[:, :, :3], k, v, is_causal=True), None
+
+    got, expected, module = run(spell, None)
+    assert torch.equal(got[0], expected[0])
+    assert calls_of(module).reasons == {"its own code has no scores": 1}
+
+
+class Holder(nn.Module):
+    """A class that does without the weights, as the table says of its name."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, **options)
+
+    def forward(self, *args, **kwargs):
+        return self.attention(*args, **kwargs)[0]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("masked", ["not", "keys", "pairs", "heads"])
+def test_torchs_multihead_attention(masked, batch_first, need_weights):
+    torch.manual_seed(0)
+    holder = Holder(batch_first=batch_first)
+    q, k = torch.randn(2, 5, HEADS * DIM, requires_grad=True), torch.randn(2, ROWS, HEADS * DIM)
+    masks: dict = {"need_weights": need_weights}
+    if masked == "keys":
+        masks["key_padding_mask"] = torch.arange(ROWS) >= torch.tensor([[ROWS], [4]])
+    elif masked == "pairs":
+        masks["attn_mask"] = (torch.arange(ROWS) > 3).expand(5, ROWS)
+    elif masked == "heads":
+        masks["attn_mask"] = torch.randn(2 * HEADS, 5, ROWS)
+    args = (q, k, k) if batch_first else (q.mT.permute(2, 0, 1), *[k.transpose(0, 1)] * 2)
+    want = holder(*args, **masks)
+    (want_grad,) = torch.autograd.grad(want.square().sum(), q)
+    own = OwnForward(holder.attention, family_of(nn.MultiheadAttention, class_of(A_HOLDER)))
+    got = holder(*args, **masks)
+    (got_grad,) = torch.autograd.grad(got.square().sum(), q)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_grad, want_grad, rtol=1e-5, atol=1e-5)
+    calls = calls_of(holder.attention)
+    assert (calls.cpu, calls.fallback) == ((0, 1) if masked == "heads" else (1, 0))
+    own.remove()
+    assert torch.equal(holder(*args, **masks), want)
+
+
+def test_torchs_multihead_attention_with_more_keys_is_left_to_torch():
+    holder = Holder(add_bias_kv=True)
+    x = torch.randn(ROWS, 2, HEADS * DIM)
+    want = holder(x, x, x)
+    OwnForward(holder.attention, family_of(nn.MultiheadAttention, class_of(A_HOLDER)))
+    assert torch.equal(holder(x, x, x), want)
+    assert calls_of(holder.attention).fallback == 1
+
+
+def test_torchs_multihead_attention_elsewhere_says_why_not():
+    assert family_of(nn.MultiheadAttention, Holder) is None
+    assert "may use its attention weights" in out_of_reach(nn.MultiheadAttention)
 
 
 def test_a_class_of_the_same_name_elsewhere_is_left_alone():

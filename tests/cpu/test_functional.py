@@ -40,7 +40,12 @@ def test_signature_is_flash_attns(name):
     assert [p.name for p in positional] == [*required, *defaults]
     assert {p.name: p.default for p in positional[len(required) :]} == defaults
     extra = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert extra == ({} if "varlen" in name else {"key_start": None, "key_len": None})
+    ours = {
+        "flash_attn_func": {"key_start": None, "key_len": None, "s_aux": None, "attn_bias": None},
+        "flash_attn_varlen_func": {"s_aux": None},
+    }
+    dense = {} if "varlen" in name else {"key_start": None, "key_len": None}
+    assert extra == ours.get(name, dense)
 
 
 def packed_offsets():
@@ -123,6 +128,7 @@ def test_windows_that_are_causal_attention(window, causal):
         ({"window_size": (-1, 3)}, "sliding window"),
         ({"softcap": 30.0}, "softcap 30.0 is not there yet"),
         ({"alibi_slopes": torch.ones(2)}, "ALiBi slopes are not there yet"),
+        ({"s_aux": torch.ones(2)}, r"attention sinks \(s_aux\) are not there yet"),
     ],
 )
 def test_what_is_to_come_says_so(option, says):

@@ -53,6 +53,7 @@ def test_runs_on_the_kernel(change, library_is_there):
         ({"softcap": 50.0}, "softcap 50.0", "softcap=0.0"),
         ({"alibi": True}, "ALiBi", "alibi_slopes=None"),
         ({"bias": True}, "additive bias", "key_start"),
+        ({"sinks": True}, "attention sinks", "s_aux=None"),
         ({"paged": True}, "block_table", "block_table=None"),
         ({"heads_k": 3}, "8 query heads do not divide into 3", "multiple"),
         ({"heads_k": 0}, "8 query heads", "multiple"),

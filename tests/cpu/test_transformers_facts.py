@@ -543,7 +543,7 @@ def siglip2():
 
 @pytest.mark.parametrize("way", ["patched", "by name", "compiled"])
 def test_a_pooler_that_reads_the_mask(way):
-    """SigLIP 2 asks for a mask that it repeats for each head; its layers still run on the op."""
+    """SigLIP 2 asks for a mask that it repeats for each head; all of it still runs on the op."""
     model, kept = siglip2(), torch.ones(2, 16, dtype=torch.long)
     kept[1, 12:] = 0
     inputs = {
@@ -557,7 +557,9 @@ def test_a_pooler_that_reads_the_mask(way):
     assert (got.last_hidden_state - expected.last_hidden_state)[kept.bool()].abs().max() < 1e-5
     layers = [row for row in report.rows if row.calls.total]
     runs = "fallback" if way == "compiled" else "cpu implementation"
-    assert len(layers) == 2 and all(row.runs == runs for row in layers), report
+    # The pooler is torch's MultiheadAttention, which only patch_model reaches.
+    count = 2 if way == "by name" else 3
+    assert len(layers) == count and all(row.runs == runs for row in layers), report
 
 
 def test_a_legible_mask_that_was_written_to_is_read_anew():

@@ -37,6 +37,8 @@ ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     rf"ListedPolicy<{_POLICY}96": (8, "the same, of 308 or 502"),
     rf"ListedPolicy<{_POLICY}128.*true>+": (1, "the same, of 634, with dropout"),
     r"kernel<(?:\w+::)*QueryGradientPolicy<(?:\(int\))?256.*true>+": (21, "dropout, of 694"),
+    rf"HoledPolicy<(?:\w+::)*ListedPolicy<{_POLICY}96": (9, "as listed, of 311 to 533"),
+    r"HoledPolicy<(?:\w+::)*QueryGradientPolicy<(?:\(int\))?256.*true>+": (27, "dropout, of 705"),
     rf"kernel<{_BACKWARD}64.*true>+": (6, "dropout's constants, of 1000"),
 }
 

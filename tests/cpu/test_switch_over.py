@@ -64,6 +64,7 @@ def stand_in(
     deterministic: bool = False,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: None = None,
 ) -> Tensor:
     """flash_attn_func with a window and softcap: (B, S, H, D)."""
     assert dropout_p == 0.0 and not deterministic

@@ -25,6 +25,7 @@ from hf_flashattn.functional import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from hf_flashattn.key_bits import key_bits_of
 from hf_flashattn.masks import legible_mask, stated_mask
 from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, LEGIBLE_NAME, STATED_NAME
 from hf_flashattn.patching import (
@@ -50,6 +51,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "key_bits_of",
     "patch_model",
     "patched",
     "support",

@@ -20,7 +20,8 @@ from hf_flashattn import _compat, environment, functional, masks, ops, paged, re
 from hf_flashattn.call import Call, known_as_plain
 from hf_flashattn.fallback import fall_back
 from hf_flashattn.families.recognise import padding_alone
-from hf_flashattn.masks import Compaction, KeyRange, Packed, Segments
+from hf_flashattn.key_bits import words_of
+from hf_flashattn.masks import KeyBits, KeyRange, Packed, Segments
 from hf_flashattn.report import SETTINGS
 from hf_flashattn.unpadding import VarlenPlan
 
@@ -439,7 +440,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 def _run(call: Call) -> Tensor:
     """out (B, Sq, H, D)."""
     found, plan = call.found, None
-    if isinstance(found, KeyRange) and not found.full:
+    if isinstance(found, KeyBits) or (isinstance(found, KeyRange) and not found.full):
         return _run_dense(call, found)
     if not call.has_lengths and (found is None or isinstance(found, KeyRange)):
         plan = call.packed_plan()
@@ -451,8 +452,6 @@ def _run(call: Call) -> Tensor:
         return _run_varlen(q, k, v, found.plan, options)
     if isinstance(found, Packed):
         return _run_varlen(q, k, v, found.unpadding.varlen, options)
-    if isinstance(found, Compaction):
-        return _run_compacted(q, k, v, found, options)
     if plan is not None:
         return _run_varlen(q, k, v, plan, options)
     return _run_given(q, k, v, call.extra, options)
@@ -481,22 +480,25 @@ def _options(call: Call) -> dict[str, Any]:
 _BEYOND_DENSE = frozenset(("window_size", "softcap", "s_aux", "attn_bias"))
 
 
-def _run_dense(call: Call, keys: KeyRange | None) -> Tensor:
+def _run_dense(call: Call, keys: KeyRange | KeyBits | None) -> Tensor:
     """As _quick runs it, to the tensors that are saved: checkpoints compare one call with another.
 
     A trace sees the transposes instead, which cost nothing there, and the op of every call.
     """
     q, k, v = call.query, call.key, call.value
     start, length = (None, None) if keys is None else (keys.start, keys.length)
+    bits = keys.bits if isinstance(keys, KeyBits) else None
     if keys is not None and keys.used is not None:
         k, v = k[:, :, : keys.used], v[:, :, : keys.used]
+        bits = None if bits is None else bits[:, : words_of(keys.used)]
     options = _options(call)
     if "attn_bias" in options:  # of a static cache, of which the keys were cut
         options["attn_bias"] = options["attn_bias"][..., : k.shape[2]]
-    beyond = not _BEYOND_DENSE.isdisjoint(options)
+    beyond = not _BEYOND_DENSE.isdisjoint(options) or bits is not None
     if torch.compiler.is_compiling() or beyond:
         q, k, v = _heads_last(q, k, v)
-        return functional.flash_attn_func(q, k, v, **options, key_start=start, key_len=length)
+        shown = {"key_start": start, "key_len": length, "key_bits": bits}
+        return functional.flash_attn_func(q, k, v, **options, **shown)
     return functional.dense_attention(q, k, v, start, length, **options, heads_first=True)
 
 
@@ -549,50 +551,3 @@ def _run_given(
         )
     out = functional.flash_attn_varlen_func(q_, k_, v_, cu_q, cu_k, max_q, max_k, **options)
     return out.view(q.shape[0], q.shape[1], *out.shape[1:])
-
-
-def _run_compacted(
-    q: Tensor, k: Tensor, v: Tensor, found: Compaction, options: dict[str, Any]
-) -> Tensor:
-    """Kept keys first, so that a length is all the kernel needs.
-
-    Causal: the queries in the same order, and the result back in theirs.
-    """
-    causal, order, inverse = options["causal"], found.order, found.inverse
-    out = functional.flash_attn_func(
-        _Reorder.apply(q, order, inverse) if causal else q,
-        _Reorder.apply(k, order, inverse),
-        _Reorder.apply(v, order, inverse),
-        **options,
-        key_start=torch.zeros_like(found.count),
-        key_len=found.count,
-    )
-    return _Reorder.apply(out, inverse, order) if causal else out
-
-
-class _Reorder(torch.autograd.Function):
-    """(B, S, H, D) with the tokens of row b in the order order[b]; inverse[b] leads back.
-
-    The gradient goes back by a gather too. torch's own would add into zeros, one atomic an element,
-    as it cannot know that no token comes twice.
-    """
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return _take(x, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return _Reorder.apply(grad, inverse, order), None, None
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    batch, seqlen = order.shape
-    rows = torch.arange(batch, device=x.device)[:, None] * seqlen
-    return (
-        x.reshape(batch * seqlen, *x.shape[2:])
-        .index_select(0, (order + rows).flatten())
-        .view(x.shape)
-    )

@@ -19,6 +19,7 @@ import os
 import torch
 from torch import Tensor
 
+from .key_bits import words_of
 from .support import (
     CPU_DTYPES,
     CUDA_CAPABILITIES,
@@ -45,6 +46,7 @@ def check_tensors(
     max_seqlen_k: int = 0,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
     dropout_p: float = 0.0,
     any_strides: bool = False,
 ) -> None:
@@ -93,13 +95,21 @@ def check_tensors(
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_strides(name, x)
     if packed:
-        _check_packed(
-            q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_start, key_len
-        )
-    elif key_start is not None or key_len is not None:
+        keys = (key_start, key_len, key_bits)
+        _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, keys)
+    elif key_start is not None or key_len is not None or key_bits is not None:
         for name, x in (("key_start", key_start), ("key_len", key_len)):
             if x is not None:
                 _check_index(name, x, device, (qs[0],), "one entry for each row of the batch")
+        if key_bits is not None:
+            if key_start is None or key_len is None:
+                _bad(
+                    "key_bits: expected key_start and key_len with it, got one of them or none",
+                    "all three: the first kept key, how many from it to the last, a bit for each",
+                    _BITS_NEXT,
+                )
+            shape = (qs[0], words_of(ks[1]))
+            _check_index("key_bits", key_bits, device, shape, "a bit for each key", _BITS_NEXT)
 
 
 def _check_kernel(q: Tensor, heads_k: int, dropout_p: float) -> None:
@@ -149,8 +159,11 @@ def check_strides(name: str, x: Tensor) -> None:
         )
 
 
+_BITS_NEXT = "key_start, key_len, key_bits = hf_flashattn.key_bits_of(mask)"
+
+
 def _check_packed(
-    q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_start, key_len
+    q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, keys: tuple[Tensor | None, ...]
 ) -> None:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         _bad(
@@ -158,9 +171,9 @@ def _check_packed(
             "both",
             "pass the same tensor twice",
         )
-    if key_start is not None or key_len is not None:
+    if any(x is not None for x in keys):
         _bad(
-            "expected cu_seqlens alone, got key_start or key_len with them",
+            "expected cu_seqlens alone, got key_start, key_len or key_bits with them",
             "one of the two ways to say what is real",
             "say the lengths in cu_seqlens",
         )
@@ -187,13 +200,18 @@ def _check_packed(
 
 
 def _check_index(
-    name: str, x: Tensor, device: torch.device, shape: tuple[int, ...], meaning: str
+    name: str,
+    x: Tensor,
+    device: torch.device,
+    shape: tuple[int, ...],
+    meaning: str,
+    next_step: str = "",
 ) -> None:
     if x.dtype != torch.int32:
         _bad(
             f"{name}: expected dtype int32, got {dtype_name(x.dtype)}",
             "int32",
-            f"{name}.to(torch.int32)",
+            next_step or f"{name}.to(torch.int32)",
             TypeError,
         )
     if x.device != device:
@@ -202,12 +220,12 @@ def _check_index(
             f"{device}",
             f"{name}.to(q.device)",
         )
-    if tuple(x.shape) != shape or (shape[0] > 1 and x.stride(0) != 1):
+    if tuple(x.shape) != shape or (shape[-1] > 1 and x.stride(-1) != 1):
         _bad(
             f"{name}: expected a contiguous tensor of shape {shape}, got {tuple(x.shape)} with "
             f"strides {x.stride()}",
             meaning,
-            f"check the batch size, or {name}.contiguous()",
+            next_step or f"check the batch size, or {name}.contiguous()",
         )
 
 

@@ -33,6 +33,7 @@ def forward(
     cu_seqlens_k: Tensor | None,
     key_start: Tensor | None,
     key_len: Tensor | None,
+    key_bits: Tensor | None,
     rng_state: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -52,6 +53,7 @@ def forward(
                 cu_seqlens_k=cu_seqlens_k,
                 key_start=key_start,
                 key_len=key_len,
+                key_bits=key_bits,
                 causal=causal,
                 softmax_scale=softmax_scale,
                 dropout_p=dropout_p,
@@ -59,12 +61,13 @@ def forward(
             )
         )
     if cu_seqlens_q is None:
-        return _contiguous(_dense(q, k, v, key_start, key_len, softmax_scale, causal))
+        keys = (key_start, key_len, key_bits)
+        return _contiguous(_dense(q, k, v, keys, softmax_scale, causal))
     out = q.new_zeros(q.shape)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=_lse_dtype(q))
     for qs, ks in sequences(cu_seqlens_q, cu_seqlens_k):
         part, part_lse = _dense(
-            q[None, qs], k[None, ks], v[None, ks], None, None, softmax_scale, causal
+            q[None, qs], k[None, ks], v[None, ks], _ALL_KEYS, softmax_scale, causal
         )
         out[qs], lse[:, qs] = part[0], part_lse[0]
     return out, lse
@@ -82,6 +85,7 @@ def backward(
     cu_seqlens_k: Tensor | None,
     key_start: Tensor | None,
     key_len: Tensor | None,
+    key_bits: Tensor | None,
     rng_state: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -104,6 +108,7 @@ def backward(
                 cu_seqlens_k=cu_seqlens_k,
                 key_start=key_start,
                 key_len=key_len,
+                key_bits=key_bits,
                 causal=causal,
                 softmax_scale=softmax_scale,
                 dropout_p=dropout_p,
@@ -111,9 +116,8 @@ def backward(
             )
         )
     if cu_seqlens_q is None:
-        return _contiguous(
-            _dense_backward(dout, q, k, v, out, lse, key_start, key_len, softmax_scale, causal)
-        )
+        keys = (key_start, key_len, key_bits)
+        return _contiguous(_dense_backward(dout, q, k, v, out, lse, keys, softmax_scale, causal))
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     for qs, ks in sequences(cu_seqlens_q, cu_seqlens_k):
         grads = _dense_backward(
@@ -123,8 +127,7 @@ def backward(
             v[None, ks],
             out[None, qs],
             lse[None, :, qs],
-            None,
-            None,
+            _ALL_KEYS,
             softmax_scale,
             causal,
         )
@@ -148,7 +151,7 @@ def dense_forward(
     """hf_flashattn::dense_forward on CPU tensors."""
     if heads_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    visible = (None, None, key_start, key_len, rng_state, 0, 0)
+    visible = (None, None, key_start, key_len, None, rng_state, 0, 0)
     return forward(q, k, v, *visible, dropout_p, softmax_scale, causal, deterministic)
 
 
@@ -171,10 +174,14 @@ def dense_backward(
     """hf_flashattn::dense_backward on CPU tensors; heads first, gradients are views of the rest."""
     if heads_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    visible = (None, None, key_start, key_len, rng_state, 0, 0)
+    visible = (None, None, key_start, key_len, None, rng_state, 0, 0)
     flags = (dropout_p, softmax_scale, causal, deterministic)
     grads = backward(dout, q, k, v, out, lse, *visible, *flags)
     return tuple(x.transpose(1, 2) for x in grads) if heads_first else grads
+
+
+_Keys = tuple[Tensor | None, Tensor | None, Tensor | None]  # key_start, key_len, key_bits
+_ALL_KEYS: _Keys = (None, None, None)
 
 
 class _Mask:
@@ -185,17 +192,22 @@ class _Mask:
     row_sees, key_seen: (B or 1, 1, Sq) and (B or 1, 1, Sk); None if all do, and all are.
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, key_start: Tensor | None, key_len: Tensor | None, causal: bool
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, keys: _Keys, causal: bool) -> None:
         sq, sk = q.shape[1], k.shape[1]
-        ranged = key_start is not None or key_len is not None
+        key_start, key_len, key_bits = keys
+        ranged = any(x is not None for x in keys)
         self.causal = causal and sq == sk and not ranged
         self.bias = self.row_sees = self.key_seen = None
         if not ranged and (self.causal or not causal or sq == 1):
             return
         visible = visible_keys(
-            sq, sk, causal=causal, key_start=key_start, key_len=key_len, device=q.device
+            sq,
+            sk,
+            causal=causal,
+            key_start=key_start,
+            key_len=key_len,
+            key_bits=key_bits,
+            device=q.device,
         )
         self.bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
         self.row_sees, self.key_seen = visible.any(-1), visible.any(-2)
@@ -209,13 +221,13 @@ class _Mask:
         return x if self.key_seen is None else torch.where(self.key_seen[..., None], x, 0)
 
 
-def _dense(q, k, v, key_start, key_len, scale, causal):
+def _dense(q, k, v, keys, scale, causal):
     """(B, S, H, D) tensors -> out (B, Sq, Hq, D), lse (B, Hq, Sq)."""
     if q.numel() == 0 or k.numel() == 0:
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_lse_dtype(q))
         return torch.zeros_like(q), lse
     q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
-    mask = _Mask(q, k, key_start, key_len, causal)
+    mask = _Mask(q, k, keys, causal)
     kh, vh = (mask.keys(_per_query_head(x, q.shape[2])) for x in (k, v))
     out, lse = _sdpa(
         mask.rows(q.transpose(1, 2)), kh, vh, 0.0, mask.causal, attn_mask=mask.bias, scale=scale
@@ -226,12 +238,12 @@ def _dense(q, k, v, key_start, key_len, scale, causal):
     return out.transpose(1, 2), lse
 
 
-def _dense_backward(dout, q, k, v, out, lse, key_start, key_len, scale, causal):
+def _dense_backward(dout, q, k, v, out, lse, keys, scale, causal):
     """Gradients (B, S, H, D) of _dense."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dout, q, k, v, out = (_rows_in_one_piece(x) for x in (dout, q, k, v, out))
-    mask = _Mask(q, k, key_start, key_len, causal)
+    mask = _Mask(q, k, keys, causal)
     do, qh, oh = (mask.rows(x.transpose(1, 2)) for x in (dout, q, out))
     kh, vh = (mask.keys(_per_query_head(x, q.shape[2])) for x in (k, v))
     if mask.row_sees is not None:

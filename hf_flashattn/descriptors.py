@@ -47,16 +47,17 @@ class Segments:
 
 
 @dataclass(frozen=True, eq=False)
-class Compaction:
-    """The keys of row b in the order `order[b]` have the `count[b]` kept ones first.
+class KeyBits:
+    """Row b sees the keys of its range whose bit is set: key_bits.py says how.
 
-    Causal: so have the queries. inverse[b] leads back.
+    used: as of a KeyRange.
     """
 
-    order: Tensor  # int32 (B, Sk)
-    inverse: Tensor  # int32 (B, Sk)
-    count: Tensor  # int32 (B,)
+    start: Tensor  # int32 (B,)
+    length: Tensor  # int32 (B,)
+    bits: Tensor  # int32 (B, ceil(Sk / 32))
     causal: bool
+    used: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +66,9 @@ class Packed:
 
     unpadding: Unpadding
     mask: Tensor  # the layer's mask of the padded batch, for what no kernel takes
-    found: KeyRange | Segments | None  # what that mask says; None: it is no carrier
+    found: KeyRange | KeyBits | Segments | None  # what that mask says; None: it is no carrier
 
     causal = False
 
 
-Descriptor = KeyRange | Segments | Compaction | Packed
+Descriptor = KeyRange | KeyBits | Segments | Packed

@@ -6,7 +6,7 @@ Code written for flash-attn runs unchanged where it uses what is there: full and
 dropout, GQA and MQA, packed sequences, deterministic gradients. A sliding window, softcap, ALiBi,
 attention sinks, a bias and a paged cache raise NotImplementedError. What flash-attn lacks comes as
 keywords: key_start and key_len say per batch row which keys are real, so that left- and
-right-padded batches run without a copy.
+right-padded batches run without a copy, and key_bits which of those are holes.
 
 Causal means bottom-right aligned: the last query sees the last key. Rows that see no key give 0
 (and no gradient). Under torch.autocast, inputs are cast to its dtype as PyTorch's own matrix
@@ -43,6 +43,7 @@ def flash_attn_func(
     *,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
     s_aux: Tensor | None = None,
     attn_bias: Tensor | None = None,
 ) -> Result:
@@ -61,6 +62,9 @@ def flash_attn_func(
         deterministic: gradients bitwise equal from run to run, somewhat slower.
         key_start, key_len: int32 (B,) on q's device, row b sees the keys
             key_start[b] <= c < key_start[b] + key_len[b]; None: from 0, and to the end.
+        key_bits: int32 (B, ceil(Sk / 32)) on q's device, and of these keys only those whose bit is
+            set: bit c % 32 of word c / 32 for key c. Comes with key_start and key_len, the first
+            such key and how many from it to the last; key_bits_of(mask) makes the three.
         s_aux: (Hq,), attention sinks, a score beside those of each row.  attn_bias: added to the
             scores, (B or 1, Hq or 1, Sq or 1, Sk). None only, both are not there yet.
 
@@ -79,8 +83,8 @@ def flash_attn_func(
             window_size, causal, softcap, alibi_slopes, s_aux=s_aux, attn_bias=attn_bias
         )
     flags = (dropout_p, softmax_scale, causal, deterministic)
-    if return_attn_probs or torch.compiler.is_compiling():
-        visible = (None, None, key_start, key_len)
+    if return_attn_probs or key_bits is not None or torch.compiler.is_compiling():
+        visible = (None, None, key_start, key_len, key_bits)
         out, lse = _attention(q, k, v, visible, 0, 0, *flags)
         return (out, lse, None) if return_attn_probs else out
     return dense_attention(q, k, v, key_start, key_len, *flags)
@@ -100,6 +104,7 @@ def flash_attn_kvpacked_func(
     *,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
 ) -> Result:
     """flash_attn_func with kv (B, Sk, 2, Hkv, D): no copy forward, one gradient tensor backward."""
     k, v = _unpack("kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
@@ -117,6 +122,7 @@ def flash_attn_kvpacked_func(
         return_attn_probs,
         key_start=key_start,
         key_len=key_len,
+        key_bits=key_bits,
     )
 
 
@@ -133,6 +139,7 @@ def flash_attn_qkvpacked_func(
     *,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
 ) -> Result:
     """flash_attn_func with qkv (B, S, 3, H, D): no copy forward, one gradient tensor backward."""
     q, k, v = _unpack("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
@@ -150,6 +157,7 @@ def flash_attn_qkvpacked_func(
         return_attn_probs,
         key_start=key_start,
         key_len=key_len,
+        key_bits=key_bits,
     )
 
 
@@ -202,7 +210,7 @@ def flash_attn_varlen_func(
         int(max_seqlen_q) if isinstance(max_seqlen_q, Tensor) else max_seqlen_q,
         int(max_seqlen_k) if isinstance(max_seqlen_k, Tensor) else max_seqlen_k,
     )
-    visible = (cu_seqlens_q, cu_seqlens_k, None, None)
+    visible = (cu_seqlens_q, cu_seqlens_k, None, None, None)
     out, lse = _attention(
         q, k, v, visible, *longest, dropout_p, softmax_scale, causal, deterministic
     )
@@ -346,7 +354,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Checks and runs one call, packed or traced too: (out, lse).
 
-    visible: the op's four tensors that hide keys. The library cannot see what cu_seqlens say:
+    visible: the op's five tensors that hide keys. The library cannot see what cu_seqlens say:
         where that is not known yet, Python checks everything.
     """
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
@@ -379,7 +387,7 @@ def _known(q, k, v, visible, max_seqlen_q, max_seqlen_k) -> bool:
 
 
 def _check(q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p) -> None:
-    cu_seqlens_q, cu_seqlens_k, key_start, key_len = visible
+    cu_seqlens_q, cu_seqlens_k, key_start, key_len, key_bits = visible
     checks.check_tensors(
         q,
         k,
@@ -390,6 +398,7 @@ def _check(q, k, v, visible, max_seqlen_q, max_seqlen_k, dropout_p) -> None:
         max_seqlen_k=max_seqlen_k,
         key_start=key_start,
         key_len=key_len,
+        key_bits=key_bits,
         dropout_p=dropout_p,
     )
 

@@ -8,20 +8,20 @@ remembered beside it.
 
     KeyRange    (B, 1, 1, 2 | 3 | 4)  [start, length, 0, keys used]: padding; static caches
                 (B, 1, 4 + window, 2 | 3)  the same in every line: a sliding window on top
+    KeyBits     (B, 1, 3, 2 + words)  [start, length, a bit for each key] three times: any padding
     Segments    (B, 1, 2, Sq + Sk)    numbers of query and key tokens, 0 is nowhere: holes, packing
-    Compaction  (B, 1, 3, Sk)         order that puts the kept keys first, inverse, their count
     Packed      (1, 1, 4, total)      an encoder's batch without its padding: encoder_unpadding.py
 
-A causal KeyRange has 3 columns (4 if only the first `keys used` keys exist yet), a causal Segments
-or Compaction one column more: causality is part of the shape, so that it is known without reading
-the device.
+A causal KeyRange has 3 columns (4 if only the first `keys used` keys exist yet), a causal KeyBits
+or Segments one column more (KeyBits two, likewise): causality is part of the shape, so that it is
+known without reading the device.
 
 Reading the device: outside torch.compile, once per 2-D mask, to learn whether the kept keys are
-neighbours (KeyRange) or not (Segments). Under torch.compile
-and CUDA graph capture, never: a 2-D mask becomes a Compaction, right for every mask at the price of
-a gather of K and V (causal: Q too) per layer. Packed positions become Segments whose layers need
-the caller's cu_seq_lens, as no trace can count the sequences. Patterns that none of these can
-express become Transformers' boolean mask, and the layer falls back.
+neighbours (KeyRange) or not (Segments; in a static cache KeyBits). Under torch.compile and CUDA
+graph capture, never: a 2-D mask becomes KeyBits, right for every mask, which the kernels read
+themselves. Packed positions become Segments whose layers need the caller's cu_seq_lens, as no trace
+can count the sequences. Patterns that none of these can express become Transformers' boolean mask,
+and the layer falls back.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from torch.nn import functional as F
 
 from hf_flashattn import _compat, support
 from hf_flashattn.descriptors import (
-    Compaction,
     Descriptor,
+    KeyBits,
     KeyRange,
     Packed,
     Segments,
     Tokens,
 )
+from hf_flashattn.key_bits import kept_keys, key_bits_of, words_of
 from hf_flashattn.notes import TensorNotes
 from hf_flashattn.unpadding import Unpadding, plan_varlen
 
@@ -138,7 +139,7 @@ def attention_mask(
         return None
     kept = _fit(attention_mask, kv_length)
     if tracing:
-        return _traced(kept, arguments, causal=pattern.causal and q_length > 1)
+        return encode_bits(kept, causal=pattern.causal and q_length > 1)
     return padded(kept, q_length, causal=pattern.causal)
 
 
@@ -260,15 +261,15 @@ def _must_materialize(pattern: _compat.MaskPattern, q_length: int, kwargs: dict[
     return not kwargs.get("allow_is_bidirectional_skip", True)
 
 
-def padded(kept: Tensor, q_length: int, *, causal: bool, used: int | None = None) -> Tensor | None:
+def padded(kept: Tensor, q_length: int, *, causal: bool) -> Tensor | None:
     """kept: bool (B, Sk). One read of the device, of all of it: asking there takes 15 launches."""
     known = _read(kept)
-    if used is None and bool(known.all()):
+    if bool(known.all()):
         return None
     start, length, neighbours = _range_of(known)
     if bool(neighbours.all()):
         start, length = torch.stack([start, length]).to(kept.device, non_blocking=True)
-        return encode_range(start, length, causal=causal, used=used, tokens=Tokens(kept, known))
+        return encode_range(start, length, causal=causal, tokens=Tokens(kept, known))
 
     def ids(kept: Tensor) -> tuple[Tensor, Tensor]:
         key_ids = kept.to(torch.int32)
@@ -291,9 +292,9 @@ def _read(kept: Tensor) -> Tensor:
 def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool) -> Tensor:
     """Causal, with keys beyond the last query that do not exist yet: a static cache.
 
-    One query: the range ends behind it, on the device. Several: the keys in use must be cut off, so
-    that the last query meets the last key; that reads q_offset, and under torch.compile takes the
-    explicit mask.
+    One query: what it sees ends behind it, on the device. Several: the keys in use must be cut off,
+    so that the last query meets the last key; that reads q_offset, and under torch.compile takes
+    the explicit mask.
     """
     batch, q_length, kv_length = (
         arguments["batch_size"],
@@ -302,29 +303,27 @@ def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool
     )
     q_offset, mask = arguments["q_offset"], arguments["attention_mask"]
     if q_length == 1:
-        exists = torch.arange(kv_length, device=device) <= q_offset  # (Sk,)
+        used, exists = None, torch.arange(kv_length, device=device) <= q_offset  # (Sk,)
         kept = exists.expand(batch, -1) if mask is None else _fit(mask, kv_length) & exists
         if mask is None:
             start, length, _ = _range_of(kept)
             return encode_range(start, length, causal=False)
         if tracing:
-            return encode_compaction(kept, causal=False)
-        carrier = padded(kept, 1, causal=False)
-        return encode_range(*_range_of(kept)[:2], causal=False) if carrier is None else carrier
-    used = None if tracing else int(q_offset) + q_length
-    if used is None or used > kv_length:
-        return _compat.explicit_mask(**arguments)
-    if mask is None:
-        zeros = torch.zeros(batch, dtype=torch.int32, device=device)
-        return encode_range(zeros, zeros + used, causal=True, used=used)
-    carrier = padded(_fit(mask, used), q_length, causal=True, used=used)
-    return carrier if carrier.shape[2] == 1 else _compat.explicit_mask(**arguments)
-
-
-def _traced(kept: Tensor, arguments: dict[str, Any], *, causal: bool) -> Tensor:
-    if causal and arguments["q_length"] != arguments["kv_length"]:
-        return _compat.explicit_mask(**arguments)
-    return encode_compaction(kept, causal=causal)
+            return encode_bits(kept, causal=False)
+    else:
+        used = None if tracing else int(q_offset) + q_length
+        if used is None or used > kv_length:
+            return _compat.explicit_mask(**arguments)
+        if mask is None:
+            zeros = torch.zeros(batch, dtype=torch.int32, device=device)
+            return encode_range(zeros, zeros + used, causal=True, used=used)
+        kept = _fit(mask, used)
+    tokens = Tokens(kept, _read(kept))
+    start, length, neighbours = _range_of(tokens.known)
+    if not bool(neighbours.all()):
+        return encode_bits(_fit(kept, kv_length), causal=q_length > 1, used=used)
+    start, length = torch.stack([start, length]).to(device, non_blocking=True)
+    return encode_range(start, length, causal=q_length > 1, used=used, tokens=tokens)
 
 
 def _fit(mask: Tensor, length: int) -> Tensor:
@@ -412,13 +411,21 @@ def recall(mask: Tensor) -> Descriptor | None:
     return _DECODED.get(mask)
 
 
-def encode_compaction(kept: Tensor, *, causal: bool) -> Tensor:
-    """int32 (B, 1, 3, Sk), causal one column more; kept: bool (B, Sk). Never reads the device."""
-    order = torch.argsort((~kept).to(torch.uint8), dim=-1, stable=True)
-    inverse = torch.argsort(order, dim=-1)
-    count = kept.sum(-1, keepdim=True).expand_as(order)
-    carrier = torch.stack([order, inverse, count], dim=1).to(torch.int32)[:, None]
-    return F.pad(carrier, (0, 1)) if causal else carrier
+def encode_bits(kept: Tensor, *, causal: bool, used: int | None = None) -> Tensor:
+    """int32 (B, 1, 3, 2 + words), causal one column more, with `used` two; kept: bool (B, Sk).
+
+    Never reads the device. The second and third row are there for the shape, without memory.
+    """
+    start, length, bits = key_bits_of(kept)
+    columns = [start[:, None], length[:, None], bits]
+    if causal:
+        columns.append(torch.zeros_like(columns[0]))
+    if used is not None:
+        columns.append(torch.full_like(columns[0], used))
+    carrier = torch.cat(columns, dim=-1)[:, None, None].expand(-1, -1, 3, -1)
+    if not torch.compiler.is_compiling():  # nothing is read, so a captured graph may hold it too
+        _DECODED[carrier] = KeyBits(start, length, bits, causal, used)
+    return carrier
 
 
 def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
@@ -454,9 +461,11 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
         query_ids, key_ids = mask[:, 0, 0, :seqlen_q], mask[:, 0, 0, seqlen_q : seqlen_q + seqlen_k]
         plan = None if tracing else plan_varlen(query_ids, key_ids)
         found = Segments(query_ids, key_ids, width > seqlen_q + seqlen_k, plan)
-    elif rows == 3 and 0 <= width - seqlen_k <= 1:
-        order, inverse, count = mask[:, 0, 0, :seqlen_k], mask[:, 0, 1, :seqlen_k], mask[:, 0, 2, 0]
-        found = Compaction(order, inverse, count.contiguous(), width > seqlen_k)
+    elif rows == 3 and 0 <= (more := width - 2 - words_of(seqlen_k)) <= 2:
+        start, length = mask[:, 0, 0, 0].contiguous(), mask[:, 0, 0, 1].contiguous()
+        bits = mask[:, 0, 0, 2 : 2 + words_of(seqlen_k)]
+        used = int(mask[0, 0, 0, -1]) if more == 2 else None
+        found = KeyBits(start, length, bits, more > 0, used)
     else:
         raise _altered(mask, seqlen_q, seqlen_k)
     if not tracing:
@@ -484,21 +493,21 @@ def dense(
     """
     keys = torch.arange(seqlen_k, device=device)
     mask, last_key = None, seqlen_k - 1
-    if isinstance(found, KeyRange):
+    if isinstance(found, KeyBits):
+        causal = found.causal
+        mask = kept_keys(found.bits, seqlen_k)[:, None, None, :]
+    elif isinstance(found, KeyRange):
         causal = found.causal
         start, end = found.start[:, None], (found.start + found.length)[:, None]
         mask = ((keys >= start) & (keys < end))[:, None, None, :]  # (B, 1, 1, Sk)
-        if found.used is not None:
-            last_key = found.used - 1
     elif isinstance(found, Segments):
         causal = found.causal
         same = (found.query_ids[:, :, None] == found.key_ids[:, None, :]) & (
             found.key_ids[:, None, :] > 0
         )
         mask = same[:, None]
-    elif isinstance(found, Compaction):
-        causal = found.causal
-        mask = (found.inverse < found.count[:, None])[:, None, None, :]
+    if isinstance(found, (KeyRange, KeyBits)) and found.used is not None:
+        last_key = found.used - 1
     rows = torch.arange(seqlen_q, device=device)[:, None] + (last_key + 1 - seqlen_q)
     if isinstance(found, KeyRange) and found.window is not None:
         mask = mask & ((keys - rows).abs() < found.window)[None, None]

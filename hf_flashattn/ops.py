@@ -2,7 +2,8 @@
 
     hf_flashattn::forward, backward              every call; what torch.compile sees
     hf_flashattn::dense_forward, dense_backward  a dense call with few arguments, also of tensors
-                                                 with heads first: what eager calls pass through
+                                                 with heads first: what eager calls pass through,
+                                                 but for those with key_bits, which are for graphs
 
 Where the schemas come from. The compiled library defines them (kernels/torch_binding.cpp) and is
 loaded at import if it is there. If it is not, they are defined here with the same text, so that the
@@ -29,15 +30,15 @@ from . import build, cpu
 
 FORWARD_SCHEMA = (
     "forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? key_start, Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, bool deterministic) "
-    "-> (Tensor out, Tensor lse)"
+    "Tensor? key_start, Tensor? key_len, Tensor? key_bits, Tensor? rng_state, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, "
+    "bool deterministic) -> (Tensor out, Tensor lse)"
 )
 BACKWARD_SCHEMA = (
     "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, "
-    "Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, "
-    "float softmax_scale, bool causal, bool deterministic) "
+    "Tensor? key_bits, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float dropout_p, float softmax_scale, bool causal, bool deterministic) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
 DENSE_FORWARD_SCHEMA = (
@@ -215,8 +216,8 @@ class _Attention(torch.autograd.Function):
         out, lse = _below_autograd(_forward, (q, k, v, *others))
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # else zeros are made for lse in every step
-        ctx.save_for_backward(q, k, v, out, lse, *others[:5])
-        ctx.flags = others[5:]
+        ctx.save_for_backward(q, k, v, out, lse, *others[:6])
+        ctx.flags = others[6:]
         return out, lse
 
     @staticmethod
@@ -310,7 +311,7 @@ def _dense_forward_autograd(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         if heads_first:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        hidden = (None, None, key_start, key_len, rng_state, 0, 0)
+        hidden = (None, None, key_start, key_len, None, rng_state, 0, 0)
         return _forward(q, k, v, *hidden, dropout_p, softmax_scale, causal, deterministic)
     return _below_autograd(_dense_forward, (q, k, v, *others))
 
@@ -346,6 +347,7 @@ def forward(
     max_seqlen_k: int = 0,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """hf_flashattn::forward, differentiable in q, k, v: (out, lse).
@@ -353,7 +355,8 @@ def forward(
     Shapes as in reference.attention_reference; nothing is checked here (see checks.py).
     deterministic: what backward will do.
     """
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+    hidden = (cu_seqlens_q, cu_seqlens_k, key_start, key_len, key_bits)
+    tensors = (q, k, v, *hidden, rng_state)
     flags = (max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic)
     return call_forward(tensors + flags)
 
@@ -441,12 +444,14 @@ def backward(
     max_seqlen_k: int = 0,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hf_flashattn::backward: dq, dk, dv from forward's results and its own arguments."""
     if q.is_cuda:
         _library_for_cuda()
-    tensors = (dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state)
+    hidden = (cu_seqlens_q, cu_seqlens_k, key_start, key_len, key_bits)
+    tensors = (dout, q, k, v, out, lse, *hidden, rng_state)
     flags = (max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, deterministic)
     return _call_backward(tensors + flags)
 

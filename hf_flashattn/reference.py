@@ -24,6 +24,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .key_bits import kept_keys
+
 _MASK32 = 0xFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -132,6 +134,7 @@ def visible_keys(
     causal: bool = False,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Which keys each row sees: bool (B or 1, 1, sq, sk)."""
@@ -145,6 +148,8 @@ def visible_keys(
     if key_len is not None:
         start = key_start.view(-1, 1, 1, 1).long() if key_start is not None else 0
         visible = visible & (columns < start + key_len.view(-1, 1, 1, 1).long())
+    if key_bits is not None:
+        visible = visible & kept_keys(key_bits, sk)[:, None, None]
     return visible
 
 
@@ -157,6 +162,7 @@ def attention_reference(
     cu_seqlens_k: Tensor | None = None,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
     causal: bool = False,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
@@ -171,6 +177,7 @@ def attention_reference(
         cu_seqlens_q, cu_seqlens_k: (B + 1,) offsets of the packed sequences; both or neither.
         key_start, key_len: (B,), dense only: row b sees the keys
             key_start[b] <= c < key_start[b] + key_len[b].
+        key_bits: (B, ceil(Sk / 32)): and of these only those whose bit is set; see key_bits.py.
         rng_state: (2,) int64 seed and offset of the dropout mask; needed if dropout_p > 0.
         math_dtype: what the matrix products and the softmax are computed in; fp32 (fp64 for fp64
             inputs) unless told. With q.dtype this is "the same PyTorch math in the low precision",
@@ -191,6 +198,7 @@ def attention_reference(
             causal=causal,
             key_start=key_start,
             key_len=key_len,
+            key_bits=key_bits,
             device=q.device,
         )
         return _attend(q, k, v, visible, scale, dropout, 0, math_dtype)
@@ -323,6 +331,7 @@ def attention_backward_reference(
     cu_seqlens_k: Tensor | None = None,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: Tensor | None = None,
     causal: bool = False,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
@@ -350,6 +359,7 @@ def attention_backward_reference(
             causal=causal,
             key_start=key_start,
             key_len=key_len,
+            key_bits=key_bits,
             device=q.device,
         )
         return _attend_backward(dout, q, k, v, out, lse, visible, scale, dropout, 0)

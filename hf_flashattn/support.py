@@ -133,7 +133,7 @@ def explain_features(
     if bias:
         return _no(
             "an additive bias (position bias, ALiBi, arbitrary mask) is not there yet",
-            "causal, padding (key_start, key_len) and packed sequences (cu_seqlens)",
+            "causal, padding (key_start, key_len, key_bits) and packed sequences (cu_seqlens)",
             "use attn_implementation='sdpa' for this module",
         )
     if sinks:

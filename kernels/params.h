@@ -39,6 +39,10 @@ struct Problem {
   // Sequence b has the keys key_start[b] <= c < key_start[b] + key_len[b]; dense only.
   int32_t const* key_start;  // (batch,) device, or null: 0
   int32_t const* key_len;    // (batch,) device, or null: up to seqlen_k
+  // And of these only the ones whose bit is set, bit c % 32 of word c / 32. With bits, key_start is
+  // the first such key, and the last one ends the range; a wider range costs time alone.
+  int32_t const* key_bits;  // (batch, ceil(seqlen_k / 32)) device, or null: all
+  int64_t key_bits_stride;  // words from one row to the next
 
   uint32_t drop_threshold;   // of 256, below it drops; 0: no dropout; see common/dropout.cuh
   int64_t const* rng_state;  // (2,) device: Philox seed and offset; null without dropout

@@ -34,21 +34,18 @@ using torch::headeronly::ScalarType;
 
 constexpr char kForwardSchema[] =
     "forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
-    "key_start, "
-    "Tensor? key_len, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float "
-    "dropout_p, "
-    "float softmax_scale, bool causal, bool deterministic) -> (Tensor out, Tensor lse)";
+    "key_start, Tensor? key_len, Tensor? key_bits, Tensor? rng_state, SymInt max_seqlen_q, SymInt "
+    "max_seqlen_k, float dropout_p, float softmax_scale, bool causal, bool deterministic) -> "
+    "(Tensor out, Tensor lse)";
 
 constexpr char kBackwardSchema[] =
     "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? "
-    "cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, Tensor? rng_state, SymInt "
-    "max_seqlen_q, "
-    "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, bool deterministic) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)";
+    "cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_start, Tensor? key_len, Tensor? key_bits, "
+    "Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float "
+    "softmax_scale, bool causal, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)";
 
 // The same for dense calls, with what is usual left out: the dispatcher's work grows with every
-// argument that is given.
+// argument that is given. Key bits are for graphs and are not among them.
 constexpr char kDenseForwardSchema[] =
     "dense_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal=False, bool "
     "heads_first=False, Tensor? key_start=None, Tensor? key_len=None, float dropout_p=0.0, Tensor? "
@@ -156,6 +153,25 @@ int32_t const* index_data(OptionalTensor const& t, Tensor const& q, int64_t n, c
   HFA_CHECK(t->dim() == 1 && t->size(0) == n && t->is_contiguous(), name,
             ": expected a contiguous tensor of shape (", n, ",), got ", shape_of(*t));
   return static_cast<int32_t const*>(t->data_ptr());
+}
+
+// key_bits into a problem whose shape is known.
+void set_key_bits(Problem& p, OptionalTensor const& t, Tensor const& q) {
+  if (!t) return;
+  HFA_CHECK(p.key_start != nullptr && p.key_len != nullptr,
+            "key_bits: expected key_start and key_len with it, the first key that may be seen and "
+            "how many from it to the last; next step: hf_flashattn.key_bits_of(mask)");
+  HFA_CHECK(t->is_cuda() && t->get_device_index() == q.get_device_index(),
+            "key_bits: expected on the device of q");
+  HFA_CHECK(t->scalar_type() == ScalarType::Int,
+            "key_bits: expected dtype int32; next step: hf_flashattn.key_bits_of(mask)");
+  int64_t const words = (int64_t{p.seqlen_k} + 31) / 32;
+  HFA_CHECK(t->dim() == 2 && t->size(0) == p.batch && t->size(1) == words &&
+                (words <= 1 || t->stride(1) == 1) && (p.batch <= 1 || t->stride(0) >= 0),
+            "key_bits: expected contiguous words of shape (", p.batch, ", ", words, "), got ",
+            shape_of(*t));
+  p.key_bits = static_cast<int32_t const*>(t->data_ptr());
+  p.key_bits_stride = p.batch > 1 ? t->stride(0) : words;
 }
 
 // ------------------------------------------------------------------------------------- device and
@@ -266,12 +282,13 @@ uint32_t drop_threshold(double p) {
 }
 
 // Checks the arguments that forward and backward share. Values of device tensors are not read: the
-// kernels stay inside the tensors for any content of cu_seqlens, key_start and key_len.
+// kernels stay inside the tensors for any content of cu_seqlens, key_start, key_len and key_bits.
 Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
                OptionalTensor const& cu_seqlens_q, OptionalTensor const& cu_seqlens_k,
                OptionalTensor const& key_start, OptionalTensor const& key_len,
-               OptionalTensor const& rng_state, int64_t max_seqlen_q, int64_t max_seqlen_k,
-               double dropout_p, double softmax_scale, bool causal, bool heads_first) {
+               OptionalTensor const& key_bits, OptionalTensor const& rng_state,
+               int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p, double softmax_scale,
+               bool causal, bool heads_first) {
   HFA_CHECK(q.is_cuda(), "q: expected a CUDA tensor");
   HFA_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
             "expected both cu_seqlens_q and cu_seqlens_k or none");
@@ -313,8 +330,9 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
   if (call.packed()) {
     HFA_CHECK(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) >= 1,
               "cu_seqlens_q: expected shape (batch + 1,), got ", shape_of(*cu_seqlens_q));
-    HFA_CHECK(!key_start && !key_len,
-              "key_start and key_len: expected None with cu_seqlens, which says the lengths");
+    HFA_CHECK(!key_start && !key_len && !key_bits,
+              "key_start, key_len and key_bits: expected None with cu_seqlens, which says the "
+              "lengths");
     batch = cu_seqlens_q->size(0) - 1;
     HFA_CHECK(sq.seq == 0 || batch == 0 || max_seqlen_q > 0,
               "max_seqlen_q: expected at least 1, got ", max_seqlen_q);
@@ -337,6 +355,7 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
   p.head_dim = to_int32(sq.dim, "head_dim");
   p.total_q = to_int32(sq.batch * sq.seq, "tokens of q");
   p.total_k = to_int32(sk.batch * sk.seq, "tokens of k");
+  set_key_bits(p, key_bits, q);
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.causal = causal;
   p.drop_threshold = drop_threshold(dropout_p);
@@ -461,23 +480,26 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(Call const& call, Tensor& dout, 
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
                                    OptionalTensor cu_seqlens_k, OptionalTensor key_start,
-                                   OptionalTensor key_len, OptionalTensor rng_state,
-                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
-                                   double softmax_scale, bool causal, bool /*deterministic*/) {
-  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
-                              max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, false);
+                                   OptionalTensor key_len, OptionalTensor key_bits,
+                                   OptionalTensor rng_state, int64_t max_seqlen_q,
+                                   int64_t max_seqlen_k, double dropout_p, double softmax_scale,
+                                   bool causal, bool /*deterministic*/) {
+  Call const call =
+      make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, key_bits, rng_state,
+                max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, false);
   return run_forward(call, q, k, v);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
                                             Tensor lse, OptionalTensor cu_seqlens_q,
                                             OptionalTensor cu_seqlens_k, OptionalTensor key_start,
-                                            OptionalTensor key_len, OptionalTensor rng_state,
-                                            int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                            double dropout_p, double softmax_scale, bool causal,
-                                            bool deterministic) {
-  Call const call = make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, rng_state,
-                              max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, false);
+                                            OptionalTensor key_len, OptionalTensor key_bits,
+                                            OptionalTensor rng_state, int64_t max_seqlen_q,
+                                            int64_t max_seqlen_k, double dropout_p,
+                                            double softmax_scale, bool causal, bool deterministic) {
+  Call const call =
+      make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, key_bits, rng_state,
+                max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, false);
   return run_backward(call, dout, q, k, v, out, lse, deterministic);
 }
 
@@ -485,7 +507,7 @@ std::tuple<Tensor, Tensor> dense_forward(Tensor q, Tensor k, Tensor v, double so
                                          bool causal, bool heads_first, OptionalTensor key_start,
                                          OptionalTensor key_len, double dropout_p,
                                          OptionalTensor rng_state, bool /*deterministic*/) {
-  Call const call = make_call(q, k, v, {}, {}, key_start, key_len, rng_state, 0, 0, dropout_p,
+  Call const call = make_call(q, k, v, {}, {}, key_start, key_len, {}, rng_state, 0, 0, dropout_p,
                               softmax_scale, causal, heads_first);
   return run_forward(call, q, k, v);
 }
@@ -496,7 +518,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_backward(Tensor dout, Tensor q, Tensor 
                                                   OptionalTensor key_start, OptionalTensor key_len,
                                                   double dropout_p, OptionalTensor rng_state,
                                                   bool deterministic) {
-  Call const call = make_call(q, k, v, {}, {}, key_start, key_len, rng_state, 0, 0, dropout_p,
+  Call const call = make_call(q, k, v, {}, {}, key_start, key_len, {}, rng_state, 0, 0, dropout_p,
                               softmax_scale, causal, heads_first);
   return run_backward(call, dout, q, k, v, out, lse, deterministic);
 }

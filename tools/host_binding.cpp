@@ -78,9 +78,9 @@ Status check_supported(Problem const&) { return {""}; }
 }  // namespace hf_flashattn
 
 // Copies what the last launch got: 8 views of 4 numbers; seqlen_q, seqlen_k, heads_q, heads_k,
-// batch, head_dim, key_start, key_len.
+// batch, head_dim, key_start, key_len, key_bits, key_bits_stride.
 extern "C" __attribute__((visibility("default"))) void hf_flashattn_last_launch(
-    int64_t (&out)[40]) {
+    int64_t (&out)[42]) {
   using namespace hf_flashattn;
   std::memcpy(out, views, sizeof views);
   int64_t const numbers[] = {problem.seqlen_q,
@@ -90,6 +90,8 @@ extern "C" __attribute__((visibility("default"))) void hf_flashattn_last_launch(
                              problem.batch,
                              problem.head_dim,
                              reinterpret_cast<int64_t>(problem.key_start),
-                             reinterpret_cast<int64_t>(problem.key_len)};
+                             reinterpret_cast<int64_t>(problem.key_len),
+                             reinterpret_cast<int64_t>(problem.key_bits),
+                             problem.key_bits_stride};
   std::memcpy(out + 32, numbers, sizeof numbers);
 }

@@ -28,7 +28,7 @@ from hf_flashattn import build, ops, support
 ROOT = Path(__file__).resolve().parents[1]
 TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 NUMBERS = ("seqlen_q", "seqlen_k", "heads_q", "heads_k", "batch", "head_dim")
-POINTERS = ("key_start", "key_len")
+KEYS = ("key_start", "key_len", "key_bits", "key_bits_stride")  # addresses, and a number
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ _last: list = []
 
 def last_launch() -> dict[str, View | int]:
     """What the last launch got: its tensors' views, sizes, and addresses of key ranges."""
-    numbers = (ctypes.c_int64 * 40)()
+    numbers = (ctypes.c_int64 * 42)()
     _last[-1](numbers)
     views = {
         name: View(numbers[4 * i], tuple(numbers[4 * i + 1 : 4 * i + 4]))
         for i, name in enumerate(TENSORS)
     }
-    return views | dict(zip(NUMBERS + POINTERS, numbers[32:], strict=True))
+    return views | dict(zip(NUMBERS + KEYS, numbers[32:], strict=True))

@@ -33,6 +33,13 @@ struct KeyBlocks {
   }
 };
 
+// Whether rows from first_row on see less of a block than BlockKeys say; dense.
+template <int BlockN>
+__device__ __forceinline__ bool crosses_diagonal(Problem const& p, bool causal, int first_row,
+                                                 int block) {
+  return causal && (block + 1) * BlockN - 1 > first_row + p.seqlen_k - p.seqlen_q;
+}
+
 // The row blocks that see keys first_key .. first_key + BlockN - 1: what the backward walks,
 // upwards.
 template <int BlockM, int BlockN>

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/fragment.cuh"
-#include "common/seqlen.cuh"
+#include "common/key_bits.cuh"
 
 namespace hf_flashattn {
 
@@ -12,6 +12,14 @@ struct VisibleKeys {
   int begin, end, diagonal;
 
   VisibleKeys() = default;
+  // What is left where BlockKeys have hidden all keys that no row sees; dense.
+  static __device__ __forceinline__ VisibleKeys up_to_diagonal(Problem const& p) {
+    VisibleKeys visible;
+    visible.begin = 0;
+    visible.end = 0x7fffffff;
+    visible.diagonal = p.seqlen_k - p.seqlen_q;
+    return visible;
+  }
   __device__ __forceinline__ explicit VisibleKeys(Sequence const& s)
       : begin(s.key_begin), end(s.key_end), diagonal(s.diagonal()) {}
 
@@ -44,17 +52,35 @@ __device__ __forceinline__ void mask_keys(float (&scores)[N], VisibleKeys const&
   for (int i = 0; i < 2; ++i) hide(i, [=](int column) { return column < begin; });
 }
 
+// The same of the keys of a block that nobody may see.
+template <int N>
+__device__ __forceinline__ void mask_keys(float (&scores)[N], BlockKeys const& keys, int quad) {
+  if (keys.has_all<2 * N>()) return;  // nearly always
+#pragma unroll
+  for (int column = 0; column < 2 * N; column += 32) {
+    // Loaded again: there are no registers to keep the words in.
+    uint32_t const own = keys.from(column) >> 2 * quad;
+#pragma unroll
+    for (int c = column; c < min(column + 32, 2 * N); c += 8)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (!(own >> (c - column + e) & 1)) scores[c / 2 + e] = scores[c / 2 + 2 + e] = -infinity();
+  }
+}
+
 // scores(key, row): the first row that sees each of this lane's keys first_key and first_key + 8.
 struct FirstRows {
   static constexpr int kNone = 0x7fffffff;
   int row[2];
 
-  __device__ __forceinline__ FirstRows(Sequence const& s, bool causal, int first_key) {
+  __device__ __forceinline__ FirstRows(Problem const& p, Sequence const& s, bool causal,
+                                       int first_key) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       int const key = first_key + 8 * i;
-      bool const exists = key >= s.key_begin && key < s.key_end;
-      row[i] = !exists ? kNone : causal ? key - s.diagonal() : 0;
+      bool seen = key >= s.key_begin && key < s.key_end;
+      if (seen && p.key_bits != nullptr) seen = KeyBits(p, s.index).has(key);
+      row[i] = !seen ? kNone : causal ? key - s.diagonal() : 0;
     }
   }
 

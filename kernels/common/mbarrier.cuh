@@ -72,6 +72,11 @@ struct PipelineState {
     ++position;
     if (!kWraps && position == 2 * Stages) position = 0;
   }
+  // Where it stood before the last next().
+  __device__ __forceinline__ int previous_stage() const {
+    static_assert(kWraps, "not needed of others");
+    return (position - 1) % Stages;
+  }
 };
 
 template <int Stages>

@@ -90,34 +90,33 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
            ++block, pipe.next()) {
         int const row = block * P::kBlockM;
         // Rows of a tile that see no key, or that are another sequence's, come as zeros.
-        int const rows_begin = max(sequence.first_seeing_row(P::kCausal) - row, 0);
-        int const rows_end =
-            sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM;
+        RowRange const rows = {
+            max(sequence.first_seeing_row(P::kCausal) - row, 0),
+            sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM};
         s.statistics_empty[pipe.stage()].wait(pipe.parity() ^ 1);
         if (elect_one())
           load_statistics(workspace, first_slot + row, s.statistics_full[pipe.stage()],
                           s.statistics[pipe.stage()]);
         __syncwarp();
         s.q_empty[pipe.stage()].wait(pipe.parity() ^ 1);
-        load_tile_zero_outside(maps.q, s.q_full[pipe.stage()], s.staging, staging_phase,
-                               s.q[pipe.stage()], sequence.first_q + row, head, sequence.batch,
-                               rows_begin, rows_end);
+        load_tile_rows(maps.q, s.q_full[pipe.stage()], s.staging, staging_phase, s.q[pipe.stage()],
+                       sequence.first_q + row, head, sequence.batch, rows);
         s.dout_empty[pipe.stage()].wait(pipe.parity() ^ 1);
-        load_tile_zero_outside(maps.dout, s.dout_full[pipe.stage()], s.staging, staging_phase,
-                               s.dout[pipe.stage()], sequence.first_q + row, head, sequence.batch,
-                               rows_begin, rows_end);
+        load_tile_rows(maps.dout, s.dout_full[pipe.stage()], s.staging, staging_phase,
+                       s.dout[pipe.stage()], sequence.first_q + row, head, sequence.batch, rows);
         if (keys_loaded) continue;
         // The first rows have memory of their own, K and V wait for the last ones of the tile
         // before.
         keys_loaded = true;
-        int begin, end;
-        sequence.visible_keys(work.first_key, P::kBlockN, begin, end);
+        LaneKeys<P::kBlockN> const lane_keys(p.problem, sequence, work.first_key);
+        s.keys.store(lane_keys);
+        VisibleRows const keys = {s.keys, lane_keys.all};
         s.keys_empty.wait(keys_phase ^ 1);
         keys_phase ^= 1;
-        load_tile_zero_outside(maps.k, s.k_full, s.staging, staging_phase, s.k, key_row,
-                               work.head_k, sequence.batch, begin, end);
-        load_tile_zero_outside(maps.v, s.v_full, s.staging, staging_phase, s.v, key_row,
-                               work.head_k, sequence.batch, begin, end);
+        load_tile_rows(maps.k, s.k_full, s.staging, staging_phase, s.k, key_row, work.head_k,
+                       sequence.batch, keys);
+        load_tile_rows(maps.v, s.v_full, s.staging, staging_phase, s.v, key_row, work.head_k,
+                       sequence.batch, keys);
       }
     }
   }

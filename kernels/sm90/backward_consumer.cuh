@@ -134,7 +134,7 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   float const scale_log2 = problem.softmax_scale * kLog2e;
   ByteRule const rule(problem.drop_threshold);
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
-  FirstRows const first_rows(work.sequence, P::kCausal, warp_key + lane.group);
+  FirstRows const first_rows(problem, work.sequence, P::kCausal, warp_key + lane.group);
   s.k_full.wait(keys_phase);
   s.v_full.wait(keys_phase);
 

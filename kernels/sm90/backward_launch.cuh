@@ -111,9 +111,13 @@ Status launch_wide_backward(BackwardParams const& p) {
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 Status backward(BackwardParams const& p) {
   using P = BackwardPolicy<HeadDim, Type, Causal, Dropout>;
-  if constexpr (HeadDim > 128)
-    return launch_wide_backward<P, QueryGradientPolicy<HeadDim, Type, Causal, Dropout>>(p);
-  else return launch_backward<P>(p);
+  if constexpr (HeadDim > 128) {
+    using Query = QueryGradientPolicy<HeadDim, Type, Causal, Dropout>;
+    return p.problem.key_bits != nullptr ? launch_wide_backward<P, HoledPolicy<Query>>(p)
+                                         : launch_wide_backward<P, Query>(p);
+  } else {
+    return launch_backward<P>(p);
+  }
 }
 
 }  // namespace hf_flashattn::sm90

@@ -28,6 +28,8 @@ struct KeyWork {
         sequence(p.problem, work.index), rows(sequence, P::kCausal, key_block * P::kBlockN) {
     first_head = head_k * group;
     first_key = key_block * P::kBlockN;
+    if (p.problem.key_bits != nullptr && rows.keys_whole)
+      rows.keys_whole = KeyBits(p.problem, work.index).template has_all<P::kBlockN>(first_key);
   }
 
   // Tells ptxas what it loses track of across tiles: with dropout it then spills less.
@@ -96,6 +98,7 @@ struct BackwardSmem {
   Mbarrier dout_full[P::kStages], dout_empty[P::kStages];  // the same
   Mbarrier statistics_full[P::kStages], statistics_empty[P::kStages];  // empty: consumer threads
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
+  BlockKeys keys;    // of the tile that the producer loads, for itself
 };
 
 template <class P>

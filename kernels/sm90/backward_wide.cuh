@@ -25,18 +25,19 @@ __device__ void produce_wide(BackwardParams const& p, BackwardWorkspace const& w
   bool const queries = warp % 2 == 0;
   uint32_t staging_phase = 0, parity = 0;
   if (buffer == 0) {
-    int begin, end;
-    sequence.visible_keys(work.first_key, P::kBlockN, begin, end);
-    load_tile_zero_outside(queries ? maps.k : maps.v, queries ? s.k_full : s.v_full,
-                           s.staging[warp], staging_phase, queries ? s.k : s.v,
-                           sequence.first_k + work.first_key, work.head_k, sequence.batch, begin,
-                           end);
+    LaneKeys<P::kBlockN> const lane_keys(p.problem, sequence, work.first_key);
+    s.keys[warp].store(lane_keys);
+    VisibleRows const keys = {s.keys[warp], lane_keys.all};
+    load_tile_rows(queries ? maps.k : maps.v, queries ? s.k_full : s.v_full, s.staging[warp],
+                   staging_phase, queries ? s.k : s.v, sequence.first_k + work.first_key,
+                   work.head_k, sequence.batch, keys);
   }
   for (RowWalk<P> walk(work, buffer); walk.valid(); walk.next(), parity ^= 1) {
     int const row = walk.first_row();
     // Rows of a tile that see no key, or that are another sequence's, come as zeros.
-    int const rows_begin = max(sequence.first_seeing_row(P::kCausal) - row, 0);
-    int const rows_end = sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM;
+    RowRange const rows = {
+        max(sequence.first_seeing_row(P::kCausal) - row, 0),
+        sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM};
     if (queries) {
       s.statistics_empty[buffer].wait(parity ^ 1);
       if (elect_one())
@@ -45,9 +46,9 @@ __device__ void produce_wide(BackwardParams const& p, BackwardWorkspace const& w
       __syncwarp();
     }
     (queries ? s.q_empty : s.dout_empty)[buffer].wait(parity ^ 1);
-    load_tile_zero_outside(queries ? maps.q : maps.dout, (queries ? s.q_full : s.dout_full)[buffer],
-                           s.staging[warp], staging_phase, (queries ? s.q : s.dout)[buffer],
-                           sequence.first_q + row, walk.head, sequence.batch, rows_begin, rows_end);
+    load_tile_rows(queries ? maps.q : maps.dout, (queries ? s.q_full : s.dout_full)[buffer],
+                   s.staging[warp], staging_phase, (queries ? s.q : s.dout)[buffer],
+                   sequence.first_q + row, walk.head, sequence.batch, rows);
   }
 }
 

@@ -37,7 +37,8 @@ struct WideConsumer {
   __device__ __forceinline__ WideConsumer(BackwardParams const& p, BackwardWideSmem<P>& s,
                                           KeyWork<P> const& work)
       : p(p), s(s), work(work), lane(threadIdx.x),
-        first_rows(work.sequence, P::kCausal, work.first_key + lane.warp * 16 + lane.group),
+        first_rows(p.problem, work.sequence, P::kCausal,
+                   work.first_key + lane.warp * 16 + lane.group),
         scale_log2(p.problem.softmax_scale * kLog2e), rule(p.problem.drop_threshold) {}
 
   // What this consumer accumulates from: dO for dV, Q for dK.

@@ -46,6 +46,7 @@ struct ForwardSmem {
   Mbarrier v_full[P::kStages], v_empty[P::kStages];
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
   ForwardHandover<P> tiles;
+  [[no_unique_address]] StageKeys<P, P::kStages> keys;
 };
 
 template <class P>
@@ -77,6 +78,7 @@ template <class P>
 __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
                         ForwardScheduler<P> const& scheduler) {
   Problem const& problem = p.problem;
+  if constexpr (P::kHoles) __builtin_assume(problem.cu_seqlens_q == nullptr);
   PipelineState<P::kStages, P::kListed> pipe;
   PipelineState<P::kQueryStages, P::kListed> q_pipe;
   uint32_t staging_phase = 0;
@@ -100,17 +102,17 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
     int const head_k = work.head / (problem.heads_q / problem.heads_k);
     for (int block = blocks.last(); block >= blocks.first; --block, pipe.next()) {
       int const first_key = block * P::kBlockN, row = sequence.first_k + first_key;
+      auto const block_keys = keys_of_block<P>(problem, sequence, first_key);
       s.k_empty[pipe.stage()].wait(pipe.parity() ^ 1);
+      auto const rows = rows_of_keys(block_keys, s.keys, pipe.stage());
       if (elect_one()) {
         s.k_full[pipe.stage()].arrive_expect(ForwardSmem<P>::KeyTile::kBytes);
         load_tile(maps.k, s.k_full[pipe.stage()], s.k[pipe.stage()], row, head_k, sequence.batch);
       }
       __syncwarp();
-      int begin, end;
-      sequence.visible_keys(first_key, P::kBlockN, begin, end);
       s.v_empty[pipe.stage()].wait(pipe.parity() ^ 1);
-      load_tile_zero_outside(maps.v, s.v_full[pipe.stage()], s.staging, staging_phase,
-                             s.v[pipe.stage()], row, head_k, sequence.batch, begin, end);
+      load_tile_rows(maps.v, s.v_full[pipe.stage()], s.staging, staging_phase, s.v[pipe.stage()],
+                     row, head_k, sequence.batch, rows);
     }
   }
 }
@@ -177,6 +179,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   constexpr int kScores = P::kBlockN / 2, kSteps = P::kBlockN / 16;
   constexpr bool kStoreLate = P::kOutputPath == OutputPath::kOwnMemory;
   Problem const& problem = p.problem;
+  if constexpr (P::kHoles) __builtin_assume(problem.cu_seqlens_q == nullptr);
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
   TensorCoreTurns<P> const turns{warpgroup};
@@ -216,7 +219,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     turns.pass();
   };
   auto const mask_scores = [&] {
-    if (tile.own.needs_mask(tile.block))
+    if constexpr (P::kHoles) mask_keys(scores, s.keys.of[pipe.stage()], lane.quad);
+    if (tile.needs_mask(problem))
       mask_keys(scores, tile.visible_keys(problem), P::kCausal, warp_row() + lane.group,
                 tile.block * P::kBlockN, lane.quad);
   };
@@ -224,8 +228,10 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     VisibleKeys const visible = tile.visible_keys(problem);
     int const first_key = tile.block * P::kBlockN, row = warp_row() + lane.group;
     warp_scores<Element>(values, rows, s.q[q_pipe.stage()], warpgroup * 64 + lane.warp * 16,
-                         s.k[pipe.stage()], lane, [&](int half, int key) {
-                           return visible.sees(P::kCausal, row + 8 * half, first_key + key);
+                         s.k[pipe.stage()], lane, [&](int half, int column) {
+                           if constexpr (P::kHoles)
+                             if (!s.keys.of[pipe.stage()].has(column)) return false;
+                           return visible.sees(P::kCausal, row + 8 * half, first_key + column);
                          });
   };
   auto const to_probabilities = [&] {
@@ -277,8 +283,9 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     dropout.set_rows(warp_row());
     fill_zero(out);
     dropout.draw(tile.block);
-    release(s.k_empty[pipe.stage()]);
+    if constexpr (!P::kHoles) release(s.k_empty[pipe.stage()]);
     mask_scores();
+    if constexpr (P::kHoles) release(s.k_empty[pipe.stage()]);  // and its BlockKeys
     softmax.first(scores);
     to_probabilities();
 

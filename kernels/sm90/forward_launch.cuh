@@ -69,6 +69,8 @@ Status launch_listed(ForwardParams const& p, void* workspace) {
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 Status forward(ForwardParams const& p, void* workspace) {
   using Policy = ForwardPolicy<HeadDim, Type, Causal, Dropout>;
+  if (p.problem.key_bits != nullptr)
+    return launch_listed<HoledPolicy<ListedPolicy<Policy>>>(p, workspace);
   return sm90::forward_workspace_bytes(p.problem) > 0
              ? launch_listed<ListedPolicy<Policy>>(p, workspace)
              : launch_static<Policy>(p);

@@ -125,17 +125,27 @@ struct ConsumerTile {
     return idle ? first - 1 : min(max(own.last(), first), block);
   }
 
-  // For masks. Listed kernels have no registers to keep them in, full attention has few masks.
+  // Whether this consumer's rows see less of the block than BlockKeys say, or, where there are
+  // none, less than all of it.
+  __device__ __forceinline__ bool needs_mask(Problem const& p) const {
+    if constexpr (!P::kHoles) return own.needs_mask(block);
+    else return crosses_diagonal<P::kBlockN>(p, P::kCausal, own_row, block);
+  }
+
+  // For masks. With holes BlockKeys say all but what is causal. Listed kernels have no registers to
+  // keep them in, full attention has few masks.
   __device__ __forceinline__ VisibleKeys visible_keys(Problem const& p) const {
-    return kKeepVisible ? visible : VisibleKeys(Sequence(p, work.index));
+    if constexpr (P::kHoles) return VisibleKeys::up_to_diagonal(p);
+    else return kKeepVisible ? visible : VisibleKeys(Sequence(p, work.index));
   }
 
   // Tells ptxas again what it loses track of across tiles. With dropout it then spills less, or not
   // at all; without, more.
   __device__ __forceinline__ void make_uniform() {
-    for (int* value : {&work.block, &work.head, &work.index, &own_row, &first, &block,
-                       &own.unmasked_begin, &own.unmasked_end})
+    for (int* value : {&work.block, &work.head, &work.index, &own_row, &first, &block})
       *value = warp_uniform(*value);
+    if constexpr (!P::kHoles)
+      for (int* value : {&own.unmasked_begin, &own.unmasked_end}) *value = warp_uniform(*value);
   }
 };
 

@@ -73,6 +73,7 @@ struct ForwardTile {
   static constexpr bool kFoldTiles = HeadDim >= 128 && Causal;
   // Tiles in the order of TileScheduler; ListedPolicy takes them from a list.
   static constexpr bool kListed = false;
+  static constexpr bool kHoles = false;  // HoledPolicy: keys inside their range may be hidden
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(BlockN % 16 == 0, "O += P V takes 16 keys at a time");
   static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
@@ -113,6 +114,13 @@ struct ListedPolicy : P {
   static constexpr OutputPath kOutputPath = P::kOutputPath == OutputPath::kOwnMemory
                                                 ? OutputPath::kQueryMemory  // registers
                                                 : P::kOutputPath;
+};
+
+// And for problems with key_bits, where every block looks at its bits: a forward with listed tiles,
+// or the kernel of dQ. Neither has registers to spare for that.
+template <class P>
+struct HoledPolicy : P {
+  static constexpr bool kHoles = true;
 };
 
 // Backward: a block of 128 keys stays, 64 for each of two consumers; row blocks stream past.
@@ -187,6 +195,7 @@ struct QueryGradientPolicy {
   static constexpr int kValueStages = HeadDim > 192 ? 1 : 2;
   static constexpr int kPairs = Dropout ? kBlockN / 32 : 1;
   static constexpr bool kFoldTiles = Causal;
+  static constexpr bool kHoles = false;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 };
 

@@ -26,6 +26,7 @@ struct QueryGradientSmem {
   Mbarrier k_full[P::kKeyStages], k_empty[P::kKeyStages];
   Mbarrier v_full[P::kValueStages], v_empty[P::kValueStages];
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
+  [[no_unique_address]] StageKeys<P, P::kKeyStages> keys;
 };
 
 template <class P>
@@ -92,16 +93,16 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
     int const last = tiles.blocks.last();
     for (int block = last; block >= tiles.blocks.first; --block, k_pipe.next(), v_pipe.next()) {
       int const first_key = block * P::kBlockN, key_row = sequence.first_k + first_key;
-      int begin, end;
-      sequence.visible_keys(first_key, P::kBlockN, begin, end);
+      auto const block_keys = keys_of_block<P>(tiles.problem, sequence, first_key);
       s.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
-      load_tile_zero_outside(maps.k, s.k_full[k_pipe.stage()], s.staging, staging_phase,
-                             s.k[k_pipe.stage()], key_row, head_k, sequence.batch, begin, end);
+      auto const keys = rows_of_keys(block_keys, s.keys, k_pipe.stage());
+      load_tile_rows(maps.k, s.k_full[k_pipe.stage()], s.staging, staging_phase,
+                     s.k[k_pipe.stage()], key_row, head_k, sequence.batch, keys);
       if (block == last)
         load_rows(maps.dout, s.dout, s.dout_full, s.dout_empty, row, work.head, sequence.batch);
       s.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
-      load_tile_zero_outside(maps.v, s.v_full[v_pipe.stage()], s.staging, staging_phase,
-                             s.v[v_pipe.stage()], key_row, head_k, sequence.batch, begin, end);
+      load_tile_rows(maps.v, s.v_full[v_pipe.stage()], s.staging, staging_phase,
+                     s.v[v_pipe.stage()], key_row, head_k, sequence.batch, keys);
     }
     rows_phase ^= 1;
   }
@@ -139,6 +140,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
   using Element = typename P::Element;
   constexpr int kScores = P::kBlockN / 2;
   Problem const& problem = p.problem;
+  if constexpr (P::kHoles) __builtin_assume(problem.cu_seqlens_q == nullptr);
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
   float const scale_log2 = problem.softmax_scale * kLog2e;
@@ -179,7 +181,6 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
       s.q_full.wait(rows_phase);
       s.dout_full.wait(rows_phase);
       rows_phase ^= 1;
-      auto previous = k_pipe;
       for (; block >= first; --block) {
         s.k_full[k_pipe.stage()].wait(k_pipe.parity());
         issue_product<P>(scores, s.q, warpgroup * 64, s.k[k_pipe.stage()]);
@@ -189,22 +190,27 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
         pin_registers(scores);
         pin_registers(dq);
         pin_registers(operand);
-        if (block < last) release(s.k_empty[previous.stage()]);
+        if (block < last) release(s.k_empty[k_pipe.previous_stage()]);
         if constexpr (P::kDropout) {
           // Under dP, not before: the operand above leaves no registers for it at head dim 256.
           schedule_fence(problem.batch);
           DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
           mask.draw(flags, warp_row / 16, block * (P::kBlockN / 16));
         }
-        if (own.needs_mask(block))
+        if constexpr (P::kHoles) {
+          mask_keys(scores, s.keys.of[k_pipe.stage()], lane.quad);
+          if (crosses_diagonal<P::kBlockN>(problem, P::kCausal, warp_row, block))
+            mask_keys(scores, VisibleKeys::up_to_diagonal(problem), P::kCausal,
+                      warp_row + lane.group, block * P::kBlockN, lane.quad);
+        } else if (own.needs_mask(block)) {
           mask_keys(scores, VisibleKeys(sequence), P::kCausal, warp_row + lane.group,
                     block * P::kBlockN, lane.quad);
+        }
         wgmma_wait<0>();
         pin_registers(dp);
         release(s.v_empty[v_pipe.stage()]);
         to_score_gradients<P>(operand, scores, dp, lse, delta, scale_log2, flags, rule);
         issue_update<P>(dq, operand, s.k[k_pipe.stage()]);
-        previous = k_pipe;
         k_pipe.next();
         v_pipe.next();
       }
@@ -213,7 +219,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
       wgmma_wait<0>();
       pin_registers(dq);
       pin_registers(operand);
-      if (last >= first) release(s.k_empty[previous.stage()]);
+      if (last >= first) release(s.k_empty[k_pipe.previous_stage()]);
       // A row that sees no key gets 0, whatever its Q and dO hold.
       if (__any_sync(0xffffffff, lse[0] == infinity() || lse[1] == infinity()))
         clear_rows(dq, lse[0] == infinity(), lse[1] == infinity());

@@ -7,11 +7,13 @@
 namespace hf_flashattn::sm90 {
 
 // A list of tiles pays when their lengths differ and CTAs have several: packed sequences always
-// (a kernel runs before them anyway), key ranges unless the problem is small.
+// (a kernel runs before them anyway), key ranges unless the problem is small. With key bits always,
+// as other kernels do not read them.
 size_t forward_workspace_bytes(Problem const& p) {
   bool const ranges = p.key_start != nullptr || p.key_len != nullptr;
   bool const several = int64_t(p.batch) * p.heads_q * ceil_div(p.seqlen_q, 128) > p.num_sms;
-  return p.cu_seqlens_q != nullptr || (ranges && several) ? TileList::bytes(p) : 0;
+  bool const bits = p.key_bits != nullptr;
+  return p.cu_seqlens_q != nullptr || bits || (ranges && several) ? TileList::bytes(p) : 0;
 }
 
 template <int HeadDim>

@@ -13,6 +13,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -63,6 +65,20 @@ def bert(cls: type[PreTrainedModel] = BertModel, **changes) -> PreTrainedModel:
 def bert_decoder(**changes) -> PreTrainedModel:
     """A causal BERT with a language modelling head and cross-attention."""
     return bert(BertLMHeadModel, is_decoder=True, add_cross_attention=True, **changes)
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    """Two layers, four heads of 8 that share two key heads, evaluating."""
+    options = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "vocab_size": VOCAB,
+        "initializer_range": 0.3,
+    }
+    return build(LlamaForCausalLM, LlamaConfig(**(options | changes)))
 
 
 def build(

@@ -8,9 +8,12 @@
 //   claims BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC TOTAL_Q
 //                                                          "stream,key block" of each tile in order
 //   costs ROWS KEYS CAUSAL                                 "cost,bucket" of each row block
+//   words KEYS KEY_START KEY_LEN WORD ...                  see print_words; words of key_bits
 #include <cstdio>
 #include <cstring>
+#include <vector>
 
+#include "common/key_bits.cuh"
 #include "common/workspace.cuh"
 #include "sm90/scheduler.cuh"
 
@@ -65,6 +68,22 @@ void print_blocks(Problem const& p) {
   print_row_blocks<64, 128>(p, s, "b");
   print_row_blocks<64, 64>(p, s, "w");
   std::printf("\n");
+}
+
+// "seen,zeroed" of four words of each block of `Keys`; backward blocks end with whether they are
+// seen whole.
+template <int Keys>
+void print_words(Problem const& p, Sequence const& s) {
+  for (int first = 0; first < s.length_k; first += Keys) {
+    std::printf("%d:", Keys);
+    for (int before = 0; before < 128; before += 32) {
+      KeyWord<Keys> const word(p, s, first, before);
+      std::printf("%u,%u,", word.seen, word.zeroed);
+    }
+    if constexpr (Keys % 64 == 0)
+      std::printf("%d", first + Keys <= s.length_k && KeyBits(p, 0).has_all<Keys>(first));
+    std::printf(" ");
+  }
 }
 
 void print_list(Problem const& p, int units) {
@@ -152,6 +171,23 @@ void serve() {
       read = std::scanf("%d %d %d", &p.seqlen_q, &p.seqlen_k, &causal);
       p.causal = causal;
       if (read == 3) print_costs(p);
+    } else if (std::strcmp(kind, "words") == 0) {
+      int32_t start = 0, length = 0;
+      read = std::scanf("%d %d %d", &p.seqlen_k, &start, &length);
+      std::vector<int32_t> words(ceil_div(p.seqlen_k, 32));
+      for (int32_t& word : words) read += std::scanf("%d", &word);
+      p.seqlen_q = 1;
+      p.key_start = &start;
+      p.key_len = &length;
+      p.key_bits = words.data();
+      p.key_bits_stride = int64_t(words.size());
+      Sequence const s(p, 0);
+      print_words<64>(p, s);
+      print_words<80>(p, s);
+      print_words<96>(p, s);
+      print_words<112>(p, s);
+      print_words<128>(p, s);
+      std::printf("\n");
     } else {
       int32_t start = 0, length = 0;
       read = std::scanf("%d %d %d %d %d", &p.seqlen_q, &p.seqlen_k, &causal, &start, &length);

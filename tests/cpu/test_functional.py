@@ -8,6 +8,7 @@ import torch
 
 import hf_flashattn as hfa
 from hf_flashattn import flash_attn_func, flash_attn_varlen_func
+from hf_flashattn.key_bits import kept_keys
 from hf_flashattn.reference import attention_reference
 
 # The parameters and defaults of flash-attn 2.8.
@@ -41,10 +42,16 @@ def test_signature_is_flash_attns(name):
     assert {p.name: p.default for p in positional[len(required) :]} == defaults
     extra = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     ours = {
-        "flash_attn_func": {"key_start": None, "key_len": None, "s_aux": None, "attn_bias": None},
+        "flash_attn_func": {
+            "key_start": None,
+            "key_len": None,
+            "key_bits": None,
+            "s_aux": None,
+            "attn_bias": None,
+        },
         "flash_attn_varlen_func": {"s_aux": None},
     }
-    dense = {} if "varlen" in name else {"key_start": None, "key_len": None}
+    dense = {} if "varlen" in name else dict.fromkeys(("key_start", "key_len", "key_bits"))
     assert extra == ours.get(name, dense)
 
 
@@ -73,6 +80,54 @@ def test_defaults_and_options_reach_the_op():
         q, k, v, softmax_scale=0.7, causal=True, key_start=start, key_len=length
     )
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("seqlen", [1, 31, 32, 33, 100])
+def test_key_bits_of_a_mask(seqlen):
+    """And what flash_attn_func makes of them: the mask."""
+    kept = torch.rand(5, seqlen) < 0.5
+    kept[0], kept[1] = True, False
+    start, length, bits = hfa.key_bits_of(kept)
+    assert {x.dtype for x in (start, length, bits)} == {torch.int32}
+    assert bits.shape == (5, -(-seqlen // 32))
+    for b, row in enumerate(kept):
+        seen = row.nonzero().flatten().tolist() or [0, -1]
+        assert (start[b], length[b]) == (seen[0], seen[-1] - seen[0] + 1)
+        words = [sum(2**i for i, x in enumerate(word) if x) for word in row.split(32)]
+        assert [x % 2**32 for x in bits[b].tolist()] == words
+    assert torch.equal(kept_keys(bits, seqlen), kept)
+
+    q, k, v = (torch.randn(5, seqlen, 2, 8) for _ in range(3))
+    out, lse, _ = flash_attn_func(
+        q, k, v, key_start=start, key_len=length, key_bits=bits, return_attn_probs=True
+    )
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=kept[:, None, None]
+    )
+    torch.testing.assert_close(out[[0, 2, 3, 4]], exact.transpose(1, 2)[[0, 2, 3, 4]].nan_to_num())
+    assert not out[1].any() and torch.isneginf(lse[1]).all()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_key_bits_are_made_inside_a_graph(dynamic):
+    torch._dynamo.reset()
+    make = torch.compile(hfa.key_bits_of, fullgraph=True, dynamic=dynamic)
+    for seqlen in (40, 64, 70):
+        kept = torch.rand(3, seqlen) < 0.5
+        for got, want in zip(make(kept), hfa.key_bits_of(kept), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("form", ["flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"])
+def test_packed_forms_take_key_bits(form):
+    kept = torch.rand(2, 40) < 0.5
+    keys = dict(zip(("key_start", "key_len", "key_bits"), hfa.key_bits_of(kept), strict=True))
+    q, k, v = x = [torch.randn(2, 40, 2, 8) for _ in range(3)]
+    given = (torch.stack(x, 2),) if "qkv" in form else (q, torch.stack((k, v), 2))
+    torch.testing.assert_close(
+        getattr(hfa, form)(*given, causal=True, **keys),
+        flash_attn_func(q, k, v, causal=True, **keys),
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_flashattn import build, flash_attn_func, flash_attn_varlen_func, ops
+from hf_flashattn import (
+    build,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    key_bits_of,
+    masks,
+    ops,
+)
 from hf_flashattn.attention import attention_forward
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +93,35 @@ def observe():
     seen["range"] = {"launch": launch(), "wanted": [start.data_ptr(), length.data_ptr()]}
     ops.call_dense(q, k, v, 0.25, False, True, None, length, 0.0, False)
     seen["length alone"] = {"launch": launch(), "wanted": [0, length.data_ptr()]}
+
+    kept = torch.rand(B, 9) < 0.5
+    start, length, bits = key_bits_of(kept)
+    wide = torch.cat([bits, bits, bits], dim=1)[:, 1:2]  # words of a carrier are no neighbours
+    for case, words in (("bits", bits), ("bits of a carrier", wide)):
+        learnt = [x.detach().requires_grad_() for x in last]
+        keys = {"key_start": start, "key_len": length, "key_bits": words}
+        out = flash_attn_func(*learnt, **keys)
+        seen[case] = {"launches": [launch()], "wanted": [x.data_ptr() for x in keys.values()]}
+        seen[case]["wanted"].append(words.stride(0))
+        torch.autograd.grad(out, learnt, torch.ones_like(out))
+        seen[case]["launches"].append(launch())
+    mask = masks.encode_bits(kept, causal=False)
+    attention_forward(layer, q, k, v, mask)
+    seen["layer, bits"] = launch()["key_bits"] == masks.recall(mask).bits.data_ptr()
+    for case, bad in (
+        ("bits alone", {"key_bits": bits}),
+        ("bits of 64 bits", {"key_bits": bits.long(), "key_start": start, "key_len": length}),
+        (
+            "bits of more keys",
+            {"key_bits": bits.repeat(1, 2), "key_start": start, "key_len": length},
+        ),
+        ("bits of columns", {"key_bits": bits[:, 0], "key_start": start, "key_len": length}),
+    ):
+        try:
+            ops.forward(*last, softmax_scale=0.25, **bad)
+            seen[f"error: {case}"] = ""
+        except RuntimeError as error:
+            seen[f"error: {case}"] = str(error)
 
     for case, first in (("gradients", False), ("gradients, heads first", True)):
         learnt = [x.detach().requires_grad_() for x in ((q, k, v) if first else last)]
@@ -165,6 +201,15 @@ def test_key_ranges(seen):
         assert [launch["key_start"], launch["key_len"]] == seen[case]["wanted"]
 
 
+@pytest.mark.parametrize("case", ["bits", "bits of a carrier"])
+def test_key_bits(seen, case):
+    """Both directions get them as they are, from the first word on."""
+    for launch in seen[case]["launches"]:
+        keys = [launch[x] for x in ("key_start", "key_len", "key_bits", "key_bits_stride")]
+        assert keys == seen[case]["wanted"]
+    assert seen["layer, bits"]
+
+
 @pytest.mark.parametrize("case", ["gradients", "gradients, heads first"])
 def test_gradients_lie_as_projections_want_them(seen, case):
     found = seen[case]
@@ -188,6 +233,10 @@ def test_packed(seen):
         ("head_dim", "one head_dim"),
         ("dtype", "dtype of q"),
         ("dimensions", "(batch, heads, seqlen, head_dim), heads first"),
+        ("bits alone", "key_bits: expected key_start and key_len with it"),
+        ("bits of 64 bits", "key_bits: expected dtype int32"),
+        ("bits of more keys", "key_bits: expected contiguous words of shape (2, 1), got (2, 2)"),
+        ("bits of columns", "key_bits: expected contiguous words of shape (2, 1), got (2)"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(seen, case, words):

@@ -197,3 +197,45 @@ def test_sums_are_not_recycled_when_they_take_turns(dump):
     )
     assert int(facts.split(",")[0]) == 133
     assert taking_turns.split(",")[:2] == ["0", str(64 * 12 * 512)]
+
+
+def test_words_of_blocks_say_which_keys_are_seen_and_which_come_as_zeros(dump):
+    """Ranges that are not tight and words that go on beyond the last key included."""
+    draw, cases = random.Random(0), []
+    for keys in (1, 31, 32, 33, 64, 80, 112, 128, 200, 333, 448):
+        for start, length in (
+            (0, keys),
+            (5, keys // 2),
+            (0, 0),
+            (keys - 1, 1),
+            (-3, 70),
+            (9, 2**31 - 1),
+        ):
+            dense = draw.choice((0.0, 0.5, 0.97, 1.0))
+            words = [
+                sum(2**i for i in range(32) if draw.random() < dense) for _ in range(-(-keys // 32))
+            ]
+            cases.append((keys, start, length, *(x - 2**32 if x >= 2**31 else x for x in words)))
+    answers = dump([f"words {' '.join(map(str, case))}" for case in cases])
+    for (keys, start, length, *words), answer in zip(cases, answers, strict=True):
+
+        def seen(key, keys=keys, start=start, length=length, words=words):
+            return key < keys and start <= key < start + length and words[key // 32] >> key % 32 & 1
+
+        assert len(answer) == sum(-(-keys // block) for block in (64, 80, 96, 112, 128))
+        firsts = {}
+        for text in answer:
+            size, _, rest = text.partition(":")
+            *numbers, whole = rest.split(",")
+            block = int(size)
+            first = firsts.get(block, 0)
+            firsts[block] = first + block
+            for i in range(128):
+                word, zeroed = (int(x) for x in numbers[i // 32 * 2 : i // 32 * 2 + 2])
+                assert (word >> i % 32 & 1) == (i >= block or bool(seen(first + i)))
+                assert (zeroed >> i % 32 & 1) == (first + i >= keys)
+            if whole:
+                bits = [
+                    words[k // 32] >> k % 32 & 1 for k in range(first, min(first + block, keys))
+                ]
+                assert int(whole) == (first + block <= keys and all(bits))

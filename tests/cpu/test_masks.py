@@ -21,7 +21,7 @@ from model_helpers import (
 from transformers import masking_utils
 
 import hf_flashattn
-from hf_flashattn import masks
+from hf_flashattn import _compat, masks
 
 CAUSAL, FULL = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
 
@@ -87,12 +87,70 @@ def test_static_cache(offset, q_length, kind, tensor):
     arguments = make(q_length, 20, CAUSAL, mask, q_offset=q_offset)
     carrier = masks.attention_mask(**arguments)
     exact = masking_utils.sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
-    if carrier.dtype == torch.bool:
-        assert kind == "holed" and q_length > 1
-        assert torch.equal(carrier, exact)
-        return
+    assert carrier.shape[2] == (3 if kind == "holed" else 1)
     assert torch.equal(written_out(carrier, q_length, 20, True), exact)
     assert torch.equal(written_out(carrier.clone(), q_length, 20, True), exact)
+
+
+# ---- without reading the device -----------------------------------------------------------------
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """As torch.compile and graph capture have it: values may not be read."""
+    monkeypatch.setattr(_compat, "is_tracing", lambda *_: True)
+    for name in ("tolist", "item", "cpu", "__bool__", "__int__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("read"))
+    yield
+    monkeypatch.undo()
+
+
+UNREAD = [(LENGTH, LENGTH), (4, LENGTH), (1, LENGTH), (70, 70), (6, 100), (1, 64), (32, 96)]
+
+
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("function", [CAUSAL, FULL], ids=["causal", "full"])
+@pytest.mark.parametrize(("q_length", "kv_length"), UNREAD)
+def test_key_bits_say_what_transformers_says(q_length, kv_length, function, kind, unread):
+    """Every mask, with as many queries as keys or fewer; a query that is padding sees what others
+    see, as with sdpa."""
+    arguments = make(q_length, kv_length, function, padding(kind, kv_length))
+    if function is FULL:
+        arguments |= {"q_offset": 0, "allow_is_bidirectional_skip": True}
+    carrier = masks.attention_mask(**arguments)
+    assert (carrier is None) == (kind == "none")
+    seen = [written_out(carrier, q_length, kv_length, function is CAUSAL)]
+    if carrier is not None:
+        words = -(-kv_length // 32)
+        assert carrier.dtype == torch.int32
+        assert carrier.shape == (BATCH, 1, 3, 2 + words + (function is CAUSAL and q_length > 1))
+        assert carrier.untyped_storage().nbytes() <= 4 * BATCH * (words + 3)
+        lost = carrier.clone()  # what a device map makes of it
+        seen.append(written_out(lost, q_length, kv_length, None))
+        found = masks.decode(lost, q_length, kv_length)
+        assert found.start.is_contiguous() and found.length.is_contiguous()
+    exact = masking_utils.sdpa_mask(
+        **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
+    for got in seen:
+        assert got.to(torch.uint8).eq(exact.to(torch.uint8)).numpy().all()
+
+
+@pytest.mark.parametrize("kind", ["ones", "left", "holed"])
+@pytest.mark.parametrize("offset", [6, 19])
+def test_one_token_in_a_static_cache_unread(offset, kind, unread):
+    mask = padding(kind, 40)[:, : offset + 1]
+    arguments = make(1, 40, CAUSAL, mask, q_offset=torch.tensor(offset))
+    carrier = masks.attention_mask(**arguments)
+    exact = masking_utils.sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    assert carrier.shape == (BATCH, 1, 3, 2 + 2)
+    assert written_out(carrier, 1, 40, True).eq(exact).numpy().all()
+
+
+def test_several_tokens_in_a_static_cache_unread(unread):
+    """How many keys exist is not known, so neither is which is the last: Transformers' mask."""
+    arguments = make(4, 40, CAUSAL, padding("left", 40), q_offset=torch.tensor(6))
+    assert masks.attention_mask(**arguments).dtype == torch.bool
 
 
 @pytest.mark.parametrize("tensor", [False, True])

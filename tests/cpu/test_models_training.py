@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from model_helpers import (
     bert_decoder,
     calls,
     gpt2,
+    llama,
     output,
     outputs_and_grads,
     padding,
@@ -22,7 +25,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import hf_flashattn
 
-KINDS = ("none", "left", "ones", "holed", "empty")
+KINDS = ("none", "left", "right", "ones", "holed", "empty")
 MAKERS = pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
 # New releases of Transformers prefer another name; this one works until 6, which is not supported.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
@@ -169,7 +172,11 @@ def assert_traced_on_op(report):
     assert all(row.calls.traced for row in used) and "traced" in str(report)
 
 
-@pytest.mark.parametrize("make", [gpt2, bert, bert_decoder], ids=["gpt2", "bert", "bert-decoder"])
+@pytest.mark.parametrize(
+    "make",
+    [gpt2, bert, bert_decoder, llama],
+    ids=["gpt2", "bert", "bert-decoder", "llama"],
+)
 def test_compile(make):
     """On the op without a graph break or a read of the device; one graph for all 2-D masks."""
     model, options = make(), {} if make is bert else {"use_cache": False}
@@ -206,30 +213,35 @@ def test_compile_backward(make):
 
 
 @MAKERS
-def test_compiled_padding_goes_back_without_scattering(make):
-    """What a 2-D mask costs a compiled layer is gathers, in the backward too: no index is added."""
-    model, mask, graphs = make(), padding("left"), []
-    inputs = {"input_ids": tokens(), "attention_mask": mask} | (
-        {} if make is bert else {"use_cache": False}
-    )
+def test_compiled_padding_gathers_nothing(make):
+    """The kernels read a 2-D mask themselves: beside the one that makes bits of it for all layers,
+    no operation of a graph moves tokens or makes a mask that the graph without padding has not."""
+    model, options = make(), {} if make is bert else {"use_cache": False}
 
-    def keep(graph, example):
-        graphs.append([str(node.target) for node in graph.graph.nodes])
-        return make_boxed_func(graph.forward)
+    def graphs(mask):
+        targets = []
 
-    torch._dynamo.reset()
-    with hf_flashattn.patched(model, strict=True):
+        def keep(graph, example):
+            targets.append(Counter(str(node.target) for node in graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        torch._dynamo.reset()
         fast = torch.compile(
             model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
         )
+        inputs = {"input_ids": tokens(), "attention_mask": mask, **options}
         output(fast, inputs).square().mean().backward()
-    forward, backward = graphs
-    assert forward.count("hf_flashattn.forward.default") == 2
-    assert backward.count("hf_flashattn.backward.default") == 2
-    gathers = [name for name in backward if name.startswith("aten.index_select")]
-    assert len(gathers) == 2 * (2 if make is bert else 4)
-    added = [x for x in backward if "index_add" in x or "index_put" in x or "scatter" in x]
-    assert added == []
+        return targets
+
+    with hf_flashattn.patched(model, strict=True):
+        (forward, backward), plain = graphs(padding("holed")), graphs(None)
+    assert forward["hf_flashattn.forward.default"] == 2
+    assert backward["hf_flashattn.backward.default"] == 2
+    moving = ("index", "gather", "scatter", "sort", "masked_fill", "where", "bmm")
+    for padded, unpadded in zip((forward, backward), plain, strict=True):
+        added = padded - unpadded
+        assert not [x for x in added if x.startswith(tuple(f"aten.{y}" for y in moving))], added
+    assert forward["aten.argmax.default"] == 2  # the first and the last key, once for all layers
 
 
 def test_compile_with_positions_from_the_caller_is_right():

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from hf_flashattn import flash_attn_func, flash_attn_varlen_func, ops
+from hf_flashattn import flash_attn_func, flash_attn_varlen_func, key_bits_of, ops
 from hf_flashattn.reference import attention_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 RNG = torch.tensor([2**60 + 1, 17])
+HOLES = torch.tensor(
+    [[1, 1, 0, 0, 0, 1] * 2, [0] * 12, [0, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 0]]
+).bool()
 FORWARD = torch.ops.hf_flashattn.forward.default
 BACKWARD = torch.ops.hf_flashattn.backward.default
 DENSE = torch.ops.hf_flashattn.dense_forward.default
@@ -40,6 +43,8 @@ def problem(kind, dtype=torch.float32):
         q, k = torch.randn(3, 9, 4, 16), torch.randn(3, 12, 2, 16)
     if "range" in kind:
         options |= {"key_start": int32(0, 3, 5), "key_len": int32(12, 0, 4)}
+    if "holes" in kind:
+        options |= dict(zip(("key_start", "key_len", "key_bits"), key_bits_of(HOLES), strict=True))
     v = torch.randn_like(k)
     return *(x.to(dtype).requires_grad_() for x in (q, k, v)), options
 
@@ -47,7 +52,7 @@ def problem(kind, dtype=torch.float32):
 FLAGS = ("causal", "dropout")
 KINDS = [
     "-".join((layout, *chosen))
-    for layout in ("dense", "range", "packed")
+    for layout in ("dense", "range", "holes", "packed")
     for n in range(3)
     for chosen in itertools.combinations(FLAGS, n)
 ]
@@ -55,7 +60,7 @@ KINDS = [
 
 def arguments(q, k, v, options):
     """The op's positional arguments."""
-    tensors = ("cu_seqlens_q", "cu_seqlens_k", "key_start", "key_len", "rng_state")
+    tensors = ("cu_seqlens_q", "cu_seqlens_k", "key_start", "key_len", "key_bits", "rng_state")
     numbers = ("max_seqlen_q", "max_seqlen_k", "dropout_p")
     flags = (options["softmax_scale"], options["causal"], False)
     return q, k, v, *map(options.get, tensors), *(options.get(x, 0) for x in numbers), *flags
@@ -81,7 +86,9 @@ def test_cpu_matches_the_reference(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["dense", "range-causal", "packed-causal", "dense-dropout"])
+@pytest.mark.parametrize(
+    "kind", ["dense", "range-causal", "holes-causal", "packed-causal", "dense-dropout"]
+)
 def test_cpu_low_precision(kind, dtype):
     """Error at most 2x (gradients 3x) that of the same PyTorch math in the low precision."""
     q, k, v, options = problem(kind, dtype)
@@ -109,7 +116,7 @@ def test_opcheck(kind):
     opcheck(BACKWARD, (torch.randn_like(out), *plain[:3], out, lse, *plain[3:]))
 
 
-DENSE_KINDS = [kind for kind in KINDS if "packed" not in kind]
+DENSE_KINDS = [kind for kind in KINDS if "packed" not in kind and "holes" not in kind]
 
 
 def dense_arguments(q, k, v, options, heads_first):
@@ -184,20 +191,34 @@ def test_empty_problems(shape_q, shape_k):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_padding_is_never_read(poison):
-    q, k, v, options = problem("range")
+@pytest.mark.parametrize("kind", ["range", "holes", "holes-dropout"])
+def test_padding_is_never_read(kind, poison):
+    q, k, v, options = problem(kind)
     clean = ops.forward(q, k, v, **options)
     dout = torch.randn_like(q)
     grads = torch.autograd.grad(clean[0], (q, k, v), dout)
     with torch.no_grad():
         for x in (k, v):
-            x[1] = x[2, :5] = x[2, 9:] = poison
+            if "holes" in kind:
+                x[~HOLES] = poison
+            else:
+                x[1] = x[2, :5] = x[2, 9:] = poison
         q[1] = poison
     dout[1] = poison
     out, lse = ops.forward(q, k, v, **options)
     assert torch.equal(out, clean[0]) and torch.equal(lse, clean[1])
     for got, want in zip(torch.autograd.grad(out, (q, k, v), dout), grads, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["holes", "holes-causal", "holes-causal-dropout"])
+def test_keys_in_holes_get_no_gradient(kind):
+    q, k, v, options = problem(kind)
+    out, lse = ops.forward(q, k, v, **options)
+    assert (out[1] == 0).all() and torch.isneginf(lse[1]).all()
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    assert not dk[~HOLES].any() and not dv[~HOLES].any() and not dq[1].any()
+    assert dk[HOLES].any() and dv[HOLES].any()
 
 
 def test_operands_of_strange_strides():
@@ -226,7 +247,9 @@ def test_gradients_of_strange_strides(causal):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("kind", ["dense-causal", "range", "packed-causal", "dense-dropout"])
+@pytest.mark.parametrize(
+    "kind", ["dense-causal", "range", "holes-causal", "packed-causal", "dense-dropout"]
+)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(kind, dynamic):
     torch._dynamo.reset()
@@ -242,6 +265,7 @@ def test_compiles_without_a_graph_break(kind, dynamic):
             out = flash_attn_func(
                 q * 1.0, k, v, dropout_p, causal=options["causal"],
                 key_start=options.get("key_start"), key_len=options.get("key_len"),
+                key_bits=options.get("key_bits"),
             )  # fmt: skip
         return out * 2.0
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_flashattn import reference
+from hf_flashattn.key_bits import key_bits_of
 from hf_flashattn.reference import (
     attention_backward_reference,
     attention_reference,
@@ -61,6 +62,27 @@ def test_key_ranges_are_slices():
         one, one_lse = attention_reference(q[b : b + 1], k[b : b + 1, keys], v[b : b + 1, keys])
         torch.testing.assert_close(out[b : b + 1], one)
         torch.testing.assert_close(lse[b : b + 1], one_lse)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_key_bits_hide_keys_inside_the_range(causal):
+    """The same keys gathered, where nothing is causal; the mask, where it is."""
+    q, k, v = make(2, 6, 40, 2, 1, 8)
+    kept = torch.rand(2, 40) < 0.4
+    kept[:, 34:] = True
+    start, length, bits = key_bits_of(kept)
+    options = {"key_start": start, "key_len": length, "key_bits": bits, "causal": causal}
+    visible = visible_keys(6, 40, **options)
+    expected = kept[:, None, None].expand(2, 1, 6, 40)
+    assert torch.equal(visible, expected.tril(34) if causal else expected)
+    out, lse = attention_reference(q, k, v, **options)
+    if not causal:
+        for b in range(2):
+            one, one_lse = attention_reference(
+                q[b : b + 1], k[b : b + 1, kept[b]], v[b : b + 1, kept[b]]
+            )
+            torch.testing.assert_close(out[b : b + 1], one)
+            torch.testing.assert_close(lse[b : b + 1], one_lse)
 
 
 def test_causal_offset_ignores_key_len():

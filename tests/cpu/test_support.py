@@ -165,6 +165,39 @@ def test_bad_key_ranges(name, value, error, says):
         flash_attn_func(*dense(), **{name: value})
 
 
+BITS_OF_A_MASK = r".*Next step: key_start, key_len, key_bits = hf_flashattn\.key_bits_of\(mask\)"
+
+
+@pytest.mark.parametrize(
+    "change, error, says",
+    [
+        ({"key_bits": torch.ones(2, 1, dtype=torch.int64)}, TypeError, "int32, got int64"),
+        ({"key_bits": torch.ones(2, 1).bool()}, TypeError, "int32, got bool"),
+        ({"key_bits": int32([1], [2], [3])}, ValueError, r"shape \(2, 1\), got \(3, 1\)"),
+        ({"key_bits": int32([1, 2], [3, 4])}, ValueError, r"shape \(2, 1\), got \(2, 2\)"),
+        ({"key_bits": int32([1], [2]).to("meta")}, ValueError, None),
+        ({"key_start": None}, ValueError, "expected key_start and key_len with it"),
+        ({"key_len": None}, ValueError, "expected key_start and key_len with it"),
+    ],
+)
+def test_bad_key_bits(change, error, says):
+    good = {"key_start": int32(0, 0), "key_len": int32(5, 5), "key_bits": int32([31], [31])}
+    flash_attn_func(*dense(), **good)
+    says = r"expected on the device of q" + PARTS if says is None else says + BITS_OF_A_MASK
+    with pytest.raises(error, match=f"key_bits: .*{says}"):
+        flash_attn_func(*dense(), **{**good, **change})
+
+
+def test_key_bits_are_for_dense_calls():
+    q, k, v = (x[0] for x in dense())
+    cu = int32(0, 5)
+    with pytest.raises(ValueError, match=r"cu_seqlens alone, got .*key_bits with them"):
+        checks.check_tensors(
+            q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=5, max_seqlen_k=5,
+            key_bits=int32([31]),
+        )  # fmt: skip
+
+
 def packed(q_offsets=(0, 3, 7), k_offsets=None, longest=4, total=7):
     x = torch.randn(total, 2, 16)
     cu_q = torch.tensor(q_offsets, dtype=torch.int32)

@@ -74,6 +74,7 @@ def stand_in(
     deterministic: bool = False,
     key_start: Tensor | None = None,
     key_len: Tensor | None = None,
+    key_bits: None = None,
     s_aux: Tensor | None = None,
     attn_bias: Tensor | None = None,
 ) -> Tensor:

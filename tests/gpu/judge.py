@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_flashattn import ops
+from hf_flashattn import key_bits_of, ops
 from hf_flashattn.reference import attention_backward_reference, attention_reference
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -24,7 +24,12 @@ ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. lengths: packed sequences, pairs (rows, keys); else dense (batch, sq, sk)."""
+    """One problem. lengths: packed sequences, pairs (rows, keys); else dense (batch, sq, sk).
+
+    holes: the share of keys that are hidden at random, each by its bit. In every third row of the
+    batch from the second on the middle third is hidden too, in every third from the third on half
+    of the keys of every 32, and the last row of more than three sees nothing.
+    """
 
     batch: int = 2
     sq: int = 256
@@ -38,6 +43,7 @@ class Case:
     softmax_scale: float | None = None
     lengths: tuple[tuple[int, int], ...] | None = None
     key_ranges: tuple[tuple[int, int], ...] | None = None  # (start, length) per row of the batch
+    holes: float | None = None
     deterministic: bool = False
 
     def __str__(self) -> str:
@@ -46,6 +52,7 @@ class Case:
         parts += ["causal"] * self.causal + ["dropout"] * (self.dropout_p > 0)
         parts += ["deterministic"] * self.deterministic
         parts += [f"keys={self.key_ranges}"] * (self.key_ranges is not None)
+        parts += [f"holes={self.holes}"] * (self.holes is not None)
         return "-".join(parts)
 
 
@@ -60,6 +67,19 @@ class Problem:
     dout: Tensor
     options: dict  # what ops.forward, ops.backward and the reference take alike
     sizes: dict  # max_seqlen_*, for the ops alone
+
+
+def kept_keys(case: Case) -> Tensor:
+    """bool (B, Sk) on the GPU: the keys of a case with holes that rows may see."""
+    generator = torch.Generator().manual_seed(case.sk)
+    kept = torch.rand(case.batch, case.sk, generator=generator) >= case.holes
+    kept[1::3, case.sk // 3 : 2 * case.sk // 3] = False
+    kept[2::3] &= torch.arange(case.sk) % 32 < 16
+    if case.batch > 3:
+        kept[-1] = False
+    for row, (start, length) in zip(kept, case.key_ranges or (), strict=False):
+        row[:start] = row[start + length :] = False
+    return kept.cuda()
 
 
 def make_problem(case: Case, *, seed: int = 0) -> Problem:
@@ -85,7 +105,10 @@ def make_problem(case: Case, *, seed: int = 0) -> Problem:
         sizes = {"max_seqlen_q": max(rows), "max_seqlen_k": max(keys)}
     else:
         leading_q, leading_k = (case.batch, case.sq), (case.batch, case.sk)
-    if case.key_ranges is not None:
+    if case.holes is not None:
+        names = ("key_start", "key_len", "key_bits")
+        options |= zip(names, key_bits_of(kept_keys(case)), strict=True)
+    elif case.key_ranges is not None:
         options["key_start"] = int32([start for start, _ in case.key_ranges])
         options["key_len"] = int32([length for _, length in case.key_ranges])
     q = normal(*leading_q, case.heads_q, case.dim)
@@ -172,6 +195,22 @@ def run_wrong_offsets(offsets: tuple[int, int]) -> None:
     options |= {"max_seqlen_q": 100, "max_seqlen_k": 100}
     out, lse = ops.forward(q, k, v, **options)
     ops.backward(dout, q, k, v, out, lse, **options)
+    torch.cuda.synchronize()
+
+
+def run_wrong_bits(causal: bool, dim: int) -> None:
+    """Ranges and bits of chance, in rows of words that are no neighbours: accesses stay inside."""
+    problem = make_problem(Case(batch=4, sq=150, sk=170, dim=dim, causal=causal, holes=0.0))
+    generator = torch.Generator("cuda").manual_seed(1)
+    for name in ("key_start", "key_len", "key_bits"):
+        given = problem.options[name]
+        wide = torch.randint(
+            -(2**31), 2**31 - 1, (*given.shape[:1], 10), generator=generator, device="cuda"
+        ).to(torch.int32)
+        problem.options[name] = wide[:, 2 : 2 + given.shape[1]] if given.dim() > 1 else wide[:, 0]
+    for name in ("key_start", "key_len"):
+        problem.options[name] = problem.options[name].remainder(200).to(torch.int32)
+    run_kernel(problem)
     torch.cuda.synchronize()
 
 

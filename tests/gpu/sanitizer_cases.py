@@ -11,7 +11,15 @@ from __future__ import annotations
 import os
 
 import torch
-from judge import WRONG_OFFSETS, Case, make_problem, run_kernel, run_wrong_offsets, variants
+from judge import (
+    WRONG_OFFSETS,
+    Case,
+    make_problem,
+    run_kernel,
+    run_wrong_bits,
+    run_wrong_offsets,
+    variants,
+)
 
 from hf_flashattn.support import KERNEL_HEAD_DIMS
 
@@ -48,6 +56,13 @@ def cases() -> list[Case]:
         dim=(64, 128),
         causal=(False, True),
     )
+    holes = variants(
+        Case(batch=4, sq=200, sk=205, holes=0.2),
+        dim=(*KERNEL_HEAD_DIMS, 40),
+        causal=(False, True),
+        dropout_p=(0.0, 0.1),
+        deterministic=(False, True),
+    )
     # More streams than the backward keeps sums of dQ for.
     recycled = variants(
         Case(batch=40, sq=70, sk=130, heads_q=16, heads_k=8),
@@ -55,7 +70,7 @@ def cases() -> list[Case]:
         causal=(False, True),
     )
     wide = variants(Case(lengths=PACKED, deterministic=True), dim=(136, 200), causal=(False, True))
-    return dense + partial + deterministic + packed + many + padded + recycled + wide
+    return dense + partial + deterministic + packed + many + padded + holes + recycled + wide
 
 
 if __name__ == "__main__":
@@ -64,5 +79,8 @@ if __name__ == "__main__":
         run_kernel(make_problem(case))
     for offsets in WRONG_OFFSETS:
         run_wrong_offsets(offsets)
+    for dim in KERNEL_HEAD_DIMS:
+        run_wrong_bits(False, dim)
+        run_wrong_bits(True, dim)
     torch.cuda.synchronize()
     print(f"{len(cases())} cases and {len(WRONG_OFFSETS)} wrong offsets launched")

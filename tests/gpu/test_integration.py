@@ -6,11 +6,13 @@ import pytest
 import torch
 from judge import WRONG_OFFSETS, run_wrong_offsets
 from torch.utils.checkpoint import checkpoint
+from transformers import masking_utils
 
 from hf_flashattn import (
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    key_bits_of,
     masks,
     ops,
 )
@@ -126,8 +128,9 @@ def test_seed_decides_the_mask():
 def test_opcheck(p):
     q, k, v = tensors(seqlen=33)
     rng_state = torch.tensor([3, 4], device="cuda") if p else None
-    arguments = (q, k, v, None, None, None, None, rng_state, 0, 0, p, 0.125, True, True)
-    torch.library.opcheck(torch.ops.hf_flashattn.forward.default, arguments)
+    for keys in ((None,) * 3, key_bits_of(torch.rand(q.shape[0], 33, device="cuda") < 0.5)):
+        arguments = (q, k, v, None, None, *keys, rng_state, 0, 0, p, 0.125, True, True)
+        torch.library.opcheck(torch.ops.hf_flashattn.forward.default, arguments)
 
 
 def test_autocast():
@@ -293,6 +296,38 @@ def test_a_layers_tensors_of_any_strides(deterministic):
     assert torch.equal(got[0], want[0])
     for a, b in zip(got[1], want[1], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_becomes_bits_in_a_graph(causal):
+    """In a capture the mask function reads nothing; a replay has the mask of its own time."""
+    inputs = [x.detach() for x in heads_first(tensors(seqlen=96))]
+    kept = torch.ones(2, 96, device="cuda", dtype=torch.bool)
+    kept[1, 50:60] = False
+    layer = Layer(causal)
+    function = (
+        masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
+    )
+
+    def attend():
+        mask = masks.attention_mask(2, 96, 96, mask_function=function, attention_mask=kept)
+        return attention_forward(layer, *inputs, mask)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        attend()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    kept[0, 70:] = kept[1, 3:9] = False
+    graph.replay()
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    keys = dict(zip(("key_start", "key_len", "key_bits"), key_bits_of(kept), strict=True))
+    assert torch.equal(out, flash_attn_func(q, k, v, causal=causal, **keys))
+    want, _ = attention_reference(q, k, v, causal=causal, **keys)
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
 
 
 def test_a_layers_call_in_a_graph_reads_its_mask_anew():

@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hf_flashattn import patch_model, patched
 
@@ -23,10 +30,17 @@ def gpt2(**config):
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **config))
 
 
+def llama(**config):
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    grouped = {"num_key_value_heads": 1, "head_dim": 128, "intermediate_size": 128}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **grouped, **config))
+
+
 MODELS = {
     "bert": bert,
     "bert_decoder": lambda **c: bert(is_decoder=True, **c),
     "gpt2": gpt2,
+    "llama": llama,
     "gpt2_inverse_layer": lambda **c: gpt2(scale_attn_by_inverse_layer_idx=True, **c),
 }
 
@@ -44,6 +58,8 @@ def masks(length):
 def no_dropout(kind):
     if kind.startswith("bert"):
         return {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    if kind == "llama":
+        return {}
     return {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
@@ -192,17 +208,44 @@ def test_compiled_packing_stays_on_the_kernels(kind):
     assert all(row.runs == "kernel" for row in report.rows if row.calls.total), report
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_compiled_training_with_padding(kind):
-    """What a 2-D mask gathers in a compiled layer goes back by gathers."""
+@pytest.mark.parametrize("padding", ["right", "left", "holed"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_compiled_training_with_padding(kind, padding):
+    """A 2-D mask becomes bits that the kernels read: on them, with eager's gradients."""
     model = low_for_compile(kind)
-    patch_model(model, strict=True)
-    ids, mask = torch.randint(VOCABULARY, (3, 64), device="cuda"), masks(64)["holed"].cuda()
+    report = patch_model(model, strict=True)
+    ids, mask = torch.randint(VOCABULARY, (3, 200), device="cuda"), masks(200)[padding].cuda()
     labels = labels_for(ids, mask)
     want_logits, want = run(model, ids, mask, labels)
     got_logits, got = run(torch.compile(model, fullgraph=True), ids, mask, labels)
     torch.testing.assert_close(got_logits, want_logits, rtol=5e-2, atol=5e-2)
     assert (got - want).norm() < 2e-2 * want.norm()
+    assert all(row.runs == "kernel" for row in report.rows if row.calls.total), report
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_a_captured_forward_with_padding(kind):
+    """A CUDA graph of the whole model, with its mask: nothing in it reads the device, and a replay
+    has the padding of its own time."""
+    model = MODELS[kind](**no_dropout(kind)).cuda().eval().to(torch.bfloat16)
+    options = {} if kind == "bert" else {"use_cache": False}
+    patch_model(model, strict=True)
+    inputs = {"input_ids": torch.randint(VOCABULARY, (3, 200), device="cuda")}
+    inputs["attention_mask"] = masks(200)["right"].cuda()
+    with torch.no_grad():
+        for _ in range(2):
+            model(**inputs, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model(**inputs, **options).logits
+        for padding in ("holed", "left", "right"):
+            mask = masks(200)[padding].cuda()
+            inputs["attention_mask"].copy_(mask)
+            graph.replay()
+            want = model(**inputs, **options).logits
+            rows = mask.bool()
+            torch.testing.assert_close(got[rows], want[rows], rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

@@ -41,17 +41,12 @@ def test_signature_is_flash_attns(name):
     assert [p.name for p in positional] == [*required, *defaults]
     assert {p.name: p.default for p in positional[len(required) :]} == defaults
     extra = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    keys = dict.fromkeys(("key_start", "key_len", "key_bits"))
     ours = {
-        "flash_attn_func": {
-            "key_start": None,
-            "key_len": None,
-            "key_bits": None,
-            "s_aux": None,
-            "attn_bias": None,
-        },
+        "flash_attn_func": {**keys, "s_aux": None, "attn_bias": None},
         "flash_attn_varlen_func": {"s_aux": None},
     }
-    dense = {} if "varlen" in name else dict.fromkeys(("key_start", "key_len", "key_bits"))
+    dense = {} if "varlen" in name else keys
     assert extra == ours.get(name, dense)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -23,8 +24,16 @@ def load(path: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def training_step() -> ModuleType:
-    return load(ROOT / "benchmarks" / "training_step.py")
+def script():
+    """Imports a script of benchmarks/ by name, as they import each other."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def training_step(script):
+    return script("training_step")
 
 
 def test_times_both_models_and_writes_json(training_step, tmp_path: Path, capsys):
@@ -77,19 +86,21 @@ def test_what_was_timed_survives_a_failing_overlay(training_step, tmp_path: Path
     assert model["runs"]["sdpa"]["step_ms"]["median"] > 0
 
 
-def test_rows_of_bert_have_the_asked_lengths_and_labels_on_real_tokens(training_step):
-    shape = training_step.TINY["bert-large"]
-    batch = training_step.random_batch("bert-large", shape, torch.Generator().manual_seed(0))
+def test_rows_of_bert_have_the_asked_lengths_and_labels_on_real_tokens(script):
+    contenders = script("contenders")
+    shape = contenders.TINY["bert-large"]
+    batch = contenders.random_batch("bert-large", shape, torch.Generator().manual_seed(0))
     lengths = batch["attention_mask"].sum(1)
     assert lengths.min() >= shape.shortest and lengths.max() <= shape.length
-    labelled = batch["labels"] != training_step.IGNORED
+    labelled = batch["labels"] != contenders.IGNORED
     assert labelled.any(1).all() and not (labelled & (batch["attention_mask"] == 0)).any()
-    assert training_step.real_tokens(batch) == lengths.sum()
+    assert contenders.real_tokens(batch) == lengths.sum()
 
 
-def test_overlay_trains_on_the_same_bytes(training_step, monkeypatch):
-    monkeypatch.setattr(training_step, "OVERLAID", ("eager", "sdpa"))
-    runs = training_step.overlay(training_step.TINY["gpt2"], 3, 0, torch.device("cpu"))
+def test_overlay_trains_on_the_same_bytes(script, monkeypatch):
+    overlay, shape = script("loss_overlay"), script("contenders").TINY["gpt2"]
+    monkeypatch.setattr(overlay, "OVERLAID", ("eager", "sdpa"))
+    runs = overlay.overlay(shape, 3, 0, torch.device("cpu"))
     assert list(runs) == ["eager", "sdpa", "eager (other seed)"]
     assert all(len(run["losses"]) == 3 for run in runs.values())
     assert runs["sdpa"]["largest_gap_to_eager"] < 0.2

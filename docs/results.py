@@ -24,17 +24,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # Files of the kernels before these, by the first digits of their SHA-256: a newer file has others.
 OLDER = {
-    "attention_grid": "942c0362",
-    "attention_grid_more": "c261e2fb",
     "bert_large": "d071eee6",
+    "bert_large_compiled_full": "a38b08f5",
     "bert_large_compiled_half": "ba345a92",
     "context": "daa7d05f",
+    "context_start": "843a2e28",
     "gpt2_grid_medium": "a993f337",
     "gpt2_grid_small": "b03978db",
-    "host_overhead": "0283397f",
-    "limits": "f5ef51ab",
+    "gpt2_grid_small_ends": "c074b7ba",
     "memory": "b14275b2",
-    "packed": "be77fadb",
     "scaling": "0d99a3d6",
     "step_parts": "6168f08e",
     "training_step": "44d89d5b",

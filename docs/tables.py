@@ -79,7 +79,10 @@ def support_matrix() -> str:
 
 
 def training_table(outcomes: dict[str, dict[str, Any]]) -> str:
-    """Milliseconds, peak memory and speed of whole training steps; `outcomes` by file name."""
+    """Milliseconds, peak memory and speed of whole training steps; `outcomes` by file name.
+
+    A row is of the first file that has it.
+    """
     lines = [
         "| training step, ms (peak GiB) | eager | sdpa | hf_flashattn | x eager | x sdpa "
         "| x eager not compiled |",
@@ -98,6 +101,7 @@ def training_table(outcomes: dict[str, dict[str, Any]]) -> str:
                 plain = [c for f, c in cases if f == file and not c["compile"]] if compiled else []
                 lines.append(_training_row(label, case, own, plain))
                 used += [file] if file not in used else []
+                break
     first = outcomes[used[0]]
     links = ", ".join(f"[{Path(file).stem}](benchmarks/results/{file})" for file in used)
     protocol = f"dropout {first['dropout']}, bf16 autocast, fused AdamW"

@@ -9,13 +9,16 @@
 doctor, report and bench print JSON with --json. The answer alone goes to stdout.
 
 Exit status: 0 fine, 1 something is wrong or cannot run (stdout or stderr says what), 2 wrong usage.
-report is fine with a model that falls back, unless --strict.
+report is fine with a model that falls back, unless --strict. 141, as of any program that a signal
+stops, if nobody reads stdout to its end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,7 +203,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     args.argv = argv
-    return args.run(args)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head` has read what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
+    return status
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command hf-flashattn: exit codes, and that its answer alone goes to stdout."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def test_build_needs_no_model_library():
     ours = [x.name for node in origins if node.module == "hf_flashattn" for x in node.names]
     assert ours == ["build"]
     assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_a_reader_that_stops_early_gets_no_traceback():
+    script = (
+        "import sys; from hf_flashattn import build, cli; "
+        "build.find_or_build = lambda **_: 'x' * 2**20; sys.exit(cli.main(['build']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.read(1) == b"x"
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (141, b"")
 
 
 def test_the_exit_status_is_documented(capsys):

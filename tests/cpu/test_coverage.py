@@ -17,6 +17,10 @@ sys.path.append(str(ROOT / "docs"))  # at the end: coverage.py there is no packa
 from model_walk import configs, examine, inputs, processes, tasks  # noqa: E402
 from model_walk import page as page_module  # noqa: E402
 
+# Transformers 5.17 lacks them, refuses their tiny configs, or (BLT) gives rows that see nothing,
+# which others read, another value under sdpa.
+OF_THE_PAGE = ("blt", "diffusion_gemma", "musicgen", "wavtokenizer")
+
 
 @pytest.mark.parametrize(
     ("model", "task", "outcome", "why"),
@@ -79,6 +83,8 @@ from model_walk import page as page_module  # noqa: E402
     ],
 )
 def test_outcomes(model, task, outcome, why):
+    if model in OF_THE_PAGE and not page_module.read_page():
+        pytest.skip(f"docs/coverage.md was not made with {page_module.versions()}")
     result = examine.examine(model, task)
     assert result.outcome == outcome and why in result.why, result
 

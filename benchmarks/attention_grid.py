@@ -9,9 +9,10 @@ The protocol is in hf_flashattn/bench.py, which `hf-flashattn bench` runs on a s
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from outcome import save
 
 from hf_flashattn import bench
 
@@ -42,11 +43,8 @@ def main() -> None:
         deterministic=args.deterministic,
     )
     print(bench.table(rows))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python", *sys.argv])
-        facts = bench.facts(rows, command=command, dtype=args.dtype, repeats=args.repeats)
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+    command = " ".join(["python", *sys.argv])
+    save(args.json, bench.facts(rows, command=command, dtype=args.dtype, repeats=args.repeats))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ last rows are whole forwards of 12 layers of 4 heads of 16, where caches are col
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -33,6 +32,7 @@ from unittest import mock
 
 import torch
 from host_overhead import Identity, Row, no_grad, processor
+from outcome import save
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -238,9 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += time_cases(forwards(), max(1, args.calls // 25), args.repeats)
     print(*rows, sep="\n")
     outcome["rows"] = [asdict(row) for row in rows]
+    save(args.json, outcome)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(outcome, indent=1) + "\n")
         print(args.json)
     return 0
 

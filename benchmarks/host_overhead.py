@@ -16,7 +16,6 @@ blocks of 20 that end with a synchronisation.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outcome import save
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel
@@ -248,9 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*of_models, sep="\n")
         rows += of_models
     outcome["rows"] = [asdict(row) for row in rows]
+    save(args.json, outcome)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(outcome, indent=1) + "\n")
         print(args.json)
     return 0
 

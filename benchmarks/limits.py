@@ -11,11 +11,11 @@ torch's allocator over what q, k, v, their gradients, dout and out take.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
+from outcome import save
 
 from hf_flashattn import flash_attn_func
 from hf_flashattn.bench import TOKENS, medians, ours
@@ -95,9 +95,7 @@ def main() -> None:
     for row in outcome["grouped"]:
         print(f"S {row['seqlen']:6} grouped over full", row["grouped_over_full_rate"])
     print("long", outcome["long"])
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(outcome, indent=1) + "\n")
+    save(args.json, outcome)
 
 
 if __name__ == "__main__":

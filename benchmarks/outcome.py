@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_flashattn import ops
+from hf_flashattn import bench, ops
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -25,12 +24,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     has_kernels = device.type == "cuda" and not ops.missing_library()  # which loads them
-    library = ops.library_status().path if has_kernels else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "command": " ".join(sys.argv),
         "versions": versions,
-        "library_sha256": library and hashlib.sha256(library.read_bytes()).hexdigest(),
+        "library_sha256": bench.library_sha256() if has_kernels else None,
         "device": {"type": device.type, "name": name, "cuda": torch.version.cuda},
     }
 

@@ -16,18 +16,17 @@ of the greatest length that may be drawn, again with about as many tokens. Ratio
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
-import json
 import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from outcome import save
 
 from hf_flashattn import ops
-from hf_flashattn.bench import DTYPES, Timed, medians
+from hf_flashattn.bench import DTYPES, Timed, library_sha256, medians
 
 HIDDEN = 1024
 # name: shortest, longest, sequences, whether key-padded batches are timed too
@@ -143,21 +142,19 @@ def main() -> None:
         for row in measure(draw, dim, bool(causal), args, flush):
             print_row(row)
             rows.append(row)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "command": " ".join(["python", *sys.argv]),
-            "library_sha256": hashlib.sha256(ops.library_status().path.read_bytes()).hexdigest(),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "protocol": __doc__,
-            "dtype": args.dtype,
-            "repeats": args.repeats,
-            "seed": args.seed,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        "library_sha256": library_sha256(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "protocol": __doc__,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "seed": args.seed,
+        "rows": rows,
+    }
+    save(args.json, facts)
 
 
 if __name__ == "__main__":

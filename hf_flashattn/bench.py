@@ -160,11 +160,16 @@ def run_grid(
     return rows
 
 
+def library_sha256() -> str:
+    """Of the loaded library, which must be there."""
+    return hashlib.sha256(ops.library_status().path.read_bytes()).hexdigest()
+
+
 def facts(rows: list[dict[str, Any]], *, command: str, dtype: str, repeats: int) -> dict[str, Any]:
     """The rows with all that it takes to measure them again."""
     return {
         "command": command,
-        "library_sha256": hashlib.sha256(ops.library_status().path.read_bytes()).hexdigest(),
+        "library_sha256": library_sha256(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

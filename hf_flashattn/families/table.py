@@ -102,9 +102,8 @@ def _dim_of_qkv(module: nn.Module) -> int:
     return module.qkv.in_features // module.num_heads
 
 
-def _one_head(dim: Callable[[nn.Module], int]) -> Family:
-    """Of the pixels or frames of an autoencoder."""
-    return Family(heads=lambda module: 1, head_dim=dim)
+def _dim_of_sam(module: nn.Module) -> int:
+    return module.qkv.in_features // module.num_attention_heads
 
 
 _BERT = Family()
@@ -112,15 +111,12 @@ _BART = Family(heads="num_heads", head_dim="head_dim")
 _XLM = Family(heads="n_heads", head_dim="head_dim", own_masks=True)
 _GPT = Family(heads="num_attention_heads", head_dim="head_dim")
 _QKV = Family("num_heads", _dim_of_qkv)  # vision transformers that project to all three at once
-_SAM = Family(
-    head_dim=lambda module: module.qkv.in_features // module.num_attention_heads,
-    bias=_with_attribute("use_rel_pos"),
-)
+_SAM = Family(head_dim=_dim_of_sam, bias=_with_attribute("use_rel_pos"))
 _SWIN = Family(bias=_relative_positions, own_masks=True)
 _LEVIT = Family(head_dim="key_dim", bias=_relative_positions)
 _OWN_MASKS = Family("num_heads", "head_dim", own_masks=True)
-_PIXELS = _one_head(lambda module: module.q.out_channels)
-_TORCH = Family("num_heads", "head_dim", own_masks=True)
+# Of the pixels or frames of an autoencoder.
+_PIXELS = Family(heads=lambda module: 1, head_dim=lambda module: module.q.out_channels)
 
 # module and class, without "transformers.models." and "modeling_"
 FAMILIES: dict[str, Family] = {
@@ -158,7 +154,7 @@ FAMILIES: dict[str, Family] = {
     "squeezebert.SqueezeBertSelfAttention": _BERT,
     "convbert.ConvBertSelfAttention": Family(skips=1),
     "visual_bert.VisualBertSelfAttention": _BERT,
-    "mpnet.MPNetSelfAttention": Family(bias=lambda module: "relative positions"),
+    "mpnet.MPNetSelfAttention": Family(bias=_relative_positions),
     "layoutlmv2.LayoutLMv2SelfAttention": Family(bias=_layoutlmv2_bias, own_masks=True),
     "blip.BlipAttention": _BART,
     "blip_text.BlipTextSelfAttention": _BERT,
@@ -213,7 +209,7 @@ FAMILIES: dict[str, Family] = {
         "num_heads", _dim_of_qkv, refuses=_in_views("use_relative_position_embeddings")
     ),
     "seggpt.SegGptAttention": Family(
-        head_dim=lambda module: module.qkv.in_features // module.num_attention_heads,
+        head_dim=_dim_of_sam,
         refuses=_in_views("use_relative_position_embeddings"),
     ),
     "cvt.CvtSelfAttention": Family(
@@ -357,7 +353,7 @@ def family_of(cls: type[nn.Module], holder: type[nn.Module] | None = None) -> Fa
     holder: the class of the module that holds it, which decides for torch.nn.MultiheadAttention.
     """
     if cls is torch.nn.MultiheadAttention:
-        return _TORCH if holder is not None and _key(holder) in WITHOUT_WEIGHTS else None
+        return _OWN_MASKS if holder is not None and _key(holder) in WITHOUT_WEIGHTS else None
     return FAMILIES.get(_key(cls))
 
 

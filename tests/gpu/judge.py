@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +21,10 @@ from hf_flashattn import key_bits_of, ops
 from hf_flashattn.reference import attention_backward_reference, attention_reference
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+DTYPES = tuple(ROUNDING)
+HEAD_DIMS = (8, 32, 40, 72, 80, 96, 104, 136, 160, 192, 200, 256)
+# Of 300 keys: (start, length), a row of the batch each.
+RANGES = ((0, 300), (0, 77), (150, 150), (299, 1), (0, 0), (120, 30), (0, 128), (128, 128))
 
 
 @dataclass(frozen=True)
@@ -220,3 +225,15 @@ def variants(case: Case, **choices) -> list[Case]:
     for field, values in choices.items():
         cases = [replace(c, **{field: value}) for c in cases for value in values]
     return cases
+
+
+def parametrize(cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def poison(tensor, rows):
+    tensor[rows] = (
+        torch.tensor([float("nan"), float("inf")], device="cuda")
+        .repeat(tensor.shape[-1] // 2)
+        .to(tensor)
+    )

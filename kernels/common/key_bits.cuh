@@ -59,7 +59,8 @@ struct KeyWord {
   }
 };
 
-// Of one block, as the warp that loads it finds them: a word in each lane.
+// Of one block, as the warp that loads it finds them: a word in each lane. Its tiles' rows are as
+// these bits say.
 template <int Keys>
 struct LaneKeys {
   uint32_t seen;
@@ -70,6 +71,11 @@ struct LaneKeys {
     seen = word.seen;
     all = __all_sync(0xffffffff, (word.seen | word.zeroed) == ~0u);
   }
+
+  // Keys `first` .. first + 31 of the block, `first` a multiple of 32. The whole warp asks.
+  __device__ __forceinline__ uint32_t from(int first) const {
+    return __shfl_sync(0xffffffff, seen, first / 32);
+  }
 };
 
 // Of one block, in shared memory.
@@ -77,12 +83,14 @@ struct alignas(16) BlockKeys {
   static constexpr int kWords = 4;
   uint32_t words[kWords];
 
-  // For the whole warp, none of whose lanes reads them any more.
+  // The whole warp calls this. The lane that writes is the one that tells the readers, and each
+  // reader says itself that it has read (release_keys): racecheck credits an arrival to its own
+  // thread alone.
   template <int Keys>
   __device__ __forceinline__ void store(LaneKeys<Keys> const& keys) {
     static_assert(Keys <= 32 * kWords, "there is a bit for each key");
-    int const lane = threadIdx.x % kWarpThreads;
-    if (lane < kWords) words[lane] = keys.seen;
+    uint4 const all = make_uint4(keys.from(0), keys.from(32), keys.from(64), keys.from(96));
+    if (elect_one()) store_shared_16b(smem_address(words), all);
     __syncwarp();
   }
 

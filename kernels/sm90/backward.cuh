@@ -108,9 +108,7 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
         // The first rows have memory of their own, K and V wait for the last ones of the tile
         // before.
         keys_loaded = true;
-        LaneKeys<P::kBlockN> const lane_keys(p.problem, sequence, work.first_key);
-        s.keys.store(lane_keys);
-        VisibleRows const keys = {s.keys, lane_keys.all};
+        LaneKeys<P::kBlockN> const keys(p.problem, sequence, work.first_key);
         s.keys_empty.wait(keys_phase ^ 1);
         keys_phase ^= 1;
         load_tile_rows(maps.k, s.k_full, s.staging, staging_phase, s.k, key_row, work.head_k,

@@ -98,7 +98,6 @@ struct BackwardSmem {
   Mbarrier dout_full[P::kStages], dout_empty[P::kStages];  // the same
   Mbarrier statistics_full[P::kStages], statistics_empty[P::kStages];  // empty: consumer threads
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
-  BlockKeys keys;    // of the tile that the producer loads, for itself
 };
 
 template <class P>

@@ -25,9 +25,7 @@ __device__ void produce_wide(BackwardParams const& p, BackwardWorkspace const& w
   bool const queries = warp % 2 == 0;
   uint32_t staging_phase = 0, parity = 0;
   if (buffer == 0) {
-    LaneKeys<P::kBlockN> const lane_keys(p.problem, sequence, work.first_key);
-    s.keys[warp].store(lane_keys);
-    VisibleRows const keys = {s.keys[warp], lane_keys.all};
+    LaneKeys<P::kBlockN> const keys(p.problem, sequence, work.first_key);
     load_tile_rows(queries ? maps.k : maps.v, queries ? s.k_full : s.v_full, s.staging[warp],
                    staging_phase, queries ? s.k : s.v, sequence.first_k + work.first_key,
                    work.head_k, sequence.batch, keys);

@@ -50,7 +50,6 @@ struct BackwardWideSmem {
   Mbarrier statistics_full[2], statistics_empty[2];  // empty: threads of consumer w
   Mbarrier scores_empty;  // all consumer warps: nobody reads dS and P of this pair any more
   Mbarrier staging[4];    // TMA to each producer warp itself, for tiles it has to patch
-  BlockKeys keys[2];      // for the producer warps of K and V themselves
 };
 
 template <class P>

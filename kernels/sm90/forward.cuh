@@ -60,7 +60,7 @@ __device__ void init_barriers(ForwardSmem<P>& s) {
   for (int stage = 0; stage < P::kStages; ++stage) {
     s.k_full[stage].init(1);
     s.v_full[stage].init(1);
-    s.k_empty[stage].init(kConsumerWarps);
+    s.k_empty[stage].init(kKeyReleases<P>);
     s.v_empty[stage].init(kConsumerWarps);
   }
   if constexpr (P::kListed) s.tiles.init();
@@ -104,7 +104,7 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
       int const first_key = block * P::kBlockN, row = sequence.first_k + first_key;
       auto const block_keys = keys_of_block<P>(problem, sequence, first_key);
       s.k_empty[pipe.stage()].wait(pipe.parity() ^ 1);
-      auto const rows = rows_of_keys(block_keys, s.keys, pipe.stage());
+      hand_over(block_keys, s.keys, pipe.stage());
       if (elect_one()) {
         s.k_full[pipe.stage()].arrive_expect(ForwardSmem<P>::KeyTile::kBytes);
         load_tile(maps.k, s.k_full[pipe.stage()], s.k[pipe.stage()], row, head_k, sequence.batch);
@@ -112,7 +112,7 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
       __syncwarp();
       s.v_empty[pipe.stage()].wait(pipe.parity() ^ 1);
       load_tile_rows(maps.v, s.v_full[pipe.stage()], s.staging, staging_phase, s.v[pipe.stage()],
-                     row, head_k, sequence.batch, rows);
+                     row, head_k, sequence.batch, block_keys);
     }
   }
 }
@@ -167,7 +167,7 @@ __device__ __forceinline__ void skip_block(ForwardSmem<P>& s,
   turns.take();
   turns.pass();
   s.k_full[pipe.stage()].wait(pipe.parity());
-  release(s.k_empty[pipe.stage()]);
+  release_keys<P>(s.k_empty[pipe.stage()]);
   s.v_full[pipe.stage()].wait(pipe.parity());
   release(s.v_empty[pipe.stage()]);
 }
@@ -283,9 +283,9 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     dropout.set_rows(warp_row());
     fill_zero(out);
     dropout.draw(tile.block);
-    if constexpr (!P::kHoles) release(s.k_empty[pipe.stage()]);
+    if constexpr (!P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);
     mask_scores();
-    if constexpr (P::kHoles) release(s.k_empty[pipe.stage()]);  // and its BlockKeys
+    if constexpr (P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);  // and its BlockKeys
     softmax.first(scores);
     to_probabilities();
 
@@ -317,7 +317,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
         dropout.draw(tile.block);
         to_probabilities();
       }
-      release(s.k_empty[pipe.stage()]);
+      release_keys<P>(s.k_empty[pipe.stage()]);
     }
 
     // The last output; the next tile is found under it.

@@ -28,30 +28,10 @@ __device__ __forceinline__ void prefetch_tile(CUtensorMap const& map, Tile const
     tma_prefetch(&map, chunk * Tile::kChunkStep, row, head, batch);
 }
 
-// The rows of a tile that come as they are in memory: those of [begin, end).
+// The rows of a tile that come as they are in memory: those of [begin, end). Where keys may be
+// hidden anywhere, LaneKeys say it.
 struct RowRange {
   int begin, end;
-
-  template <int Rows>
-  __device__ __forceinline__ bool holds_all() const {
-    return begin <= 0 && end >= Rows;
-  }
-  // Rows first .. first + 31, a bit for each.
-  __device__ __forceinline__ uint32_t from(int first) const {
-    return ones_from(begin - first) & ~ones_from(end - first);
-  }
-};
-
-// The same, of the keys that rows may see.
-struct VisibleRows {
-  BlockKeys const& keys;
-  bool all;
-
-  template <int>
-  __device__ __forceinline__ bool holds_all() const {
-    return all;
-  }
-  __device__ __forceinline__ uint32_t from(int first) const { return keys.from(first); }
 };
 
 // Of the block in each stage of K, from k_full on until k_empty; nothing without holes.
@@ -75,37 +55,61 @@ __device__ __forceinline__ auto keys_of_block(Problem const& p, Sequence const& 
   }
 }
 
-// And when there is: the rows of its tiles, for the consumers too. The whole warp calls this.
-__device__ __forceinline__ RowRange rows_of_keys(RowRange range, NoKeys, int) { return range; }
+// And when there is: handed to the consumers. The whole warp calls this.
+__device__ __forceinline__ void hand_over(RowRange, NoKeys, int) {}
 template <int Keys, int Stages>
-__device__ __forceinline__ VisibleRows rows_of_keys(LaneKeys<Keys> const& lane,
-                                                    KeysOfStages<Stages>& keys, int stage) {
+__device__ __forceinline__ void hand_over(LaneKeys<Keys> const& lane, KeysOfStages<Stages>& keys,
+                                          int stage) {
   keys.of[stage].store(lane);
-  return {keys.of[stage], lane.all};
 }
 
-// Zeroes the rows that are not among `rows`: the whole warp works. The swizzle moves bytes within a
-// row only.
-template <class Tile, class Rows>
-__device__ __forceinline__ void zero_other_rows(Tile const& tile, Rows const& rows) {
+// How many arrivals hand a stage of K back, and what a consumer warp does for it.
+template <class P>
+constexpr int kKeyReleases = P::kConsumers * (P::kHoles ? kWarpgroupThreads : 4);
+template <class P>
+__device__ __forceinline__ void release_keys(Mbarrier& empty) {
+  if constexpr (P::kHoles) empty.arrive();
+  else release(empty);
+}
+
+template <class Tile>
+__device__ __forceinline__ bool holds_all(Tile const&, RowRange rows) {
+  return rows.begin <= 0 && rows.end >= Tile::kRows;
+}
+template <class Tile, int Keys>
+__device__ __forceinline__ bool holds_all(Tile const&, LaneKeys<Keys> const& keys) {
+  return keys.all;
+}
+
+// Zeroes rows [begin, end) but those with a bit in `kept`: the whole warp works. The swizzle moves
+// bytes within a row only.
+template <class Tile>
+__device__ __forceinline__ void zero_rows(Tile const& tile, int begin, int end, uint32_t kept = 0) {
   constexpr int kUnits = Tile::kChunkRowBytes / 16;
   int const lane = threadIdx.x % kWarpThreads;
 #pragma unroll 1
-  for (int first = 0; first < Tile::kRows; first += 32) {
-    uint32_t const kept = rows.from(first);
-    if (kept == ~0u) continue;
-    int const end = min(first + 32, Tile::kRows);
-#pragma unroll 1
-    for (int row = first + lane / kUnits; row < end; row += kWarpThreads / kUnits) {
-      if (kept >> row % 32 & 1) continue;
+  for (int row = begin + lane / kUnits; row < end; row += kWarpThreads / kUnits) {
+    if (kept >> row % 32 & 1) continue;
 #pragma unroll
-      for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-        store_shared_zero_16b(tile.chunk_address(chunk) + row * Tile::kChunkRowBytes +
-                              lane % kUnits * 16);
-    }
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+      store_shared_zero_16b(tile.chunk_address(chunk) + row * Tile::kChunkRowBytes +
+                            lane % kUnits * 16);
   }
-  fence_proxy_async();
-  __syncwarp();
+}
+
+// Zeroes the rows that are not among `rows`.
+template <class Tile>
+__device__ __forceinline__ void zero_other_rows(Tile const& tile, RowRange rows) {
+  zero_rows(tile, 0, min(rows.begin, Tile::kRows));
+  zero_rows(tile, max(rows.end, 0), Tile::kRows);
+}
+template <class Tile, int Keys>
+__device__ __forceinline__ void zero_other_rows(Tile const& tile, LaneKeys<Keys> const& keys) {
+#pragma unroll 1
+  for (int first = 0; first < Tile::kRows; first += 32) {
+    uint32_t const kept = keys.from(first);
+    if (kept != ~0u) zero_rows(tile, first, min(first + 32, Tile::kRows), kept);
+  }
 }
 
 // Fills a tile and completes `full`, with all but `rows` as zeros, whatever is in memory there:
@@ -117,7 +121,7 @@ __device__ __forceinline__ void load_tile_rows(CUtensorMap const& map, Mbarrier&
                                                Mbarrier& staging, uint32_t& staging_phase,
                                                Tile const& tile, int row, int head, int batch,
                                                Rows const& rows) {
-  bool const patch = !rows.template holds_all<Tile::kRows>();
+  bool const patch = !holds_all(tile, rows);
   bool const leader = elect_one();
   if (leader) {
     Mbarrier& target = patch ? staging : full;
@@ -129,6 +133,8 @@ __device__ __forceinline__ void load_tile_rows(CUtensorMap const& map, Mbarrier&
   staging.wait(staging_phase);
   staging_phase ^= 1;
   zero_other_rows(tile, rows);
+  fence_proxy_async();
+  __syncwarp();
   if (leader) full.arrive();
 }
 

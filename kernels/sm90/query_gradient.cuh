@@ -37,7 +37,7 @@ __device__ void init_barriers(QueryGradientSmem<P>& s) {
   for (Mbarrier* empty : {&s.q_empty, &s.dout_empty}) empty->init(kConsumerWarps);
   for (Mbarrier& full : s.k_full) full.init(1);
   for (Mbarrier& full : s.v_full) full.init(1);
-  for (Mbarrier& empty : s.k_empty) empty.init(kConsumerWarps);
+  for (Mbarrier& empty : s.k_empty) empty.init(kKeyReleases<P>);
   for (Mbarrier& empty : s.v_empty) empty.init(kConsumerWarps);
   fence_mbarrier_init();
 }
@@ -93,9 +93,9 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
     int const last = tiles.blocks.last();
     for (int block = last; block >= tiles.blocks.first; --block, k_pipe.next(), v_pipe.next()) {
       int const first_key = block * P::kBlockN, key_row = sequence.first_k + first_key;
-      auto const block_keys = keys_of_block<P>(tiles.problem, sequence, first_key);
+      auto const keys = keys_of_block<P>(tiles.problem, sequence, first_key);
       s.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
-      auto const keys = rows_of_keys(block_keys, s.keys, k_pipe.stage());
+      hand_over(keys, s.keys, k_pipe.stage());
       load_tile_rows(maps.k, s.k_full[k_pipe.stage()], s.staging, staging_phase,
                      s.k[k_pipe.stage()], key_row, head_k, sequence.batch, keys);
       if (block == last)
@@ -174,7 +174,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
           own_row < sequence.length_q ? min(max(own.last(), first - 1), block) : first - 1;
       for (; block > last; --block, k_pipe.next(), v_pipe.next()) {
         s.k_full[k_pipe.stage()].wait(k_pipe.parity());
-        release(s.k_empty[k_pipe.stage()]);
+        release_keys<P>(s.k_empty[k_pipe.stage()]);
         s.v_full[v_pipe.stage()].wait(v_pipe.parity());
         release(s.v_empty[v_pipe.stage()]);
       }
@@ -190,7 +190,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
         pin_registers(scores);
         pin_registers(dq);
         pin_registers(operand);
-        if (block < last) release(s.k_empty[k_pipe.previous_stage()]);
+        if (block < last) release_keys<P>(s.k_empty[k_pipe.previous_stage()]);
         if constexpr (P::kDropout) {
           // Under dP, not before: the operand above leaves no registers for it at head dim 256.
           schedule_fence(problem.batch);
@@ -219,7 +219,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
       wgmma_wait<0>();
       pin_registers(dq);
       pin_registers(operand);
-      if (last >= first) release(s.k_empty[k_pipe.previous_stage()]);
+      if (last >= first) release_keys<P>(s.k_empty[k_pipe.previous_stage()]);
       // A row that sees no key gets 0, whatever its Q and dO hold.
       if (__any_sync(0xffffffff, lse[0] == infinity() || lse[1] == infinity()))
         clear_rows(dq, lse[0] == infinity(), lse[1] == infinity());

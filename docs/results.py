@@ -32,10 +32,10 @@ OLDER = {
     "gpt2_grid_medium": "a993f337",
     "gpt2_grid_small": "b03978db",
     "gpt2_grid_small_ends": "c074b7ba",
+    "host_overhead": "fbe894a8",
     "memory": "b14275b2",
     "scaling": "0d99a3d6",
     "step_parts": "6168f08e",
-    "training_step": "44d89d5b",
 }
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"

@@ -4,10 +4,11 @@
 //
 // A stream is one key head of one sequence with the query heads that share it. Streams are worked
 // on one after the other, so sums are needed for a few of them at a time. Recycled, stream n has
-// the memory of stream n - recycled, and the backward itself rounds the sums to dQ. Packed
-// sequences, whose lengths differ, deterministic sums, which take turns and are late, and small
-// problems keep sums for all, and a kernel after the backward rounds them. Wide heads have none:
-// their dQ never leaves the registers of one CTA.
+// the memory of stream n - recycled, as much as the longest sequence takes, and the backward itself
+// rounds the sums to dQ. Deterministic sums, which take turns and are late, small problems, and
+// packed sequences most of which are far shorter than the longest keep sums for all, and a kernel
+// after the backward rounds them. Wide heads have none: their dQ never leaves the registers of one
+// CTA.
 #pragma once
 
 #include "common/blocks.cuh"
@@ -18,6 +19,7 @@ struct BackwardWorkspace {
   int block_m, head_dim;  // head_dim: of the kernel, which may be more than the problem's
   int heads_q, heads_k;
   int padded_rows;        // rows of a head: of one sequence when dense, of all when packed
+  int sum_rows;           // rows of a head of one sequence that have sums, where they are recycled
   int streams, recycled;  // recycled: streams that have sums at a time; 0: all
   bool packed;
   int64_t row_slots;  // over all heads and sequences
@@ -28,7 +30,7 @@ struct BackwardWorkspace {
   float* dq;         // (row block, part, float4, thread) of the consumers' accumulators
   int32_t* turn;     // per row block of dq: how many key blocks have added to it (deterministic)
   int32_t* added;    // per stream: tiles that have added all they make to its sums
-  int32_t* rounded;  // per stream: row blocks of dQ that are written, and whose sums are 0 again
+  int32_t* rounded;  // per stream: row blocks whose dQ is written, and whose sums are 0 again
   int32_t* claimed;  // tiles, and row blocks to round, that CTAs have claimed
 
   // block_n: keys of a tile; 0: without sums.
@@ -41,14 +43,19 @@ struct BackwardWorkspace {
     padded_rows = int((rows + block_m - 1) / block_m * block_m);
     row_slots = int64_t(padded_rows) * p.heads_q * (packed ? 1 : p.batch);
     sum_slots = block_n > 0 ? row_slots : 0;
-    if (block_n > 0 && !packed && !params.deterministic) {
+    sum_rows = ceil_div(p.seqlen_q, block_m) * block_m;
+    // Row blocks are claimed for the longest sequence, and most claims should find one.
+    bool const even = int64_t(sum_rows) * p.batch <= 4 * rows;
+    if (block_n > 0 && (!packed || even) && !params.deterministic) {
       // CTAs are busy with tiles of the newest streams, causal ones of twice the usual length
       // first; those before them are being rounded.
-      int const key_blocks = max(ceil_div(p.seqlen_k, block_n), 1);
+      int const keys = packed ? ceil_div(p.total_k, max(p.batch, 1)) : p.seqlen_k;
+      int const key_blocks = max(ceil_div(keys, block_n), 1);
       int const enough = ceil_div(4 * p.num_sms, key_blocks) + 1;
-      if (enough < streams) {
+      int64_t const slots = int64_t(enough) * group() * sum_rows;
+      if (enough < streams && slots < row_slots) {
         recycled = enough;
-        sum_slots = int64_t(enough) * group() * padded_rows;
+        sum_slots = slots;
       }
     }
     // Each part is a multiple of block_m >= 64 floats, so 256-byte aligned.
@@ -67,9 +74,20 @@ struct BackwardWorkspace {
   }
 
   __host__ __device__ __forceinline__ int group() const { return heads_q / heads_k; }
-  // Of a stream, where every sequence has as many.
+  // Of a stream that has recycled sums, those beyond its length counted too.
   __host__ __device__ __forceinline__ int row_blocks() const {
-    return group() * (padded_rows / block_m);
+    return group() * (sum_rows / block_m);
+  }
+
+  // Whether this row block of such a stream, of heads with `existing` row blocks, has to be
+  // rounded, and what that counts in `rounded`: the first one is always there, for those that are
+  // beyond.
+  __host__ __device__ __forceinline__ bool is_rounded(int row_block, int existing) const {
+    return row_block == 0 || row_block % (sum_rows / block_m) < existing;
+  }
+  __host__ __device__ __forceinline__ int counted(int row_block, int existing) const {
+    int const beyond = row_block > 0 ? 0 : group() * (sum_rows / block_m - existing);
+    return min(existing, 1) + beyond;
   }
 
   __host__ __device__ __forceinline__ int stream(Sequence const& s, int head_k) const {
@@ -87,7 +105,7 @@ struct BackwardWorkspace {
   __host__ __device__ __forceinline__ int64_t first_sum(Sequence const& s, int head) const {
     if (recycled == 0) return first_slot(s, head);
     int const place = stream(s, head / group()) % recycled;
-    return (int64_t(place) * group() + head % group()) * padded_rows;
+    return (int64_t(place) * group() + head % group()) * sum_rows;
   }
 
   // Whether this stream is the first to have its memory for sums, and whether it is the last.

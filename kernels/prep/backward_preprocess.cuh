@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   if (threadIdx.x == 0 && blockIdx.x == 0) {
     if (blockIdx.y % workspace.group() == 0)
       workspace.added[stream] = workspace.rounded[stream] = 0;
-    if (blockIdx.y == 0 && blockIdx.z == 0) workspace.claimed[0] = workspace.claimed[1] = 0;
+    if (blockIdx.y == 0 && blockIdx.z == 0) {
+      workspace.claimed[0] = workspace.claimed[1] = 0;
+      wait_for_previous_kernel();  // nothing here needs it, but what comes after counts on both
+    }
   }
-  if (first_row >= s.length_q) return;
-  int64_t const slot = workspace.first_slot(s, blockIdx.y) + first_row;
-  int64_t const lse_row = lse_offset(p.problem, s, blockIdx.y);
-
-  if (workspace.first_user(stream)) {
+  // Recycled sums are for later streams too, which may have more rows.
+  if (workspace.first_user(stream) && (first_row < s.length_q || workspace.recycled > 0)) {
     int64_t const sum = workspace.first_sum(s, blockIdx.y) + first_row;
     auto* accumulator = reinterpret_cast<float4*>(workspace.dq + sum * HeadDim);
 #pragma unroll
@@ -67,7 +67,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       accumulator[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     if (threadIdx.x == 0) workspace.turn[sum / BlockM] = 0;
   }
+  if (first_row >= s.length_q) return;
 
+  int64_t const slot = workspace.first_slot(s, blockIdx.y) + first_row;
+  int64_t const lse_row = lse_offset(p.problem, s, blockIdx.y);
   uint32_t const threshold = p.problem.drop_threshold;
   float const lift = threshold > 0 ? dropout_lift(threshold) : 1.f;
   int const lane = threadIdx.x % kLanes;

@@ -43,9 +43,10 @@ __device__ __forceinline__ void clear_uncovered(PackedResult const& r, int batch
   }
 }
 
-// Grid (kClearBlocks, results).
+// Grid (kClearBlocks, results). What is launched to overlap with it touches other rows alone.
 static __global__ void __launch_bounds__(kClearThreads)
     clear_uncovered_kernel(PackedResults const __grid_constant__ results, int batch, int head_dim) {
+  launch_dependents();
   clear_uncovered(results.result[blockIdx.y], batch, head_dim, blockIdx.x, gridDim.x);
 }
 

@@ -69,7 +69,8 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
 }
 
 // Rounds complete sums to rows of dQ, a piece after the other, and leaves zeros for the next stream
-// that has their memory. Row blocks are claimed in the order of streams.
+// that has their memory. Row blocks are claimed in the order of streams, as many of each: who has
+// the first one counts those that are beyond the sequence's length as well.
 template <class P>
 __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& workspace,
                          BackwardSmem<P>& s, int warp) {
@@ -80,7 +81,6 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
   static_assert(kPieces >= kStages, "the first pieces are all of one row block");
   DqPieces& buffers = s.dq_pieces[warp];
   int const lane = threadIdx.x % kWarpThreads;
-  int const key_blocks = ceil_div(p.problem.seqlen_k, P::kBlockN);
   float const scale = p.problem.softmax_scale;
   bool const right = lane % 2;
   int const own_column = lane % 2 * 8 + lane % 4 / 2 * 4;
@@ -91,9 +91,11 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
     int const stream = claimed / workspace.row_blocks();
     if (stream >= workspace.streams) return;
     int const rest = claimed % workspace.row_blocks();
-    int const blocks = workspace.padded_rows / P::kBlockM;  // of a head
+    int const blocks = workspace.sum_rows / P::kBlockM;  // of a head
     int const head = stream % workspace.heads_k * workspace.group() + rest / blocks;
     Sequence const sequence(p.problem, stream / workspace.heads_k);
+    int const existing = ceil_div(sequence.length_q, P::kBlockM);
+    if (!workspace.is_rounded(rest, existing)) continue;
     // In the accumulators of wgmma this lane has rows g and g + 8, two columns of every 8; after an
     // exchange with its neighbour 4 of the left or of the right 8 columns of a piece.
     int const first_row = rest % blocks * P::kBlockM + lane / 4;
@@ -109,7 +111,11 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
     };
 
     if (lane == 0) {
+      int const key_blocks = ceil_div(sequence.length_k, P::kBlockN);
       wait_count(workspace.added + stream, key_blocks, 500);
+      // Where there is no tile whose writer has waited for this memory.
+      if (key_blocks == 0 && !workspace.first_user(stream))
+        wait_count(workspace.rounded + stream - workspace.recycled, workspace.row_blocks(), 500);
 #pragma unroll 1
       for (int piece = 0; piece < kStages; ++piece)
         load_piece(sums + piece * kFloats, (pipe.stage() + piece) % kStages);
@@ -152,7 +158,7 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
     fence_proxy_async_all();  // the next to add does so by bulk copies
     __threadfence();
     __syncwarp();
-    if (lane == 0) add_count(workspace.rounded + stream);
+    if (lane == 0) add_count(workspace.rounded + stream, workspace.counted(rest, existing));
   }
 }
 

@@ -40,16 +40,22 @@ inline void clear_uncovered(BackwardParams const& p, cudaStream_t stream) {
 
 // Before the backward proper.
 template <class P>
-void preprocess(BackwardParams const& p, BackwardWorkspace const& workspace) {
+Status preprocess(BackwardParams const& p, BackwardWorkspace const& workspace) {
   static_assert(P::kBlockM == kBackwardBlockM<P::kHeadDim>,
                 "the workspace is laid out for all policies of a head dim");
   Problem const& problem = p.problem;
-  if (problem.cu_seqlens_q != nullptr)
-    clear_uncovered(p, static_cast<cudaStream_t>(problem.stream));
+  auto const stream = static_cast<cudaStream_t>(problem.stream);
+  auto* const kernel =
+      prep::backward_preprocess_kernel<typename P::Element, P::kHeadDim, P::kBlockM>;
+  constexpr int kThreads = prep::kPreprocessThreads;
   dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
-  prep::backward_preprocess_kernel<typename P::Element, P::kHeadDim, P::kBlockM>
-      <<<rows, prep::kPreprocessThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(p,
-                                                                                         workspace);
+  char const* const what = "launching the kernels before the backward";
+  if (problem.cu_seqlens_q != nullptr) {
+    clear_uncovered(p, stream);
+    return check(launch_overlapped(kernel, rows, kThreads, 0, stream, p, workspace), what);
+  }
+  kernel<<<rows, kThreads, 0, stream>>>(p, workspace);
+  return check(cudaGetLastError(), what);
 }
 
 template <class Smem, auto Kernel>
@@ -72,7 +78,8 @@ Status launch_backward(BackwardParams const& p) {
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, P::kBlockN);
   KeyTileOrder const order(p, P::kBlockM, P::kBlockN);
-  preprocess<P>(p, workspace);
+  status = preprocess<P>(p, workspace);
+  if (!status.ok()) return status;
   status = check(launch_overlapped(backward_kernel<P>, min(order.tiles(), problem.num_sms),
                                    P::kThreads, sizeof(Smem), stream, p, workspace, maps, order),
                  "launching the backward kernels");
@@ -98,7 +105,8 @@ Status launch_wide_backward(BackwardParams const& p) {
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, 0);
   TileScheduler<QueryP::kFoldTiles> const scheduler(problem, QueryP::kBlockM, QueryP::kCausal);
-  preprocess<P>(p, workspace);
+  status = preprocess<P>(p, workspace);
+  if (!status.ok()) return status;
   dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
   backward_wide_kernel<P><<<keys, P::kThreads, sizeof(Smem), stream>>>(p, workspace, maps);
   status = check(cudaGetLastError(), "launching the backward kernels");

@@ -136,8 +136,8 @@ __device__ __forceinline__ void wait_count(int32_t const* counter, int count,
 
 // After bulk_wait<0>, or a barrier with the threads that wrote: whoever sees the count sees that.
 // A bulk copy that has completed needs no fence (PTX ISA, "Async proxy": completion implies it).
-__device__ __forceinline__ void add_count(int32_t* counter) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
+__device__ __forceinline__ void add_count(int32_t* counter, int count = 1) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(counter), "r"(count) : "memory");
 }
 
 }  // namespace hf_flashattn::sm90

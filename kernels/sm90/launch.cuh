@@ -120,13 +120,13 @@ Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int6
 // Launches a kernel that may start while the one before it in the stream still runs, and waits for
 // it on the device (wait_for_previous_kernel).
 template <class... Parameters>
-cudaError_t launch_overlapped(void (*kernel)(Parameters...), int grid, int threads, int smem_bytes,
+cudaError_t launch_overlapped(void (*kernel)(Parameters...), dim3 grid, int threads, int smem_bytes,
                               cudaStream_t stream, Parameters const&... parameters) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;

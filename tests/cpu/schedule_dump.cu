@@ -106,7 +106,8 @@ void print_costs(Problem const& p) {
   std::printf("\n");
 }
 
-// "recycled,slots,bytes", then "first sum,first user,last user" of each head of each sequence.
+// "recycled,slots,bytes", then "first sum,first user,last user,miscount" of each head of each
+// sequence: how many more of its stream's row blocks are counted than there are.
 void print_sums(BackwardParams const& params, int block_m, int block_n) {
   Problem const& p = params.problem;
   BackwardWorkspace const workspace(params, 64, block_m, block_n);
@@ -116,8 +117,13 @@ void print_sums(BackwardParams const& params, int block_m, int block_n) {
     for (int head = 0; head < p.heads_q; ++head) {
       Sequence const s(p, index);
       int const stream = workspace.stream(s, head / workspace.group());
-      std::printf("%lld,%d,%d ", (long long)workspace.first_sum(s, head),
-                  workspace.first_user(stream), workspace.last_user(stream));
+      int const existing = ceil_div(s.length_q, block_m);
+      int counted = 0;
+      for (int block = 0; block < workspace.row_blocks(); ++block)
+        if (workspace.is_rounded(block, existing)) counted += workspace.counted(block, existing);
+      std::printf("%lld,%d,%d,%d ", (long long)workspace.first_sum(s, head),
+                  workspace.first_user(stream), workspace.last_user(stream),
+                  counted - workspace.row_blocks());
     }
   std::printf("\n");
 }
@@ -158,6 +164,19 @@ void serve() {
                         &p.seqlen_k, &block_m, &block_n, &p.num_sms, &deterministic);
       if (read == 9)
         print_sums({.problem = p, .deterministic = deterministic != 0}, block_m, block_n);
+    } else if (std::strcmp(kind, "packed_sums") == 0) {
+      int block_m = 0;
+      read = std::scanf("%d %d %d %d %d", &p.batch, &p.heads_q, &p.heads_k, &block_m, &p.num_sms);
+      std::vector<int32_t> offsets(p.batch + 1, 0);
+      for (int i = 1; i <= p.batch; ++i) {
+        int length = 0;
+        read += std::scanf("%d", &length);
+        offsets[i] = offsets[i - 1] + length;
+        p.seqlen_q = p.seqlen_k = max(p.seqlen_q, length);
+      }
+      p.cu_seqlens_q = p.cu_seqlens_k = offsets.data();
+      p.total_q = p.total_k = offsets[p.batch];
+      if (read == 5 + p.batch) print_sums({.problem = p, .deterministic = false}, block_m, 128);
     } else if (std::strcmp(kind, "claims") == 0) {
       int block_m = 0, block_n = 0, deterministic = 0;
       int32_t const offsets[1] = {0};

@@ -178,7 +178,8 @@ def test_sums_of_dq_are_recycled_by_streams_that_are_far_apart(dump):
         assert total >= 4 * (slots * 64 + 2 * streams * group * padded)
         first, users = {}, {}
         for number, text in enumerate(heads):
-            start, is_first, is_last = map(int, text.split(","))
+            start, is_first, is_last, miscount = map(int, text.split(","))
+            assert miscount == 0
             stream = number // group  # heads of a sequence, sequence by sequence
             assert start % padded == 0 and start + padded <= slots
             assert is_first == (stream < together) and is_last == (stream + together >= streams)
@@ -189,6 +190,45 @@ def test_sums_of_dq_are_recycled_by_streams_that_are_far_apart(dump):
             gaps = {b - a for a, b in itertools.pairwise(of_same_memory)}
             assert gaps <= {together}, case
     assert some_recycled
+
+
+def test_sums_of_packed_sequences_have_room_for_the_longest(dump):
+    draw = random.Random(0)
+    even = [draw.randrange(128, 513) for _ in range(32)]
+    cases = list(
+        itertools.product(
+            (even, [0, *even, 0, 0], [512] * 40, [1] * 600), ((16, 16), (16, 4)), (64, 128)
+        )
+    )
+    requests = [
+        f"packed_sums {len(lengths)} {heads} {heads_k} {block_m} 132 {' '.join(map(str, lengths))}"
+        for lengths, (heads, heads_k), block_m in cases
+    ]
+    for case, (facts, *heads) in zip(cases, dump(requests), strict=True):
+        lengths, (heads_q, heads_k), block_m = case
+        recycled, slots, _ = map(int, facts.split(","))
+        tiles = [-(-length // 128) for length in lengths for _ in range(heads_k)]
+        assert recycled > 0 or heads_k == 4, case
+        if recycled == 0:
+            continue
+        rows, group = -(-max(lengths) // block_m) * block_m, heads_q // heads_k
+        assert slots == recycled * group * rows
+        for first in range(len(tiles) - recycled):  # as many as two for each SM
+            assert sum(tiles[first + 1 : first + recycled]) >= 2 * 132, (case, first)
+        for number, text in enumerate(heads):
+            start, is_first, is_last, miscount = map(int, text.split(","))
+            stream = number // group
+            place, head = stream % recycled, number % group
+            assert start == (place * group + head) * rows
+            assert is_first == (stream < recycled)
+            assert is_last == (stream + recycled >= len(lengths) * heads_k)
+            assert miscount == 0
+
+
+def test_sums_of_packed_sequences_are_not_recycled_beside_a_far_longer_one(dump):
+    lengths = [8192] + [64] * 300
+    ((facts, *_),) = dump([f"packed_sums 301 16 16 128 132 {' '.join(map(str, lengths))}"])
+    assert facts.startswith("0,")
 
 
 def test_sums_are_not_recycled_when_they_take_turns(dump):

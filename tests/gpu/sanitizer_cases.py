@@ -69,6 +69,9 @@ def cases() -> list[Case]:
         dim=(64, 96, 128),
         causal=(False, True),
     )
+    recycled += variants(
+        Case(lengths=PACKED * 21, heads_q=16, heads_k=8), dim=(64, 96, 128), causal=(False, True)
+    )
     wide = variants(Case(lengths=PACKED, deterministic=True), dim=(136, 200), causal=(False, True))
     return dense + partial + deterministic + packed + many + padded + holes + recycled + wide
 

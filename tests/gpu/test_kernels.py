@@ -308,6 +308,59 @@ def test_recycled_sums_beside_sequences_without_keys(case):
         torch.testing.assert_close(first["dq"], again["dq"], rtol=2e-2, atol=1e-3)
 
 
+def drawn_lengths(count, longest):
+    draw = random.Random(0)
+    return tuple((n, n) for n in (draw.randrange(1, longest + 1) for _ in range(count)))
+
+
+def assert_packed_recycled(case):
+    rows, keys = zip(*case.lengths, strict=True)
+    block = 128 if case.dim <= 64 else 64
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    key_blocks = -(-sum(keys) // (128 * len(keys)))
+    enough = -(-4 * processors // max(key_blocks, 1)) + 1
+    assert len(rows) * case.heads_k > enough
+    longest = -(-max(rows) // block) * block
+    assert enough * longest < (sum(rows) + len(rows) * block) * case.heads_k
+    assert longest * len(rows) <= 4 * (sum(rows) + len(rows) * block)
+
+
+@parametrize(
+    variants(
+        Case(heads_q=16, heads_k=8),
+        dim=(32, 64, 96, 128),
+        causal=(False, True),
+        dropout_p=(0.0, 0.1),
+        lengths=(
+            drawn_lengths(60, 300),
+            ((0, 0), (0, 128), (90, 0)) * 6 + ((200, 200),) * 70,
+            ((1, 1),) * 90,
+        ),
+    )
+    + variants(
+        Case(
+            heads_q=16,
+            heads_k=8,
+            lengths=(*((200, 150), (0, 0), (70, 0), (150, 200), (0, 90)) * 20, (0, 0)),
+        ),
+        dim=(32, 64),
+        causal=(False, True),
+        dropout_p=(0.0, 0.1),
+    )
+)
+def test_recycled_sums_of_packed_sequences(case):
+    """Memory goes from one stream to a longer one, and past those without rows or keys."""
+    assert_packed_recycled(case)
+    problem = make_problem(case)
+    judge(problem)
+    first = run_kernel(problem)
+    for _ in range(5):
+        again = run_kernel(problem)
+        for name in ("out", "dk", "dv"):
+            assert torch.equal(first[name], again[name]), name
+        torch.testing.assert_close(first["dq"], again["dq"], rtol=2e-2, atol=1e-3)
+
+
 @parametrize(variants(replace(MANY, sq=1, sk=1), dim=(64, 128), causal=(False, True), batch=(80,)))
 def test_recycled_sums_of_one_row(case):
     assert_recycled(case)

@@ -16,6 +16,9 @@ A source distribution has no tests/models: the testers are then those of transfo
 full checkout brings its own. On a machine without a network: the unpacked tree, and wheels of
 `parameterized` and `pytest` (and `datasets`, for a full checkout's generation tests).
 
+Families may run apart, at a time: each with a --json of its own, and the page is made of them with
+`--from one.json two.json --page FILE`.
+
 On a CPU, tests that need a GPU skip and say so. Exit status 1: a failure that EXPLAINED does not
 know, or an entry of it for a test that passed.
 """
@@ -59,6 +62,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "transformers_tests.md"
 EXPLAINED: dict[str, str] = {
     "t5.sdpa.test_sdpa_can_dispatch_on_flash": "on a GPU: the test allows PyTorch's flash kernel "
     "alone, which takes no bias, and T5's falls back to SDPA with one",
+    "mistral.sdpa.test_sdpa_can_dispatch_on_flash": "on a GPU: the test allows PyTorch's flash "
+    "kernel alone, which takes no mask, and the tester's window of 5 falls back to SDPA with one",
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -228,9 +233,7 @@ def run_family(family: str, tree: Path, mixin: type, device: str) -> dict[str, A
             if outcome == "failed"
         ]
         for failure in failed:
-            failure["explained"] = next(
-                (y for x, y in EXPLAINED.items() if fnmatch.fnmatchcase(failure["test"], x)), None
-            )
+            failure["explained"] = explanation(failure["test"])
         groups[group] = {
             **{kind: counts[kind] for kind in ("passed", "failed", "skipped")},
             "calls_on_the_op": on_op,
@@ -238,6 +241,29 @@ def run_family(family: str, tree: Path, mixin: type, device: str) -> dict[str, A
             "skips": Counter(why for outcome, why in outcomes.values() if outcome == "skipped"),
         }
     return groups
+
+
+def explanation(test: str) -> str | None:
+    return next((why for glob, why in EXPLAINED.items() if fnmatch.fnmatchcase(test, glob)), None)
+
+
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """One result of those of several runs, explained as EXPLAINED says now."""
+    results = [json.loads(path.read_text()) for path in paths]
+    facts = {name: x for name, x in results[0].items() if name != "families"}
+    for path, result in zip(paths, results, strict=True):
+        differs = [name for name, x in facts.items() if result[name] != x]
+        if differs:
+            raise SystemExit(
+                f"transformers_tests: expected runs of one machine, got another {differs[0]} in "
+                f"{path}: {result[differs[0]]}. Next step: a page for each"
+            )
+    ran = {name: groups for result in results for name, groups in result["families"].items()}
+    for groups in ran.values():
+        for group in groups.values():
+            for failure in group["failures"]:
+                failure["explained"] = explanation(failure["test"])
+    return facts | {"families": {name: ran[name] for name in FAMILIES if name in ran}}
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -286,11 +312,24 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tree", type=Path, help="an unpacked source tree of Transformers")
+    parser.add_argument("tree", type=Path, nargs="?", help="a source tree of Transformers")
+    parser.add_argument("--from", dest="runs", type=Path, nargs="+", help="JSON of earlier runs")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--json", type=Path, help="write the counts and messages here")
     parser.add_argument("--page", type=Path, help=f"write the page, usually to {PAGE.name}")
     options = parser.parse_args()
+    if (options.tree is None) == (options.runs is None):
+        parser.error("expected either a source tree or --from; next step: see --help")
+    result = joined(options.runs) if options.runs else run_tree(options)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.page:
+        options.page.write_text(page(result))
+    return _verdict(result)
+
+
+def run_tree(options: argparse.Namespace) -> dict[str, Any]:
+    """The tests of the families asked for, printed as they end."""
     tree = options.tree.resolve()
     common = import_common(tree)
     transformers.logging.set_verbosity_error()
@@ -314,11 +353,7 @@ def main() -> int:
                 print(
                     f"    {failure['test']}: {failure['message']}\n        {failure['explained']}"
                 )
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.page:
-        options.page.write_text(page(result))
-    return _verdict(result)
+    return result
 
 
 def _verdict(result: dict[str, Any]) -> int:

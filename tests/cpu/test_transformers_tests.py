@@ -80,6 +80,23 @@ def test_counts_and_page(tmp_path):
     assert "| not a composite model | 2 |" in page
 
 
+def test_a_page_of_runs_that_were_apart(tmp_path):
+    folder, text = tree(tmp_path, "sdpa fails"), tmp_path / "page.md"
+    files = [tmp_path / f"{family}.json" for family in ("vit", "bert")]
+    for file in files:
+        assert run(folder, "--families", file.stem, "--json", file).returncode == 1
+    why = {"*.sdpa.test_sdpa_is_ours": "It rains."}
+    done = run("--from", *files, "--page", text, explained=why)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = text.read_text()
+    assert page.index("| bert | 6, 0, 1 |") < page.index("| vit | 6, 0, 1 |")
+    assert page.count("| It rains. |") == 2
+    files[1].write_text(files[1].read_text().replace('"device": "CPU"', '"device": "other"'))
+    done = run("--from", *files, "--page", text)
+    assert done.returncode == 1 and "another device" in done.stderr
+    assert "a source tree or --from" in run().stderr
+
+
 @pytest.mark.parametrize("wish", ["flash fails", "sdpa fails"])
 def test_a_failure_needs_an_explanation(tmp_path, wish):
     folder, text = tree(tmp_path, wish), tmp_path / "page.md"

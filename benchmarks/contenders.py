@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 ATTENTIONS = ("eager", "sdpa", "hf_flashattn")
-UNPADDED, FLAT = "hf_flashattn_unpad", "hf_flashattn_flat"  # only when asked for, in padded rows
+# Only when asked for, in padded rows.
+UNPADDED, FLAT, GRAPHS = "hf_flashattn_unpad", "hf_flashattn_flat", "hf_flashattn_flat_graphs"
+FILLED_TO = 512  # tokens: a flat batch for graphs is a multiple of this
 IGNORED = -100  # a label that the loss leaves out
 DROPOUT = 0.1
 
@@ -64,7 +67,9 @@ class Contender:
 
     def form(self, batch: Batch) -> Batch:
         """The batch, on the CPU still, as this attention wants it."""
-        return flattened(batch) if self.name == FLAT else batch
+        if self.name not in (FLAT, GRAPHS):
+            return batch
+        return flattened(batch, FILLED_TO if self.name == GRAPHS else 1)
 
     def step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; the loss stays on the device."""
@@ -128,7 +133,7 @@ def contender(
     compiled: bool,
     lr: float = 1e-4,
 ) -> Contender:
-    own = attention in ("hf_flashattn", UNPADDED, FLAT)
+    own = attention in ("hf_flashattn", UNPADDED, FLAT, GRAPHS)
     model = make_model(name, shape, "sdpa" if own else attention, seed).to(device).train()
     report = None
     if own:
@@ -138,7 +143,8 @@ def contender(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type == "cuda")
     if compiled:
         # All share code objects: what one has seen of other shapes must not be known to the next.
-        model.compile(dynamic=None if attention == FLAT else False)
+        dynamic = None if attention in (FLAT, GRAPHS) else False
+        model.compile(dynamic=dynamic, mode="reduce-overhead" if attention == GRAPHS else None)
     return Contender(attention, model, optimizer, report)
 
 
@@ -158,18 +164,27 @@ def random_batch(name: str, shape: Shape, generator: torch.Generator) -> Batch:
     return batch if shape.shortest == shape.length else batch | {"attention_mask": real.long()}
 
 
-def flattened(batch: Batch) -> Batch:
+def flattened(batch: Batch, multiple: int = 1) -> Batch:
     """The rows of a padded batch one after the other, without padding: tokens (1, total).
 
     The longest row is said to be as long as the padded batch, so that a graph holds for any batch.
+    multiple: what the total is filled up to, by sequences of their own without labels: so few
+    totals that each can have a CUDA graph.
     """
     real = batch["attention_mask"].bool()  # (B, S)
-    lengths = real.sum(1)
-    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)  # (B + 1,)
-    positions = torch.arange(real.shape[1]).expand_as(real)
-    flat = {name: batch[name][real][None] for name in ("input_ids", "labels")}
-    flat["position_ids"] = positions[real][None]
     longest = real.shape[1]
+    filler = -int(real.sum()) % multiple
+    most = -(-(multiple - 1) // longest)  # fillers of a batch, some of them empty
+    fillers = [min(max(filler - i * longest, 0), longest) for i in range(most)]
+    lengths = torch.cat([real.sum(1), torch.tensor(fillers, dtype=torch.long)])
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    positions = torch.arange(longest).expand_as(real)
+    flat = {
+        "input_ids": F.pad(batch["input_ids"][real], (0, filler)),
+        "labels": F.pad(batch["labels"][real], (0, filler), value=IGNORED),
+        "position_ids": torch.cat([positions[real], *(torch.arange(n) for n in fillers)]),
+    }
+    flat = {name: tokens[None] for name, tokens in flat.items()}
     return flat | {
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,

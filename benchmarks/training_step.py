@@ -19,13 +19,15 @@ bert-large-half, bert-large-full
              the same with lengths uniform in 1..512, of which half is padding; and with no
              padding at all, so with no padding mask either
 
-Two more attentions, for padded rows alone:
+Three more attentions, for padded rows alone:
 
 hf_flashattn_unpad  patch_model(model, unpad=True): all layers run without padding. Not compiled,
                     as a graph can not read the number of tokens and would run padded
 hf_flashattn_flat   the batch without padding from the start, as DataCollatorWithFlattening hands it
                     over: tokens (1, total), where rows end in cu_seq_lens. Compiled once, for any
                     total
+hf_flashattn_flat_graphs  the same, filled up to a multiple of 512 tokens, and compiled in the mode
+                    "reduce-overhead": a CUDA graph for each total. Compiled only
 
 --contexts 512,1024,2048,4096,8192 measures the GPT-2 models at each of these lengths, at --tokens a
 step; an attention that runs out of memory is left out there, and the JSON says so. Parts of a grid
@@ -54,6 +56,7 @@ from contenders import (
     ATTENTIONS,
     DROPOUT,
     FLAT,
+    GRAPHS,
     SHAPES,
     TINY,
     UNPADDED,
@@ -121,9 +124,9 @@ def leave_out_what_does_not_fit(
 
 def attentions_for(shape: Shape, compiled: bool, asked: Sequence[str]) -> list[str]:
     """Of those asked for, the ones that make sense: none without padding where there is none."""
-    left_out = {UNPADDED} if compiled else set()
+    left_out = {UNPADDED} if compiled else {GRAPHS}
     if shape.shortest == shape.length:
-        left_out = {UNPADDED, FLAT}
+        left_out = {UNPADDED, FLAT, GRAPHS}
     return [name for name in asked if name not in left_out]
 
 
@@ -222,8 +225,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     args.models = _names(args.models, tuple(SHAPES), "--models") if args.models else []
-    args.attention = _names(args.attention, (*ATTENTIONS, UNPADDED, FLAT), "--attention")
-    unpadded = [name for name in args.attention if name in (UNPADDED, FLAT)]
+    args.attention = _names(args.attention, (*ATTENTIONS, UNPADDED, FLAT, GRAPHS), "--attention")
+    unpadded = [name for name in args.attention if name in (UNPADDED, FLAT, GRAPHS)]
     padded = [name for name, s in SHAPES.items() if s.shortest < s.length]
     if unpadded and not set(args.models) & set(padded):
         raise SystemExit(
@@ -234,6 +237,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise SystemExit(
             f"error: expected {FLAT} to compile, as {UNPADDED} would run padded; got --compile yes "
             f"--attention {UNPADDED}; next step: --attention {FLAT}"
+        )
+    if args.compile == "no" and args.attention == [GRAPHS]:
+        raise SystemExit(
+            f"error: expected --compile yes or both with {GRAPHS}, which is made of compiled "
+            f"graphs; got --compile no; next step: --compile yes"
         )
     if args.steps < 1:
         raise SystemExit(

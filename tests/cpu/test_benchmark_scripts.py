@@ -201,12 +201,35 @@ def test_flat_batches_have_the_loss_of_padded_ones(script, monkeypatch):
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
+@pytest.mark.parametrize("multiple", [1, 16, 50, 80])
+def test_filled_flat_batches_have_the_same_loss(script, monkeypatch, multiple):
+    contenders = script("contenders")
+    monkeypatch.setattr(contenders, "DROPOUT", 0.0)
+    shape = contenders.TINY["bert-large-half"]
+    generator, ends = torch.Generator().manual_seed(0), set()
+    current = contenders.contender(
+        "bert-large-half", shape, contenders.FLAT, 0, torch.device("cpu"), False
+    )
+    for _ in range(4):
+        batch = contenders.random_batch("bert-large-half", shape, generator)
+        flat, filled = contenders.flattened(batch), contenders.flattened(batch, multiple)
+        total = filled["input_ids"].shape[1]
+        assert total % multiple == 0 and total - flat["input_ids"].shape[1] < multiple
+        assert filled["cu_seq_lens_q"][-1] == total
+        assert int(filled["cu_seq_lens_q"].diff().max()) <= filled["max_length_q"]
+        ends.add(len(filled["cu_seq_lens_q"]))
+        with torch.no_grad():
+            losses = [current.model(**x).loss.item() for x in (flat, filled)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(ends) == 1  # a graph has as many sequences for every batch
+
+
 def test_attentions_without_padding_are_left_out_where_they_say_nothing(script):
     training_step = script("training_step")
-    unpadded = [training_step.UNPADDED, training_step.FLAT]
+    unpadded = [training_step.UNPADDED, training_step.FLAT, training_step.GRAPHS]
     for name, compiled, expected in (
-        ("bert-large-half", False, unpadded),
-        ("bert-large-half", True, [training_step.FLAT]),
+        ("bert-large-half", False, unpadded[:2]),
+        ("bert-large-half", True, unpadded[1:]),
         ("bert-large-full", False, []),
     ):
         shape = training_step.SHAPES[name]

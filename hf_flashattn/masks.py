@@ -42,7 +42,7 @@ from hf_flashattn.descriptors import (
     Tokens,
 )
 from hf_flashattn.key_bits import kept_keys, key_bits_of, words_of
-from hf_flashattn.notes import TensorNotes
+from hf_flashattn.notes import TensorNotes, begin_forward
 from hf_flashattn.unpadding import Unpadding, plan_varlen
 
 _DECODED = TensorNotes()  # carrier -> what decode() made of it
@@ -107,6 +107,8 @@ def attention_mask(
         else attention_mask.device
     )
     tracing = _compat.is_tracing(attention_mask)
+    if not tracing:
+        begin_forward()
     pattern = _pattern(mask_function, kwargs, tracing)
     if pattern is None and _traced_packing(mask_function, arguments):
         ids = _traced_ids(mask_function, batch_size, q_length, device)

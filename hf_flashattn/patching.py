@@ -31,6 +31,7 @@ from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.hooks import first_before
 from hf_flashattn.masks import TRACED
 from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, LEGIBLE_NAME, STATED_NAME, names_of
+from hf_flashattn.notes import begin_forward
 from hf_flashattn.report import Report, Site, Unpadded, forget_calls, format_rows
 from hf_flashattn.sites import find_sites
 
@@ -298,9 +299,12 @@ def _patch(model: nn.Module, options: _Options) -> None:
                 SETTINGS,
                 Settings(site.name, options.fallback, options.strict, site.excluded),
             )
+        owners = {id(site.owner) for site in sites if site.unsupported is None}
         for module in model.modules():
-            if isinstance(module, PreTrainedModel) and id(module.config) in renamed:
-                _watch_position_ids(module, patch)
+            if isinstance(module, PreTrainedModel) and (
+                id(module.config) in renamed or id(module) in owners
+            ):
+                _watch_forwards(module, patch)
         if options.unpad:
             patch.unpadding, handles = encoder_trial.install(model, sites)
             patch.hooks += handles
@@ -393,26 +397,28 @@ def _copy_config(
     return copy
 
 
-class _PositionIdsHook:
-    """Forward pre-hook: tells the mask function what a trace cannot, whether the caller passed
-    position_ids.
+class _ForwardHook:
+    """Forward pre-hook: a forward begins.
+
+    It tells the mask function what a trace cannot, whether the caller passed position_ids.
     """
 
-    def __init__(self, index: int) -> None:
-        self.index = index  # of position_ids among the positional arguments
+    def __init__(self, index: int | None) -> None:
+        self.index = index  # of position_ids among the positional arguments, if it is one
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _compat.is_tracing():
+        if not _compat.is_tracing():
+            begin_forward()
+        elif self.index is not None:
             given = args[self.index] if len(args) > self.index else kwargs.get("position_ids")
             TRACED.config = module.config
             TRACED.position_ids_given = given is not None
 
 
-def _watch_position_ids(module: PreTrainedModel, patch: Patch) -> None:
+def _watch_forwards(module: PreTrainedModel, patch: Patch) -> None:
     parameters = list(inspect.signature(module.forward).parameters)
-    if "position_ids" in parameters:
-        hook = _PositionIdsHook(parameters.index("position_ids"))
-        patch.hooks.append(first_before(module, hook))
+    index = parameters.index("position_ids") if "position_ids" in parameters else None
+    patch.hooks.append(first_before(module, _ForwardHook(index)))
 
 
 def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:

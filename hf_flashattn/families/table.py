@@ -253,8 +253,6 @@ WITHOUT_WEIGHTS = frozenset(
         "bridgetower.BridgeTowerResidualAttention",
         "idefics2.Idefics2MultiheadAttentionPoolingHead",
         "mask2former.Mask2FormerMaskedAttentionDecoderLayer",
-        "oneformer.OneFormerTransformerDecoderSelfAttentionLayer",
-        "oneformer.OneFormerTransformerDecoderCrossAttentionLayer",
         "phi4_multimodal.Phi4MultimodalVisionMultiheadAttentionPoolingHead",
         "siglip.SiglipMultiheadAttentionPoolingHead",
         "siglip2.Siglip2MultiheadAttentionPoolingHead",

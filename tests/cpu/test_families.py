@@ -269,6 +269,19 @@ def test_an_additive_mask_of_the_callers_own(name):
 # ---- forecast, undo, copies ----------------------------------------------------------------------
 
 
+def test_an_additive_mask_that_is_written_to_in_inference_mode():
+    """Nobody counts that: each forward reads the mask anew."""
+    model, ids = make(ENCODERS["megatron_bert"]), tokens()
+    lowest = torch.finfo(torch.float32).min
+    with torch.inference_mode(), hf_flashattn.patched(model):
+        mask = torch.zeros(BATCH, 1, 1, LENGTH)
+        plain = output(model, {"input_ids": ids, "attention_mask": mask})
+        mask.masked_fill_(padding("left")[:, None, None] == 0, lowest)
+        got = output(model, {"input_ids": ids, "attention_mask": mask})
+        expected = output(model, {"input_ids": ids, "attention_mask": padding("left")})
+    assert torch.equal(got, expected) and not torch.equal(got, plain)
+
+
 @pytest.mark.parametrize("name", {**KERNEL, **BIASED, **SEQ2SEQ})
 def test_the_forecast_is_what_runs(name):
     entry = {**KERNEL, **BIASED, **SEQ2SEQ}[name]

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_flashattn import FallbackError
+from hf_flashattn import FallbackError, masks
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.families.recognise import joined, recognise
@@ -26,6 +26,7 @@ from hf_flashattn.families.table import (
     is_no_attention,
     out_of_reach,
 )
+from hf_flashattn.notes import begin_forward
 from hf_flashattn.report import calls_of
 
 BATCH, HEADS, ROWS, DIM = 2, 4, 7, 8
@@ -373,6 +374,19 @@ def test_a_mask_that_was_written_to_is_read_again():
     first = recognise(keys)
     keys[1, ..., 0] = LOWEST
     assert recognise(keys) is not first and not recognise(keys).kept[1, 0]
+
+
+def test_nobody_counts_what_is_written_to_an_inference_tensor():
+    """Its notes last for one forward, and serve a training step as well."""
+    with torch.inference_mode():
+        keys = padded_keys().clone()
+        first = recognise(keys)
+        assert recognise(keys) is first
+        carrier = first.carrier(BATCH, ROWS)
+        begin_forward()
+        keys[1, ..., 0] = LOWEST
+        assert recognise(keys) is not first and not recognise(keys).kept[1, 0]
+    assert not carrier.is_inference() and not masks.recall(carrier).start.is_inference()
 
 
 @pytest.mark.parametrize(

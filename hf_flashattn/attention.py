@@ -20,7 +20,7 @@ from hf_flashattn import _compat, environment, functional, masks, ops, paged, re
 from hf_flashattn.call import Call, known_as_plain
 from hf_flashattn.fallback import fall_back
 from hf_flashattn.families.recognise import padding_alone
-from hf_flashattn.key_bits import words_of
+from hf_flashattn.key_bits import turned, words_of
 from hf_flashattn.masks import KeyBits, KeyRange, Packed, Segments
 from hf_flashattn.report import SETTINGS
 from hf_flashattn.unpadding import VarlenPlan
@@ -488,6 +488,8 @@ def _run_dense(call: Call, keys: KeyRange | KeyBits | None) -> Tensor:
     q, k, v = call.query, call.key, call.value
     start, length = (None, None) if keys is None else (keys.start, keys.length)
     bits = keys.bits if isinstance(keys, KeyBits) else None
+    if isinstance(keys, KeyBits) and keys.turn is not None:
+        k, v = (turned(x, keys.turn, dim=2) for x in (k, v))
     if keys is not None and keys.used is not None:
         k, v = k[:, :, : keys.used], v[:, :, : keys.used]
         bits = None if bits is None else bits[:, : words_of(keys.used)]

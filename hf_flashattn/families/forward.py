@@ -185,9 +185,10 @@ def _masks_of(
         x = _four_dims(addend.value, addend.dims, heads, batch)
         pattern = recognise(x)
         if pattern is None:
+            x = _floating(x, notes.query.dtype)
             dense.append(x if addend.factor == 1.0 else x * addend.factor)
         else:
-            read.append((pattern, lambda x=x: x))
+            read.append((pattern, functools.partial(_floating, x, notes.query.dtype)))
     for hidden in notes.hidden:
         x = _four_dims(hidden.value, hidden.dims, heads, batch)
         pattern = recognise(x, hides=True)
@@ -238,6 +239,11 @@ def _four_dims(x: Tensor, dims: int, heads: int, batch: int) -> Tensor:
     while x.dim() < 4:
         x = x[None]
     return x
+
+
+def _floating(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """SDPA takes no integers, as (1 - mask) * -10000 may be."""
+    return x if x.is_floating_point() else x.to(dtype)
 
 
 def _added(x: Tensor, y: Tensor) -> Tensor:

@@ -68,6 +68,14 @@ def in_place(m, q, k, v, mask):
     return torch.softmax(scores, -1).matmul(v), None
 
 
+def in_place_under_two_names(m, q, k, v, mask):
+    scores = q @ k.mT
+    same = scores
+    same *= DIM**-0.5
+    same += mask
+    return torch.softmax(scores, -1).matmul(v), None
+
+
 def folded(m, q, k, v, mask):
     scores = torch.bmm(flat(q * DIM**-0.5), flat(k).transpose(1, 2))
     assert scores.size() == (BATCH * HEADS, ROWS, ROWS) and scores.shape[-1] == scores.size(2)
@@ -139,6 +147,7 @@ def in_one_call_boolean(m, q, k, v, mask):
 SPELLINGS = [
     plain,
     in_place,
+    in_place_under_two_names,
     folded,
     added_product,
     einsum,
@@ -189,6 +198,19 @@ def scaled_by_key(m, q, k, v, mask):
     return ((q @ k.mT) * torch.linspace(0.1, 0.5, ROWS) + mask).softmax(-1) @ v, None
 
 
+def scaled_by_head_of_folded(m, q, k, v, mask):
+    scores = torch.bmm(flat(q), flat(k).mT).view(BATCH, HEADS, ROWS, ROWS)
+    factor = torch.linspace(0.1, 0.5, HEADS).view(HEADS, 1, 1)
+    return (scores * factor + mask).softmax(-1) @ v, None
+
+
+def heads_first(m, q, k, v, mask):
+    """Numbers of heads and rows of the batch in each other's places."""
+    scores = (q @ k.mT).view(HEADS, BATCH, ROWS, ROWS)
+    scores = scores + torch.arange(HEADS).view(HEADS, 1, 1, 1)
+    return scores.view(BATCH, HEADS, ROWS, ROWS).softmax(-1) @ v, None
+
+
 def thinned(m, q, k, v, mask):
     weights = (q @ k.mT + mask).softmax(-1)
     return weights.masked_fill(torch.eye(ROWS, dtype=torch.bool), 0.0) @ v, None
@@ -204,6 +226,8 @@ UNKNOWN = {
     gated: "mul",
     indexed: "getitem",
     scaled_by_key: "mul",
+    scaled_by_head_of_folded: "mul",
+    heads_first: "view",
     thinned: "masked_fill",
     sink: "cat",
 }
@@ -274,6 +298,13 @@ def test_fallback_eager_is_the_own_code():
     mask = torch.randn(BATCH, HEADS, ROWS, ROWS)  # a bias
     got, expected, module = run(plain, mask, fallback="eager")
     assert torch.equal(got[0], expected[0]) and calls_of(module).fallback == 1
+
+
+def test_a_bias_of_integers():
+    for mask in (torch.arange(ROWS)[None, None, None], (padded_keys() < 0).long() * -10000):
+        got, expected, module = run(plain, mask)
+        assert_equal(got, expected)
+        assert calls_of(module).total == 1
 
 
 def test_a_bias_is_scaled_with_the_scores():

@@ -304,7 +304,12 @@ def _patch(model: nn.Module, options: _Options) -> None:
             if isinstance(module, PreTrainedModel) and (
                 id(module.config) in renamed or id(module) in owners
             ):
-                _watch_forwards(module, patch)
+                untold = [
+                    own
+                    for own in patch.forwards
+                    if own.family.untold and any(own.module is x for x in module.modules())
+                ]
+                _watch_forwards(module, patch, untold)
         if options.unpad:
             patch.unpadding, handles = encoder_trial.install(model, sites)
             patch.hooks += handles
@@ -400,25 +405,34 @@ def _copy_config(
 class _ForwardHook:
     """Forward pre-hook: a forward begins.
 
-    It tells the mask function what a trace cannot, whether the caller passed position_ids.
+    It tells the mask function what a trace cannot, whether the caller passed position_ids, and
+    modules whose model does not whether their attention weights are wanted.
     """
 
-    def __init__(self, index: int | None) -> None:
-        self.index = index  # of position_ids among the positional arguments, if it is one
+    def __init__(self, parameters: list[str], untold: list[OwnForward]) -> None:
+        names = ("position_ids", "output_attentions")
+        self.places = {name: parameters.index(name) for name in names if name in parameters}
+        self.untold = untold
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for own in self.untold:
+            wish = self._given("output_attentions", args, kwargs)
+            own.wanted = bool(module.config.output_attentions if wish is None else wish)
         if not _compat.is_tracing():
             begin_forward()
-        elif self.index is not None:
-            given = args[self.index] if len(args) > self.index else kwargs.get("position_ids")
+        elif "position_ids" in self.places:
             TRACED.config = module.config
+            given = self._given("position_ids", args, kwargs)
             TRACED.position_ids_given = given is not None
 
+    def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = self.places.get(name, len(args))
+        return args[place] if place < len(args) else kwargs.get(name)
 
-def _watch_forwards(module: PreTrainedModel, patch: Patch) -> None:
+
+def _watch_forwards(module: PreTrainedModel, patch: Patch, untold: list[OwnForward]) -> None:
     parameters = list(inspect.signature(module.forward).parameters)
-    index = parameters.index("position_ids") if "position_ids" in parameters else None
-    patch.hooks.append(first_before(module, _ForwardHook(index)))
+    patch.hooks.append(first_before(module, _ForwardHook(parameters, untold)))
 
 
 def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -32,12 +32,13 @@ class OwnForward:
     """A module's own forward with its attention on the kernel. Copies and pickles with the model.
 
     former: the forward that stood on the instance itself, such as Accelerate's, or None.
+    wanted: what was asked of the model about attention weights, of an untold module.
     """
 
     def __init__(self, module: nn.Module, family: Family) -> None:
         self.module, self.family = module, family
         self.former: Callable | None = module.__dict__.get("forward")
-        self.removed = False
+        self.removed = self.wanted = False
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         wish = "output_attentions"
         self.place_of_wish = names.index(wish) if wish in names else None
@@ -87,7 +88,7 @@ class OwnForward:
             given = kwargs["output_attentions"]
         else:
             given = args[place] if place is not None and place < len(args) else False
-        return bool(given) or _compat.attentions_wanted()
+        return bool(given) or self.wanted or _compat.attentions_wanted()
 
 
 def _viewed(run: Deferral, x: Any) -> Any:

@@ -129,7 +129,7 @@ def test_dropout_reaches_the_kernel(name, monkeypatch):
     assert seen[6:] == [0.0] * 2
 
 
-@pytest.mark.parametrize("name", ["gpt_neo", "falcon_mqa", "megatron_bert", "xglm", "bloom"])
+@pytest.mark.parametrize("name", ["gpt_neo", "falcon_mqa", "megatron_bert", "xglm", "bloom", "mpt"])
 def test_attention_weights_come_from_the_models_own_code(name):
     entry = {**DECODERS, **BIASED_DECODERS}[name]
     model, (batch, mask) = make(entry), inputs("right")
@@ -152,6 +152,31 @@ def test_attention_weights_come_from_the_models_own_code(name):
             pytest.raises(FallbackError, match="output_attentions"),
         ):
             model(**batch)
+
+
+@pytest.mark.parametrize("way", ["argument", "config"])
+def test_a_module_that_is_not_told_returns_its_weights_too(way):
+    sizes = {
+        "image_size": [8, 16],
+        "patch_size": 4,
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.3,
+    }
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2.0}
+    model = build(transformers.MgpstrModel, transformers.MgpstrConfig(**sizes, **layers))
+    pixels, wish = torch.randn(2, 3, 8, 16), {}
+    if way == "argument":
+        wish = {"output_attentions": True}
+    else:
+        model.config.output_attentions = True
+    with torch.no_grad():
+        expected = model(pixels, **wish).attentions
+        with hf_flashattn.patched(model) as report:
+            got = model(pixels, **wish).attentions
+            model(pixels, output_attentions=False)
+            assert calls(report, "fallback") == calls(report, "cpu") == 2
+    for weights, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gptj", "codegen", "gpt_neo", "falcon_gqa", "xglm"])

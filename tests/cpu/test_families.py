@@ -385,6 +385,26 @@ def test_a_name_alone_changes_nothing(name, loaded):
     hf_flashattn.unpatch_model(named)
 
 
+@pytest.mark.parametrize("way", ["patched", "by name"])
+@pytest.mark.parametrize("kind", ["none", "left", "holed"])
+def test_a_language_model_beside_an_autoencoder_stays_on_the_kernel(kind, way):
+    """Apertus 1.5: the attention of its pixels is a family, but takes no masks."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "vocab_size": 60, "pad_token_id": 0}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if not hasattr(transformers, "Apertus1p5TextConfig"):
+        pytest.skip(f"Transformers {transformers.__version__} has no Apertus 1.5")
+    config = transformers.Apertus1p5TextConfig(**sizes, **heads, initializer_range=0.3)
+    model = build(transformers.Apertus1p5TextForCausalLM, config)
+    batch, mask = inputs(kind)
+    if way == "patched":
+        report = assert_same(model, batch, mask, tolerance=2e-5)
+    else:
+        model.set_attn_implementation("hf_flashattn")
+        output(model, batch)
+        report = hf_flashattn.attention_report(model)
+    assert calls(report, "fallback") == 0 and calls(report, "cpu") > 0, report
+
+
 @pytest.mark.parametrize("name", ["megatron_bert", "rembert", "luke", "roformer"])
 def test_encoders_without_padding(name):
     """unpad=True runs their layers without padding, or says why not; excluded layers agree too."""

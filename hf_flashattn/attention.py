@@ -20,7 +20,7 @@ from hf_flashattn import _compat, environment, functional, masks, ops, paged, re
 from hf_flashattn.call import Call, known_as_plain
 from hf_flashattn.fallback import fall_back
 from hf_flashattn.families.recognise import padding_alone
-from hf_flashattn.key_bits import words_of
+from hf_flashattn.key_bits import turned, words_of
 from hf_flashattn.masks import KeyBits, KeyRange, Packed, Segments
 from hf_flashattn.report import SETTINGS
 from hf_flashattn.unpadding import VarlenPlan
@@ -173,7 +173,7 @@ def _quick(
     if torch._C._is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     shape_q, shape_k, dtype = query.shape, key.shape, query.dtype
-    if shape_k != value.shape or shape_k[3] != shape_q[3]:
+    if shape_k != value.shape or shape_k[3] != shape_q[3] or shape_k[0] != shape_q[0]:
         return None
     if dtype is not key.dtype or dtype is not value.dtype:
         return None
@@ -314,6 +314,8 @@ def _why_not(call: Call) -> str | None:
         return "adds a position bias to packed sequences"
     if call.value.shape[-1] != call.query.shape[-1]:
         return f"head dims differ: queries {call.query.shape[-1]}, values {call.value.shape[-1]}"
+    if call.key.shape[0] != call.query.shape[0] or call.key.shape[:3] != call.value.shape[:3]:
+        return "batch sizes of queries and keys differ, or shapes of keys and values"
     if not call.query.dtype == call.key.dtype == call.value.dtype:
         return f"mixed dtypes: {call.query.dtype}, {call.key.dtype}, {call.value.dtype}"
     return None
@@ -488,6 +490,8 @@ def _run_dense(call: Call, keys: KeyRange | KeyBits | None) -> Tensor:
     q, k, v = call.query, call.key, call.value
     start, length = (None, None) if keys is None else (keys.start, keys.length)
     bits = keys.bits if isinstance(keys, KeyBits) else None
+    if isinstance(keys, KeyBits) and keys.turn is not None:
+        k, v = (turned(x, keys.turn, dim=2) for x in (k, v))
     if keys is not None and keys.used is not None:
         k, v = k[:, :, : keys.used], v[:, :, : keys.used]
         bits = None if bits is None else bits[:, : words_of(keys.used)]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from hf_flashattn import _compat
 from hf_flashattn.masks import TRACED, Descriptor, KeyRange, Packed
-from hf_flashattn.notes import TensorNotes
+from hf_flashattn.notes import TensorNotes, version_in_forward
 from hf_flashattn.unpadding import VarlenPlan, packed_ids, plan_varlen
 
-_PACKED = TensorNotes()  # position_ids -> (batch, VarlenPlan or None)
+_PACKED = TensorNotes(version_in_forward)  # position_ids -> (batch, VarlenPlan or None)
 
 
 def known_as_plain(positions: Tensor, batch: int) -> bool:
@@ -141,7 +141,8 @@ class Call:
         batch, known = self.query.shape[0], _PACKED.get(positions)
         if known is not None and known[0] == batch:
             return known[1]
-        ids = packed_ids(positions)
-        plan = None if ids is None else plan_varlen(*[ids.expand(batch, -1)] * 2)
+        with torch.inference_mode(False):  # a later forward may save the plan for its backward
+            ids = packed_ids(positions)
+            plan = None if ids is None else plan_varlen(*[ids.expand(batch, -1)] * 2)
         _PACKED[positions] = (batch, plan)
         return plan

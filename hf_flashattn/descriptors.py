@@ -51,6 +51,7 @@ class KeyBits:
     """Row b sees the keys of its range whose bit is set: key_bits.py says how.
 
     used: as of a KeyRange.
+    turn: how many keys exist, where nobody may read it. All of this is of the keys turned by it.
     """
 
     start: Tensor  # int32 (B,)
@@ -58,6 +59,7 @@ class KeyBits:
     bits: Tensor  # int32 (B, ceil(Sk / 32))
     causal: bool
     used: int | None = None
+    turn: Tensor | None = None  # integer ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,15 @@ def kept_keys(key_bits: Tensor, seqlen: int) -> Tensor:
     return (key_bits[..., None] >> _places(key_bits.device) & 1).flatten(1)[:, :seqlen] != 0
 
 
+def turned(x: Tensor, turn: Tensor, dim: int = -1) -> Tensor:
+    """x with its first `turn` places of a dimension behind all others; nothing is read.
+
+    turn: integer (), on the device of x. The opposite is -turn.
+    """
+    places = torch.arange(x.shape[dim], device=x.device)
+    return x.index_select(dim, (places + turn) % x.shape[dim])
+
+
 def words_of(seqlen: int) -> int:
     """How many words have a bit for each of seqlen keys."""
     return (seqlen + _WORD - 1) // _WORD

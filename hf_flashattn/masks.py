@@ -14,7 +14,9 @@ remembered beside it.
 
 A causal KeyRange has 3 columns (4 if only the first `keys used` keys exist yet), a causal KeyBits
 or Segments one column more (KeyBits two, likewise): causality is part of the shape, so that it is
-known without reading the device.
+known without reading the device. KeyBits with three columns more were turned: the keys in use, of
+which nobody may read how many there are, have become the last ones, and the layer turns its keys
+likewise.
 
 Reading the device: outside torch.compile, once per 2-D mask, to learn whether the kept keys are
 neighbours (KeyRange) or not (Segments; in a static cache KeyBits). Under torch.compile and CUDA
@@ -41,8 +43,8 @@ from hf_flashattn.descriptors import (
     Segments,
     Tokens,
 )
-from hf_flashattn.key_bits import kept_keys, key_bits_of, words_of
-from hf_flashattn.notes import TensorNotes
+from hf_flashattn.key_bits import kept_keys, key_bits_of, turned, words_of
+from hf_flashattn.notes import TensorNotes, begin_forward
 from hf_flashattn.unpadding import Unpadding, plan_varlen
 
 _DECODED = TensorNotes()  # carrier -> what decode() made of it
@@ -107,6 +109,8 @@ def attention_mask(
         else attention_mask.device
     )
     tracing = _compat.is_tracing(attention_mask)
+    if not tracing:
+        begin_forward()
     pattern = _pattern(mask_function, kwargs, tracing)
     if pattern is None and _traced_packing(mask_function, arguments):
         ids = _traced_ids(mask_function, batch_size, q_length, device)
@@ -292,9 +296,9 @@ def _read(kept: Tensor) -> Tensor:
 def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool) -> Tensor:
     """Causal, with keys beyond the last query that do not exist yet: a static cache.
 
-    One query: what it sees ends behind it, on the device. Several: the keys in use must be cut off,
-    so that the last query meets the last key; that reads q_offset, and under torch.compile takes
-    the explicit mask.
+    One query: what it sees ends behind it, on the device. Several: the last query must meet the
+    last key, so those beyond are cut off. That reads q_offset; where nothing may be read, the keys
+    are turned.
     """
     batch, q_length, kv_length = (
         arguments["batch_size"],
@@ -310,9 +314,14 @@ def _preallocated(arguments: dict[str, Any], device: torch.device, tracing: bool
             return encode_range(start, length, causal=False)
         if tracing:
             return encode_bits(kept, causal=False)
+    elif tracing:
+        used = torch.zeros((), dtype=torch.int32, device=device) + (q_offset + q_length)
+        kept = (torch.arange(kv_length, device=device) < used).expand(batch, -1)
+        kept = kept if mask is None else _fit(mask, kv_length) & kept
+        return encode_bits(turned(kept, used), causal=True, turn=used)
     else:
-        used = None if tracing else int(q_offset) + q_length
-        if used is None or used > kv_length:
+        used = int(q_offset) + q_length
+        if used > kv_length:
             return _compat.explicit_mask(**arguments)
         if mask is None:
             zeros = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -331,7 +340,10 @@ def _fit(mask: Tensor, length: int) -> Tensor:
     missing = length - mask.shape[-1]
     if missing == 0:
         return mask
-    return F.pad(mask, (0, missing)) if missing > 0 else mask[:, :length]
+    if missing < 0:
+        return mask[:, :length]
+    # Not F.pad: of what a trace has cast to bool, inductor's code for the CPU does not compile.
+    return torch.cat([mask, mask.new_zeros(mask.shape[0], missing)], dim=-1)
 
 
 def _range_of(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -411,9 +423,12 @@ def recall(mask: Tensor) -> Descriptor | None:
     return _DECODED.get(mask)
 
 
-def encode_bits(kept: Tensor, *, causal: bool, used: int | None = None) -> Tensor:
-    """int32 (B, 1, 3, 2 + words), causal one column more, with `used` two; kept: bool (B, Sk).
+def encode_bits(
+    kept: Tensor, *, causal: bool, used: int | None = None, turn: Tensor | None = None
+) -> Tensor:
+    """int32 (B, 1, 3, 2 + words), causal one column more, with `used` two, turned three.
 
+    kept: bool (B, Sk).  turn: by which kept was turned.
     Never reads the device. The second and third row are there for the shape, without memory.
     """
     start, length, bits = key_bits_of(kept)
@@ -422,9 +437,11 @@ def encode_bits(kept: Tensor, *, causal: bool, used: int | None = None) -> Tenso
         columns.append(torch.zeros_like(columns[0]))
     if used is not None:
         columns.append(torch.full_like(columns[0], used))
+    if turn is not None:
+        columns += [torch.zeros_like(columns[0]), turn.to(torch.int32).expand_as(columns[0])]
     carrier = torch.cat(columns, dim=-1)[:, None, None].expand(-1, -1, 3, -1)
     if not torch.compiler.is_compiling():  # nothing is read, so a captured graph may hold it too
-        _DECODED[carrier] = KeyBits(start, length, bits, causal, used)
+        _DECODED[carrier] = KeyBits(start, length, bits, causal, used, turn)
     return carrier
 
 
@@ -461,11 +478,12 @@ def decode(mask: Tensor, seqlen_q: int, seqlen_k: int) -> Descriptor | None:
         query_ids, key_ids = mask[:, 0, 0, :seqlen_q], mask[:, 0, 0, seqlen_q : seqlen_q + seqlen_k]
         plan = None if tracing else plan_varlen(query_ids, key_ids)
         found = Segments(query_ids, key_ids, width > seqlen_q + seqlen_k, plan)
-    elif rows == 3 and 0 <= (more := width - 2 - words_of(seqlen_k)) <= 2:
+    elif rows == 3 and 0 <= (more := width - 2 - words_of(seqlen_k)) <= 3:
         start, length = mask[:, 0, 0, 0].contiguous(), mask[:, 0, 0, 1].contiguous()
         bits = mask[:, 0, 0, 2 : 2 + words_of(seqlen_k)]
         used = int(mask[0, 0, 0, -1]) if more == 2 else None
-        found = KeyBits(start, length, bits, more > 0, used)
+        turn = mask[0, 0, 0, -1] if more == 3 else None
+        found = KeyBits(start, length, bits, more > 0, used, turn)
     else:
         raise _altered(mask, seqlen_q, seqlen_k)
     if not tracing:
@@ -495,7 +513,10 @@ def dense(
     mask, last_key = None, seqlen_k - 1
     if isinstance(found, KeyBits):
         causal = found.causal
-        mask = kept_keys(found.bits, seqlen_k)[:, None, None, :]
+        kept = kept_keys(found.bits, seqlen_k)
+        if found.turn is not None:
+            kept, last_key = turned(kept, -found.turn), found.turn - 1
+        mask = kept[:, None, None, :]
     elif isinstance(found, KeyRange):
         causal = found.causal
         start, end = found.start[:, None], (found.start + found.length)[:, None]

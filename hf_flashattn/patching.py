@@ -31,6 +31,7 @@ from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.hooks import first_before
 from hf_flashattn.masks import TRACED
 from hf_flashattn.names import ALIAS_NAME, FLASH_NAME, LEGIBLE_NAME, STATED_NAME, names_of
+from hf_flashattn.notes import begin_forward
 from hf_flashattn.report import Report, Site, Unpadded, forget_calls, format_rows
 from hf_flashattn.sites import find_sites
 
@@ -298,9 +299,17 @@ def _patch(model: nn.Module, options: _Options) -> None:
                 SETTINGS,
                 Settings(site.name, options.fallback, options.strict, site.excluded),
             )
+        owners = {id(site.owner) for site in sites if site.unsupported is None}
         for module in model.modules():
-            if isinstance(module, PreTrainedModel) and id(module.config) in renamed:
-                _watch_position_ids(module, patch)
+            if isinstance(module, PreTrainedModel) and (
+                id(module.config) in renamed or id(module) in owners
+            ):
+                untold = [
+                    own
+                    for own in patch.forwards
+                    if own.family.untold and any(own.module is x for x in module.modules())
+                ]
+                _watch_forwards(module, patch, untold)
         if options.unpad:
             patch.unpadding, handles = encoder_trial.install(model, sites)
             patch.hooks += handles
@@ -393,26 +402,37 @@ def _copy_config(
     return copy
 
 
-class _PositionIdsHook:
-    """Forward pre-hook: tells the mask function what a trace cannot, whether the caller passed
-    position_ids.
+class _ForwardHook:
+    """Forward pre-hook: a forward begins.
+
+    It tells the mask function what a trace cannot, whether the caller passed position_ids, and
+    modules whose model does not whether their attention weights are wanted.
     """
 
-    def __init__(self, index: int) -> None:
-        self.index = index  # of position_ids among the positional arguments
+    def __init__(self, parameters: list[str], untold: list[OwnForward]) -> None:
+        names = ("position_ids", "output_attentions")
+        self.places = {name: parameters.index(name) for name in names if name in parameters}
+        self.untold = untold
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _compat.is_tracing():
-            given = args[self.index] if len(args) > self.index else kwargs.get("position_ids")
+        for own in self.untold:
+            wish = self._given("output_attentions", args, kwargs)
+            own.wanted = bool(module.config.output_attentions if wish is None else wish)
+        if not _compat.is_tracing():
+            begin_forward()
+        elif "position_ids" in self.places:
             TRACED.config = module.config
+            given = self._given("position_ids", args, kwargs)
             TRACED.position_ids_given = given is not None
 
+    def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = self.places.get(name, len(args))
+        return args[place] if place < len(args) else kwargs.get(name)
 
-def _watch_position_ids(module: PreTrainedModel, patch: Patch) -> None:
+
+def _watch_forwards(module: PreTrainedModel, patch: Patch, untold: list[OwnForward]) -> None:
     parameters = list(inspect.signature(module.forward).parameters)
-    if "position_ids" in parameters:
-        hook = _PositionIdsHook(parameters.index("position_ids"))
-        patch.hooks.append(first_before(module, hook))
+    patch.hooks.append(first_before(module, _ForwardHook(parameters, untold)))
 
 
 def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -368,6 +368,7 @@ def _operator(name: str) -> Callable:
 
 for _name in (
     *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__"),
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__"),
     *("__matmul__", "__eq__", "__ne__", "__lt__", "__gt__", "__le__", "__ge__", "__neg__"),
 ):
     setattr(Deferred, _name, _operator(_name))

@@ -32,12 +32,13 @@ class OwnForward:
     """A module's own forward with its attention on the kernel. Copies and pickles with the model.
 
     former: the forward that stood on the instance itself, such as Accelerate's, or None.
+    wanted: what was asked of the model about attention weights, of an untold module.
     """
 
     def __init__(self, module: nn.Module, family: Family) -> None:
         self.module, self.family = module, family
         self.former: Callable | None = module.__dict__.get("forward")
-        self.removed = False
+        self.removed = self.wanted = False
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         wish = "output_attentions"
         self.place_of_wish = names.index(wish) if wish in names else None
@@ -87,7 +88,7 @@ class OwnForward:
             given = kwargs["output_attentions"]
         else:
             given = args[place] if place is not None and place < len(args) else False
-        return bool(given) or _compat.attentions_wanted()
+        return bool(given) or self.wanted or _compat.attentions_wanted()
 
 
 def _viewed(run: Deferral, x: Any) -> Any:
@@ -185,9 +186,10 @@ def _masks_of(
         x = _four_dims(addend.value, addend.dims, heads, batch)
         pattern = recognise(x)
         if pattern is None:
+            x = _floating(x, notes.query.dtype)
             dense.append(x if addend.factor == 1.0 else x * addend.factor)
         else:
-            read.append((pattern, lambda x=x: x))
+            read.append((pattern, functools.partial(_floating, x, notes.query.dtype)))
     for hidden in notes.hidden:
         x = _four_dims(hidden.value, hidden.dims, heads, batch)
         pattern = recognise(x, hides=True)
@@ -238,6 +240,11 @@ def _four_dims(x: Tensor, dims: int, heads: int, batch: int) -> Tensor:
     while x.dim() < 4:
         x = x[None]
     return x
+
+
+def _floating(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """SDPA takes no integers, as (1 - mask) * -10000 may be."""
+    return x if x.is_floating_point() else x.to(dtype)
 
 
 def _added(x: Tensor, y: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashattn import _compat, masks
 from hf_flashattn.families.deferred import LOWEST
+from hf_flashattn.notes import TensorNotes, version_in_forward
 
 
 @dataclass(eq=False)
@@ -35,12 +35,13 @@ class Pattern:
         """What masks.py hands to the layers; None where every key counts (or causal alone)."""
         if (batch, rows) not in self.carriers:
             kept = self.kept.expand(batch, -1)
-            self.carriers[batch, rows] = masks.padded(kept, rows, causal=self.causal)
+            with torch.inference_mode(False):  # a later forward may save it for its backward
+                self.carriers[batch, rows] = masks.padded(kept, rows, causal=self.causal)
         return self.carriers[batch, rows]
 
 
-# mask -> {(what view of it, version): Pattern, or None for any other mask}
-_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# mask -> {what view of it: Pattern, or None for any other mask}
+_KNOWN = TensorNotes(version_in_forward)
 
 
 def recognise(mask: Tensor, *, hides: bool = False) -> Pattern | None:
@@ -53,17 +54,19 @@ def recognise(mask: Tensor, *, hides: bool = False) -> Pattern | None:
     """
     if mask.requires_grad or mask.dim() != 4 or _compat.is_tracing(mask):
         return None
+    base = mask if mask._base is None else mask._base  # inference tensors' views have none
     if mask.shape[1] != 1 and mask.stride(1) == 0:
         mask = mask[:, :1]
     if mask.shape[2] != 1 and mask.stride(2) == 0:
         mask = mask[:, :, :1]
-    base = mask if mask._base is None else mask._base
-    version = -1 if base.is_inference() else base._version
     strides = tuple(s for s, n in zip(mask.stride(), mask.shape, strict=True) if n > 1)
-    place = (mask.shape, strides, mask.storage_offset(), version, hides)
-    known = _KNOWN.setdefault(base, {})
+    place = (mask.shape, strides, mask.storage_offset(), hides)
+    known = _KNOWN.get(base)
+    if known is None:
+        known = _KNOWN[base] = {}
     if place not in known:
-        known[place] = _read(mask, hides)
+        with torch.inference_mode(False):
+            known[place] = _read(mask, hides)
     return known[place]
 
 
@@ -94,7 +97,7 @@ def padding_alone(mask: Tensor) -> Pattern | None:
     if not mask.is_floating_point() or mask.dim() != 4:
         return None
     one = all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2))
-    return recognise(mask[:, :1, :1]) if one else None
+    return recognise(mask) if one else None
 
 
 def joined(patterns: list[Pattern]) -> Pattern | None:

@@ -33,7 +33,10 @@ from hf_flashattn.families.deferred import (
 def rule(*names: str) -> Callable[[Callable], Callable]:
     def enter(function: Callable) -> Callable:
         for name in names:
-            for spelling, in_place in ((name, False), (f"__{name}__", False), (f"{name}_", True)):
+            for spelling, in_place in (
+                *((name, False), (f"__{name}__", False)),
+                *((f"{name}_", True), (f"__i{name}__", True)),
+            ):
                 for home in (torch, Tensor, F):
                     if callable(found := getattr(home, spelling, None)):
                         OPERATIONS[found] = Operation(name, function, in_place)
@@ -123,9 +126,10 @@ def _scale(function: Callable, name: str, scores: Any, factor: Any, **kwargs: An
         return _next(function, (left, right), {}, scores, **changes)
     if isinstance(factor, Tensor) and "mul" in name and not scores.notes.addends:
         # One factor per head: as well of the queries. (H, 1, 1), or (B, H, 1, 1).
-        if factor.dim() != 0 and factor.shape[-1] != 1:
+        query = scores.notes.query
+        if factor.dim() != 0 and (factor.shape[-1] != 1 or scores.ndim != query.dim()):
             return NotImplemented
-        query = scores.notes.query * factor
+        query = query * factor
         return _next(function, (left, right), {}, scores, query=query)
     if not isinstance(factor, (int, float)):
         return NotImplemented
@@ -264,6 +268,9 @@ def _view(function: Callable, name: str, x: Any, *sizes: Any) -> Any:
     if len(wanted) == 5 and (x.ndim != 4 or wanted[2] != x.shape[1]):
         return NotImplemented
     if torch.Size(wanted).numel() != x.shape.numel():
+        return NotImplemented
+    query = x.notes.query
+    if len(wanted) == query.dim() == 4 and wanted[:2] != tuple(query.shape[:2]):
         return NotImplemented
     return _next(function, (x, *sizes), {}, x, shape=wanted)
 

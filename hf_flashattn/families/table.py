@@ -27,6 +27,7 @@ class Family:
     own_masks: its model computes with the masks, so they stay as the model makes them.
     triangle: the attribute with its causal pattern. window: of that pattern, itself included.
     clamps, zeros, skips: see deferred.Deferral.
+    untold: its model collects its weights, if they are wanted, and does not tell it that they are.
     """
 
     heads: str | Callable[[nn.Module], int] = "num_attention_heads"
@@ -39,6 +40,7 @@ class Family:
     clamps: bool = False
     zeros: bool = False
     skips: int = 0
+    untold: bool = False
 
     def heads_of(self, module: nn.Module) -> int:
         return self.heads(module) if callable(self.heads) else getattr(module, self.heads)
@@ -133,7 +135,7 @@ FAMILIES: dict[str, Family] = {
         own_masks=lambda module: module.config.alibi,
     ),
     "bloom.BloomAttention": Family("num_heads", "head_dim", bias=_alibi),
-    "mpt.MptAttention": Family("n_heads", "head_dim", bias=_alibi, own_masks=True),
+    "mpt.MptAttention": Family("n_heads", "head_dim", bias=_alibi, own_masks=True, untold=True),
     "openai.Attention": Family(
         "n_head", lambda module: module.split_size // module.n_head, triangle="bias", own_masks=True
     ),
@@ -203,7 +205,7 @@ FAMILIES: dict[str, Family] = {
     "pvt_v2.PvtV2SelfAttention": _BERT,
     "glpn.GLPNEfficientSelfAttention": _BERT,
     "mobilevit.MobileViTSelfAttention": _BERT,
-    "mgp_str.MgpstrAttention": _QKV,
+    "mgp_str.MgpstrAttention": Family("num_heads", _dim_of_qkv, untold=True),
     "timesformer.TimesformerSelfAttention": _QKV,
     "vitdet.VitDetAttention": Family(
         "num_heads", _dim_of_qkv, refuses=_in_views("use_relative_position_embeddings")
@@ -253,8 +255,6 @@ WITHOUT_WEIGHTS = frozenset(
         "bridgetower.BridgeTowerResidualAttention",
         "idefics2.Idefics2MultiheadAttentionPoolingHead",
         "mask2former.Mask2FormerMaskedAttentionDecoderLayer",
-        "oneformer.OneFormerTransformerDecoderSelfAttentionLayer",
-        "oneformer.OneFormerTransformerDecoderCrossAttentionLayer",
         "phi4_multimodal.Phi4MultimodalVisionMultiheadAttentionPoolingHead",
         "siglip.SiglipMultiheadAttentionPoolingHead",
         "siglip2.Siglip2MultiheadAttentionPoolingHead",

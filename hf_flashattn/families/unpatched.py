@@ -8,6 +8,7 @@ None, where causality goes without saying, would let them see the future. So the
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Any
 
@@ -49,10 +50,16 @@ def _search(config_class: type) -> str:
     for key in FAMILIES:
         known, _, name = key.partition(".")
         if known == folder or known.startswith(f"{folder}_"):  # a model's part, as blip_text is
-            home = sys.modules.get(f"{package}.modeling_{known}")
-            if hasattr(home, name) and not dispatches(getattr(home, name)):
+            cls = getattr(sys.modules.get(f"{package}.modeling_{known}"), name, None)
+            if cls is not None and not dispatches(cls) and _may_take_masks(cls):
                 return "eager"
     home = sys.modules.get(f"{package}.modeling_{folder}")
     classes = () if home is None else vars(home).values()
     layers = [x for x in classes if isinstance(x, type) and issubclass(x, nn.Module)]
     return "legible" if any(reads_masks(x) or leaves_flash(x) for x in layers) else "plain"
+
+
+def _may_take_masks(cls: type[nn.Module]) -> bool:
+    """Not so in the autoencoders of images beside many language models."""
+    parameters = inspect.signature(cls.forward).parameters.values()
+    return any("mask" in x.name or x.kind is x.VAR_KEYWORD for x in parameters)

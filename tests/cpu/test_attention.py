@@ -196,6 +196,14 @@ def test_values_of_another_width_fall_back():
     assert "head dims differ: queries 8, values 6" in report.calls_of(layer).reasons
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()])
+def test_a_batch_that_is_broadcast_falls_back(mask):
+    (q, k, v), layer = qkv(), Layer()
+    expected = F.scaled_dot_product_attention(q[:1], k, v, is_causal=True).transpose(1, 2)
+    assert (attention_forward(layer, q[:1], k, v, mask)[0] - expected).abs().max() < 1e-6
+    assert report.calls_of(layer).fallback == 1
+
+
 def test_nothing_can_do_it():
     class Alone(Layer):
         __module__ = "torch.nn"

@@ -129,7 +129,7 @@ def test_dropout_reaches_the_kernel(name, monkeypatch):
     assert seen[6:] == [0.0] * 2
 
 
-@pytest.mark.parametrize("name", ["gpt_neo", "falcon_mqa", "megatron_bert", "xglm", "bloom"])
+@pytest.mark.parametrize("name", ["gpt_neo", "falcon_mqa", "megatron_bert", "xglm", "bloom", "mpt"])
 def test_attention_weights_come_from_the_models_own_code(name):
     entry = {**DECODERS, **BIASED_DECODERS}[name]
     model, (batch, mask) = make(entry), inputs("right")
@@ -152,6 +152,31 @@ def test_attention_weights_come_from_the_models_own_code(name):
             pytest.raises(FallbackError, match="output_attentions"),
         ):
             model(**batch)
+
+
+@pytest.mark.parametrize("way", ["argument", "config"])
+def test_a_module_that_is_not_told_returns_its_weights_too(way):
+    sizes = {
+        "image_size": [8, 16],
+        "patch_size": 4,
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.3,
+    }
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2.0}
+    model = build(transformers.MgpstrModel, transformers.MgpstrConfig(**sizes, **layers))
+    pixels, wish = torch.randn(2, 3, 8, 16), {}
+    if way == "argument":
+        wish = {"output_attentions": True}
+    else:
+        model.config.output_attentions = True
+    with torch.no_grad():
+        expected = model(pixels, **wish).attentions
+        with hf_flashattn.patched(model) as report:
+            got = model(pixels, **wish).attentions
+            model(pixels, output_attentions=False)
+            assert calls(report, "fallback") == calls(report, "cpu") == 2
+    for weights, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gptj", "codegen", "gpt_neo", "falcon_gqa", "xglm"])
@@ -269,6 +294,19 @@ def test_an_additive_mask_of_the_callers_own(name):
 # ---- forecast, undo, copies ----------------------------------------------------------------------
 
 
+def test_an_additive_mask_that_is_written_to_in_inference_mode():
+    """Nobody counts that: each forward reads the mask anew."""
+    model, ids = make(ENCODERS["megatron_bert"]), tokens()
+    lowest = torch.finfo(torch.float32).min
+    with torch.inference_mode(), hf_flashattn.patched(model):
+        mask = torch.zeros(BATCH, 1, 1, LENGTH)
+        plain = output(model, {"input_ids": ids, "attention_mask": mask})
+        mask.masked_fill_(padding("left")[:, None, None] == 0, lowest)
+        got = output(model, {"input_ids": ids, "attention_mask": mask})
+        expected = output(model, {"input_ids": ids, "attention_mask": padding("left")})
+    assert torch.equal(got, expected) and not torch.equal(got, plain)
+
+
 @pytest.mark.parametrize("name", {**KERNEL, **BIASED, **SEQ2SEQ})
 def test_the_forecast_is_what_runs(name):
     entry = {**KERNEL, **BIASED, **SEQ2SEQ}[name]
@@ -345,6 +383,26 @@ def test_a_name_alone_changes_nothing(name, loaded):
     torch.testing.assert_close(got[kept], expected[kept], rtol=1e-4, atol=1e-4)
     assert sum(row.calls.total for row in report.rows) == 2
     hf_flashattn.unpatch_model(named)
+
+
+@pytest.mark.parametrize("way", ["patched", "by name"])
+@pytest.mark.parametrize("kind", ["none", "left", "holed"])
+def test_a_language_model_beside_an_autoencoder_stays_on_the_kernel(kind, way):
+    """Apertus 1.5: the attention of its pixels is a family, but takes no masks."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "vocab_size": 60, "pad_token_id": 0}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if not hasattr(transformers, "Apertus1p5TextConfig"):
+        pytest.skip(f"Transformers {transformers.__version__} has no Apertus 1.5")
+    config = transformers.Apertus1p5TextConfig(**sizes, **heads, initializer_range=0.3)
+    model = build(transformers.Apertus1p5TextForCausalLM, config)
+    batch, mask = inputs(kind)
+    if way == "patched":
+        report = assert_same(model, batch, mask, tolerance=2e-5)
+    else:
+        model.set_attn_implementation("hf_flashattn")
+        output(model, batch)
+        report = hf_flashattn.attention_report(model)
+    assert calls(report, "fallback") == 0 and calls(report, "cpu") > 0, report
 
 
 @pytest.mark.parametrize("name", ["megatron_bert", "rembert", "luke", "roformer"])

@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+import hf_flashattn
 from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.families.table import family_of
 from hf_flashattn.report import calls_of
@@ -218,3 +219,15 @@ def test_a_bias_falls_back(name):
     calls = calls_of(compare(BIASED[name]))
     (reason,) = calls.reasons
     assert (calls.cpu, calls.fallback) == (0, 1) and reason.startswith("an additive bias")
+
+
+def test_weights_that_are_returned_are_not_dropped():
+    """OneFormer collects those of torch.nn.MultiheadAttention: that stays as it is."""
+    home = importlib.import_module("transformers.models.oneformer.modeling_oneformer")
+    layer = home.OneFormerTransformerDecoderCrossAttentionLayer(WIDTH, HEADS).eval()
+    queries, keys = states().transpose(0, 1), states(5, 2).transpose(0, 1)
+    expected = layer(queries, keys)
+    with hf_flashattn.patched(layer) as report:
+        got = layer(queries, keys)
+    assert report.rows[0].runs == "unsupported"
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_flashattn import FallbackError
+from hf_flashattn import FallbackError, masks
 from hf_flashattn.attention import SETTINGS, Settings
 from hf_flashattn.families.forward import OwnForward
 from hf_flashattn.families.recognise import joined, recognise
@@ -26,6 +26,7 @@ from hf_flashattn.families.table import (
     is_no_attention,
     out_of_reach,
 )
+from hf_flashattn.notes import begin_forward
 from hf_flashattn.report import calls_of
 
 BATCH, HEADS, ROWS, DIM = 2, 4, 7, 8
@@ -64,6 +65,14 @@ def in_place(m, q, k, v, mask):
     scores = q @ k.mT
     scores /= math.sqrt(DIM)
     scores += mask
+    return torch.softmax(scores, -1).matmul(v), None
+
+
+def in_place_under_two_names(m, q, k, v, mask):
+    scores = q @ k.mT
+    same = scores
+    same *= DIM**-0.5
+    same += mask
     return torch.softmax(scores, -1).matmul(v), None
 
 
@@ -138,6 +147,7 @@ def in_one_call_boolean(m, q, k, v, mask):
 SPELLINGS = [
     plain,
     in_place,
+    in_place_under_two_names,
     folded,
     added_product,
     einsum,
@@ -188,6 +198,19 @@ def scaled_by_key(m, q, k, v, mask):
     return ((q @ k.mT) * torch.linspace(0.1, 0.5, ROWS) + mask).softmax(-1) @ v, None
 
 
+def scaled_by_head_of_folded(m, q, k, v, mask):
+    scores = torch.bmm(flat(q), flat(k).mT).view(BATCH, HEADS, ROWS, ROWS)
+    factor = torch.linspace(0.1, 0.5, HEADS).view(HEADS, 1, 1)
+    return (scores * factor + mask).softmax(-1) @ v, None
+
+
+def heads_first(m, q, k, v, mask):
+    """Numbers of heads and rows of the batch in each other's places."""
+    scores = (q @ k.mT).view(HEADS, BATCH, ROWS, ROWS)
+    scores = scores + torch.arange(HEADS).view(HEADS, 1, 1, 1)
+    return scores.view(BATCH, HEADS, ROWS, ROWS).softmax(-1) @ v, None
+
+
 def thinned(m, q, k, v, mask):
     weights = (q @ k.mT + mask).softmax(-1)
     return weights.masked_fill(torch.eye(ROWS, dtype=torch.bool), 0.0) @ v, None
@@ -203,6 +226,8 @@ UNKNOWN = {
     gated: "mul",
     indexed: "getitem",
     scaled_by_key: "mul",
+    scaled_by_head_of_folded: "mul",
+    heads_first: "view",
     thinned: "masked_fill",
     sink: "cat",
 }
@@ -273,6 +298,13 @@ def test_fallback_eager_is_the_own_code():
     mask = torch.randn(BATCH, HEADS, ROWS, ROWS)  # a bias
     got, expected, module = run(plain, mask, fallback="eager")
     assert torch.equal(got[0], expected[0]) and calls_of(module).fallback == 1
+
+
+def test_a_bias_of_integers():
+    for mask in (torch.arange(ROWS)[None, None, None], (padded_keys() < 0).long() * -10000):
+        got, expected, module = run(plain, mask)
+        assert_equal(got, expected)
+        assert calls_of(module).total == 1
 
 
 def test_a_bias_is_scaled_with_the_scores():
@@ -373,6 +405,19 @@ def test_a_mask_that_was_written_to_is_read_again():
     first = recognise(keys)
     keys[1, ..., 0] = LOWEST
     assert recognise(keys) is not first and not recognise(keys).kept[1, 0]
+
+
+def test_nobody_counts_what_is_written_to_an_inference_tensor():
+    """Its notes last for one forward, and serve a training step as well."""
+    with torch.inference_mode():
+        keys = padded_keys().clone()
+        first = recognise(keys)
+        assert recognise(keys) is first
+        carrier = first.carrier(BATCH, ROWS)
+        begin_forward()
+        keys[1, ..., 0] = LOWEST
+        assert recognise(keys) is not first and not recognise(keys).kept[1, 0]
+    assert not carrier.is_inference() and not masks.recall(carrier).start.is_inference()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
@@ -147,10 +148,35 @@ def test_one_token_in_a_static_cache_unread(offset, kind, unread):
     assert written_out(carrier, 1, 40, True).eq(exact).numpy().all()
 
 
-def test_several_tokens_in_a_static_cache_unread(unread):
-    """How many keys exist is not known, so neither is which is the last: Transformers' mask."""
-    arguments = make(4, 40, CAUSAL, padding("left", 40), q_offset=torch.tensor(6))
-    assert masks.attention_mask(**arguments).dtype == torch.bool
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize(("offset", "q_length"), [(0, 6), (6, 4), (30, 10)])
+def test_several_tokens_in_a_static_cache_unread(offset, q_length, kind, tensor, unread):
+    """How many keys exist is not known, nor which is the last: they are turned until it is."""
+    mask = padding(kind, 40)
+    mask = None if mask is None else mask[:, : offset + q_length]
+    q_offset = torch.tensor(offset) if tensor else offset
+    arguments = make(q_length, 40, CAUSAL, mask, q_offset=q_offset)
+    carrier = masks.attention_mask(**arguments)
+    exact = masking_utils.sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    assert written_out(carrier, q_length, 40, True).eq(exact).numpy().all()
+    if tensor or offset + q_length < 40:  # else all are in use, as without a static cache
+        assert written_out(carrier.clone(), q_length, 40, None).eq(exact).numpy().all()
+        assert masks.decode(carrier, q_length, 40).turn.eq(offset + q_length).numpy()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for a CPU")
+def test_a_static_cache_compiles_for_the_cpu():
+    """Inductor's own code, of a mask that is cast to bool in the graph."""
+
+    def carrier(mask, offset):
+        return masks.attention_mask(**make(1, 40, CAUSAL, mask, q_offset=offset))
+
+    given = padding("holed"), torch.tensor(LENGTH - 1)
+    got = torch.compile(carrier, fullgraph=True)(*given)
+    kept = torch.zeros(BATCH, 40, dtype=torch.bool)
+    kept[:, :LENGTH] = given[0].bool()
+    assert torch.equal(got, masks.encode_bits(kept, causal=False))
 
 
 @pytest.mark.parametrize("tensor", [False, True])

@@ -13,6 +13,7 @@ from model_helpers import (
     calls,
     encoder_states,
     gpt2,
+    llama,
     output,
     padding,
     tokens,
@@ -126,6 +127,43 @@ def test_chunks(make, cache, kind):
             got = logits()
             assert calls(report, "fallback") == 0
     rows = torch.ones(BATCH, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+    assert (got - expected)[rows].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["none", "left", "holed", "empty"])
+@pytest.mark.parametrize("cache", ["fresh", "used"])
+@pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
+def test_compiled_chunks_in_a_static_cache(make, cache, kind):
+    """Where the queries start is a tensor once the cache has memory: no trace may read it."""
+    model, ids, mask = make(), tokens(), padding(kind)
+
+    def logits(run):
+        past = StaticCache(model.config, max_cache_len=40)
+        if cache == "used":
+            model(input_ids=ids, past_key_values=past, use_cache=True)
+            past.reset()
+        rows, start = [], 0
+        for stop in (6, 10, LENGTH):
+            inputs = {"input_ids": ids[:, start:stop], "past_key_values": past, "use_cache": True}
+            inputs["position_ids"] = torch.arange(start, stop).expand(BATCH, -1)
+            if mask is not None:
+                inputs["attention_mask"] = mask[:, :stop]
+            rows.append(output(run, inputs))
+            start = stop
+        return torch.cat(rows, dim=1)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = logits(model)
+        with hf_flashattn.patched(model) as report:
+            got = logits(torch.compile(model, fullgraph=True, backend="eager"))
+            assert all(row.calls.traced for row in report.rows)
+            assert calls(report, "fallback") == 0, report
+        rows = torch.ones(BATCH, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+        assert (got - expected)[rows].abs().max() < 1e-4
+        torch._dynamo.reset()
+        with hf_flashattn.patched(model, exclude="*"):  # the fallback writes the mask out
+            got = logits(torch.compile(model, fullgraph=True, backend="eager"))
     assert (got - expected)[rows].abs().max() < 1e-4
 
 

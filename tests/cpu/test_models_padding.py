@@ -125,6 +125,37 @@ def test_packed_gradients_are_those_of_the_sequences():
     assert (model.transformer.wte.weight.grad - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("way", ["patched", "by name"])
+@pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
+def test_positions_that_are_written_to_in_inference_mode(make, way):
+    """A server's own buffer: nobody counts what is written to it, so each forward looks anew."""
+    model, ids = make(), tokens()
+    if way == "patched":
+        hf_flashattn.patch_model(model)
+    else:
+        model.set_attn_implementation("hf_flashattn")
+    with torch.inference_mode():
+        positions = torch.arange(LENGTH).repeat(BATCH, 1)
+        inputs = {"input_ids": ids, "position_ids": positions}
+        plain = output(model, inputs)
+        positions.copy_(packed_positions())
+        packed = output(model, inputs)
+        assert torch.equal(packed, output(model, {**inputs, "position_ids": packed_positions()}))
+    assert (packed - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("make", [gpt2, bert], ids=["gpt2", "bert"])
+def test_packed_is_found_in_inference_mode_and_trained_on(make):
+    """What is remembered of positions can be saved for a backward."""
+    model, inputs = make(), {"input_ids": tokens(), "position_ids": packed_positions()}
+    with hf_flashattn.patched(model):
+        with torch.inference_mode():
+            expected = output(model, inputs)
+        got = output(model, inputs)
+        got.sum().backward()
+    assert torch.equal(got, expected)
+
+
 def test_flash_kwargs_of_a_flattening_collator():
     """cu_seq_lens and max_length from the caller, as DataCollatorWithFlattening makes them."""
     model, ids = gpt2(), tokens(1)

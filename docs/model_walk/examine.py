@@ -121,8 +121,7 @@ def _run(
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    of_sound = model.main_input_name == "input_values"  # some say it themselves, to a part
-    return {"use_cache": False} if hasattr(model.config, "use_cache") and not of_sound else {}
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
 def _logits(output: Any) -> Tensor:

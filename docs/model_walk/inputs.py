@@ -96,8 +96,7 @@ def _images(model: nn.Module, takes: Any) -> Iterator[Batches]:
         yield {"right": {"pixel_values": image, **make_batch(model, "right")}}
         yield {"right": {"pixel_values": image, **_ended(model, make_batch(model, "right"))}}
     frames = getattr(model.config, "num_frames", None) or 4
-    for count in (frames, 2):  # a video, a pair
-        yield {"images": {"pixel_values": image[:, None].repeat(1, count, 1, 1, 1)}}
+    yield {"images": {"pixel_values": image[:, None].repeat(1, frames, 1, 1, 1)}}
 
 
 def _image(model: nn.Module) -> Tensor:
@@ -107,8 +106,6 @@ def _image(model: nn.Module) -> Tensor:
     size = getattr(vision, "image_size", None) or IMAGE
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    if config.model_type == "seggpt":  # its prompt stands above it
-        height //= 2
     return torch.randn(2, channels, height, width, generator=_draw(1))
 
 
@@ -170,8 +167,7 @@ def _spectra_of(model: nn.Module, takes: Any, bins: int) -> Iterator[Batches]:
 
 
 def _bins(model: nn.Module) -> int:
-    parts = (getattr(model.config, x, None) for x in ("audio_config", "semantic_model_config"))
-    config = next(filter(None, parts), model.config)
+    config = getattr(model.config, "audio_config", None) or model.config
     sizes = (getattr(config, name, None) for name in BINS)
     return next((size for size in sizes if isinstance(size, int)), 80)
 
@@ -196,9 +192,6 @@ ASKED: dict[str, tuple[str, ...]] = {
     "blip_2_qformer": ("query_embeds", "encoder_hidden_states"),
     "decision_transformer": ("states", "actions", "returns_to_go", "timesteps"),
     "videoprism": ("input_ids", "attention_mask", "pixel_values_videos"),
-    "kosmos-2": ("pixel_values", "input_ids", "attention_mask", "image_embeds_position_mask"),
-    "minicpm_ocr_vision": ("pixel_values", "target_sizes"),
-    "minicpmv4_7_vision": ("pixel_values", "target_sizes"),
     **dict.fromkeys(
         ("time_series_transformer", "informer", "autoformer"),
         (
@@ -235,7 +228,7 @@ def _named(
     model: nn.Module, kind: str, wanted: list[str], grid: bool, form: int
 ) -> dict[str, Tensor]:
     text, made = make_batch(model, kind), {}
-    flat = {"spatial_shapes", "pixel_position_ids", "target_sizes"} & {*wanted}
+    flat = "spatial_shapes" in wanted
     for name in wanted:
         if name in text:
             made[name] = text[name]
@@ -322,28 +315,8 @@ def _frames(model: nn.Module) -> int:
 
 
 def _flat_patches(model: nn.Module, ids: Tensor) -> Tensor:
-    """fp32 (2, 16, pixels of a patch); Gemma's 36 of them, which it pools by 9; MiniCPM's side by
-    side in one image (1, channels, height of a patch, width of all)."""
     config = getattr(model.config, "vision_config", None) or model.config
-    channels, size = getattr(config, "num_channels", 3), config.patch_size
-    if config.model_type.startswith("minicpm"):
-        return torch.randn(1, channels, size, 16 * size, generator=_draw(1))
-    count = 36 if config.model_type == "gemma4_vision" else 16
-    return torch.randn(2, count, channels * size**2, generator=_draw(1))
-
-
-def _input_features(model: nn.Module, ids: Tensor) -> Tensor:
-    """A spectrum (2, frames, bins): of as many frames as the sound beside it has, where it has."""
-    kind, bins = model.config.model_type, _bins(model)
-    if kind == "clap":
-        return torch.randn(2, 1, 100, bins, generator=_draw(1))
-    frames = max(SAMPLES) // 320 if kind in ("neucodec", "xcodec2") else FRAMES
-    return torch.randn(2, frames, bins, generator=_draw(1))
-
-
-def _places_of_image(model: nn.Module, ids: Tensor) -> Tensor:
-    first = torch.arange(ids.shape[1]) < model.config.latent_query_num
-    return first.long().expand(len(ids), -1)
+    return torch.randn(2, 16, config.num_channels * config.patch_size**2, generator=_draw(1))
 
 
 NAMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -360,18 +333,7 @@ NAMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "spatial_shapes": lambda model, ids: torch.tensor([[4, 4], [2, 8]]),
     "prompt_pixel_values": lambda model, ids: _image(model),
     "prompt_masks": lambda model, ids: _image(model),
-    "input_features": _input_features,
-    "latents": _normal(2, "hidden_size", 8),
-    "inputs_embeds": _normal(2, SHORT, "hidden_size"),
-    "audio_mel": _normal(2, FRAMES, "input_feat_size"),
-    "audio_mel_mask": lambda model, ids: torch.zeros(2, FRAMES, dtype=torch.bool),
-    "image_embeds_position_mask": _places_of_image,
-    "past_values_padding": lambda model, ids: torch.zeros(2, model.config.context_length),
-    "freq": lambda model, ids: torch.zeros(2, 1, dtype=torch.long),
-    "pixel_position_ids": lambda model, ids: torch.cartesian_prod(
-        torch.arange(6), torch.arange(6)
-    ).expand(2, -1, -1),
-    "target_sizes": lambda model, ids: torch.tensor([[4, 4]]),
+    "input_features": lambda model, ids: torch.randn(2, FRAMES, _bins(model), generator=_draw(1)),
     "input_features_mask": lambda model, ids: torch.ones(2, FRAMES, dtype=torch.long),
     "past_values": _past_values,
     "states": _normal(2, 5, "state_dim"),
@@ -379,9 +341,7 @@ NAMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "returns_to_go": _normal(2, 5, 1),
     "timesteps": lambda model, ids: torch.arange(5).expand(2, -1),
     "pixel_values": _pixels,
-    "pixel_values_videos": lambda model, ids: _image(model)[:, None].repeat(
-        1, _frames(model), 1, 1, 1
-    ),
+    "pixel_values_videos": lambda model, ids: _image(model)[:, None].repeat(1, 4, 1, 1, 1),
     "input_values": lambda model, ids: torch.randn(2, 1, max(SAMPLES), generator=_draw(1)),
     "task_inputs": lambda model, ids: torch.randint(
         1, 50, (2, model.config.task_seq_len), generator=_draw(1)

@@ -12,10 +12,10 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .recipes import CONFIGS, IMAGE, STARTS
 from .tasks import TASKS
 
 VOCABULARY, FIRST_SPECIAL = 160, 120  # tokens of a batch lie below the special ones
-IMAGE = 64  # its sides, unless the config insists on others
 LARGEST = 125_000_000  # parameters of a model that counts as tiny
 
 
@@ -263,11 +263,21 @@ TRAINS = ("reformer",)
 def tiny_config(model_type: str, task: str) -> PreTrainedConfig:
     """The config class's defaults, made small by RULES."""
     cls = CONFIG_MAPPING[model_type]
-    given = _shrunk(cls())
+    given = _shrunk(cls(**STARTS.get(model_type, {})))
     given.update(OVERRIDES.get(model_type, {}))
+    _lay_over(given, CONFIGS.get(model_type, {}))
     if task == "causal" and not getattr(cls(), "is_encoder_decoder", False):
         given["is_decoder"] = True
     return cls(**given)
+
+
+def _lay_over(given: dict[str, Any], more: dict[str, Any]) -> None:
+    """Updates given, and the configs of parts inside it."""
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(given.get(name), dict):
+            _lay_over(given[name], value)
+        else:
+            given[name] = value
 
 
 def _special(config: PreTrainedConfig) -> dict[str, Any]:
@@ -341,7 +351,8 @@ def build(model_type: str, task: str) -> nn.Module:
     try:
         config = tiny_config(model_type, task)
         if not isinstance(config, cls.config_class):
-            config = config.get_text_config(decoder=True)
+            text = config.get_text_config(decoder=True)
+            config = text if isinstance(text, cls.config_class) else config
         config._attn_implementation = "eager"
         with torch.device("meta"):
             size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())

@@ -17,6 +17,7 @@ import hf_flashattn
 
 from .configs import BECAUSE, FIRST_SPECIAL, NotBuilt, build, line_of, shortened
 from .inputs import Batches, make_batches
+from .recipe_batches import RECIPES
 
 TOLERANCE = 5e-4  # of the largest logit or gradient; MobileBERT is off by half of it under sdpa
 DOCUMENTS = (5, 7, 2)  # tokens of those that are packed into a row
@@ -44,7 +45,7 @@ def examine(model_type: str, task: str) -> Result:
     try:
         eager = build(model_type, task)
         model = copy.deepcopy(eager)
-        batches, expected = _run_first(eager, make_batches(eager))
+        batches, expected = _run_first(eager, _proposals(eager))
     except NotBuilt as error:
         why = BECAUSE.get(model_type, str(error))
         return Result(model_type, task, "not built", why=why)
@@ -71,6 +72,11 @@ def examine(model_type: str, task: str) -> Result:
         findings.append(f"raises {line_of(error)}")
     result = _judge(model_type, task, report, findings)
     return replace(result, why="; ".join(filter(None, (result.why, *notes))))
+
+
+def _proposals(model: nn.Module) -> Iterator[Batches]:
+    own = RECIPES.get(model.config.model_type)
+    return iter([own(model)]) if own else make_batches(model)
 
 
 def _run_first(
@@ -121,6 +127,8 @@ def _run(
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
+    if "use_streaming" in inspect.signature(model.forward).parameters:
+        return {}  # what it keeps has another name
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 

@@ -54,10 +54,10 @@ def make_batch(model: nn.Module, kind: str) -> dict[str, Tensor]:
 
 def _tokens() -> Tensor:
     shape = (len(LENGTHS), max(LENGTHS))
-    return torch.randint(10, FIRST_SPECIAL, shape, generator=_draw(1))
+    return torch.randint(10, FIRST_SPECIAL, shape, generator=draw(1))
 
 
-def _draw(seed: int) -> torch.Generator:
+def draw(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -72,10 +72,10 @@ def _texts(model: nn.Module, takes: Any) -> Iterator[Batches]:
         yield {kind: _ended(model, b) | {"pixel_values": image} for kind, b in text.items()}
     books = getattr(model.config, "num_codebooks", None)
     if isinstance(books, int):  # of sound, each a row of its own, or a column
-        ids = torch.randint(10, FIRST_SPECIAL, (2 * books, SHORT), generator=_draw(1))
+        ids = torch.randint(10, FIRST_SPECIAL, (2 * books, SHORT), generator=draw(1))
         yield {"short": {"input_ids": ids}}
         yield {"short": {"input_ids": ids.view(2, books, SHORT).mT}}
-        ids = torch.randint(10, FIRST_SPECIAL, (2, SHORT, books + 1), generator=_draw(1))
+        ids = torch.randint(10, FIRST_SPECIAL, (2, SHORT, books + 1), generator=draw(1))
         yield {"short": {"input_ids": ids}}
 
 
@@ -106,7 +106,7 @@ def _image(model: nn.Module) -> Tensor:
     size = getattr(vision, "image_size", None) or IMAGE
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    return torch.randn(2, channels, height, width, generator=_draw(1))
+    return torch.randn(2, channels, height, width, generator=draw(1))
 
 
 def _videos(model: nn.Module, takes: Any) -> Iterator[Batches]:
@@ -118,7 +118,7 @@ def _videos(model: nn.Module, takes: Any) -> Iterator[Batches]:
 
 def _sounds(model: nn.Module, takes: Any) -> Iterator[Batches]:
     main = "input_values"
-    sound = torch.randn(2, max(SAMPLES), generator=_draw(1))
+    sound = torch.randn(2, max(SAMPLES), generator=draw(1))
     lengths = torch.tensor(SAMPLES)[:, None]
     mask = (torch.arange(max(SAMPLES)) < lengths).long()
     if "decoder_input_ids" in takes:
@@ -129,11 +129,11 @@ def _sounds(model: nn.Module, takes: Any) -> Iterator[Batches]:
     yield {"short": {main: sound[:, None]}}  # one channel
     bins = getattr(model.config, "num_mel_bins", 16)
     frames = getattr(model.config, "max_length", FRAMES)
-    spectrum = torch.randn(2, frames, bins, generator=_draw(1))
+    spectrum = torch.randn(2, frames, bins, generator=draw(1))
     yield {"short": {main: spectrum}}
     if "decoder_input_values" in takes:  # of a body without what makes its inputs
         width = model.config.hidden_size
-        frames = torch.randn(2, FRAMES, width, generator=_draw(1))
+        frames = torch.randn(2, FRAMES, width, generator=draw(1))
         mask = (torch.arange(FRAMES) < torch.tensor([FRAMES, 24])[:, None]).long()
         more = {"attention_mask": mask, "decoder_input_values": frames[:, :SHORT]}
         yield {"right": {main: frames, **more}}
@@ -148,7 +148,7 @@ def _spectra(model: nn.Module, takes: Any) -> Iterator[Batches]:
 def _spectra_of(model: nn.Module, takes: Any, bins: int) -> Iterator[Batches]:
     main = "input_features"
     frames = 2 * getattr(model.config, "max_source_positions", FRAMES // 2)
-    spectrum = torch.randn(2, FRAMES, bins, generator=_draw(1))
+    spectrum = torch.randn(2, FRAMES, bins, generator=draw(1))
     mask = (torch.arange(FRAMES) < torch.tensor([FRAMES, 24])[:, None]).long()
     more = {}
     if "decoder_input_ids" in takes:
@@ -161,7 +161,7 @@ def _spectra_of(model: nn.Module, takes: Any, bins: int) -> Iterator[Batches]:
     if "input_features_mask" in takes:
         yield {"short": {main: spectrum, "input_features_mask": mask, **more}}
         for count in (frames, 100):
-            long = torch.randn(2, bins, count, generator=_draw(1))
+            long = torch.randn(2, bins, count, generator=draw(1))
             seen = torch.ones(2, count, dtype=torch.long)
             yield {"short": {main: long, "input_features_mask": seen, **more}}
 
@@ -261,13 +261,13 @@ def _patches(model: nn.Module, form: int) -> Tensor:
         (channels * 2 * patch * patch,),
         (channels, patch, patch),
     )
-    return torch.randn(count, *shapes[form], generator=_draw(1))
+    return torch.randn(count, *shapes[form], generator=draw(1))
 
 
 def _boxes(model: nn.Module, ids: Tensor) -> Tensor:
     """int64 (B, S, 4): left, top, right, bottom, below 64; of UDOP fp32, below 1."""
-    corner = torch.randint(0, 30, (*ids.shape, 2), generator=_draw(2))
-    size = torch.randint(1, 30, (*ids.shape, 2), generator=_draw(3))
+    corner = torch.randint(0, 30, (*ids.shape, 2), generator=draw(2))
+    size = torch.randint(1, 30, (*ids.shape, 2), generator=draw(3))
     boxes = torch.cat([corner, corner + size], dim=-1)
     return boxes / 64 if model.config.model_type == "udop" else boxes
 
@@ -277,7 +277,7 @@ def _normal(*sizes: int | str) -> Callable[[nn.Module, Tensor], Tensor]:
 
     def make(model: nn.Module, ids: Tensor) -> Tensor:
         shape = [getattr(model.config, x) if isinstance(x, str) else x for x in sizes]
-        return torch.randn(shape, generator=_draw(1))
+        return torch.randn(shape, generator=draw(1))
 
     return make
 
@@ -288,7 +288,7 @@ def _history(*more: int) -> Callable[[nn.Module, Tensor], Tensor]:
     def make(model: nn.Module, ids: Tensor) -> Tensor:
         config = model.config
         length = config.context_length + max(config.lags_sequence)
-        return torch.randn(2, length, *more, generator=_draw(1))
+        return torch.randn(2, length, *more, generator=draw(1))
 
     return make
 
@@ -298,7 +298,7 @@ def _past_values(model: nn.Module, ids: Tensor) -> Tensor:
         return _history()(model, ids)
     channels = getattr(model.config, "num_input_channels", None)
     shape = (2, model.config.context_length, *([channels] if channels else []))
-    return torch.randn(shape, generator=_draw(1))
+    return torch.randn(shape, generator=draw(1))
 
 
 def _pixels(model: nn.Module, ids: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def _frames(model: nn.Module) -> int:
 
 def _flat_patches(model: nn.Module, ids: Tensor) -> Tensor:
     config = getattr(model.config, "vision_config", None) or model.config
-    return torch.randn(2, 16, config.num_channels * config.patch_size**2, generator=_draw(1))
+    return torch.randn(2, 16, config.num_channels * config.patch_size**2, generator=draw(1))
 
 
 NAMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -333,7 +333,7 @@ NAMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "spatial_shapes": lambda model, ids: torch.tensor([[4, 4], [2, 8]]),
     "prompt_pixel_values": lambda model, ids: _image(model),
     "prompt_masks": lambda model, ids: _image(model),
-    "input_features": lambda model, ids: torch.randn(2, FRAMES, _bins(model), generator=_draw(1)),
+    "input_features": lambda model, ids: torch.randn(2, FRAMES, _bins(model), generator=draw(1)),
     "input_features_mask": lambda model, ids: torch.ones(2, FRAMES, dtype=torch.long),
     "past_values": _past_values,
     "states": _normal(2, 5, "state_dim"),
@@ -342,9 +342,9 @@ NAMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "timesteps": lambda model, ids: torch.arange(5).expand(2, -1),
     "pixel_values": _pixels,
     "pixel_values_videos": lambda model, ids: _image(model)[:, None].repeat(1, 4, 1, 1, 1),
-    "input_values": lambda model, ids: torch.randn(2, 1, max(SAMPLES), generator=_draw(1)),
+    "input_values": lambda model, ids: torch.randn(2, 1, max(SAMPLES), generator=draw(1)),
     "task_inputs": lambda model, ids: torch.randint(
-        1, 50, (2, model.config.task_seq_len), generator=_draw(1)
+        1, 50, (2, model.config.task_seq_len), generator=draw(1)
     ),
     "image_attention_mask": lambda model, ids: torch.ones(*ids.shape, 1, dtype=torch.long),
     "encoder_hidden_states": _normal(2, 6, "encoder_hidden_size"),

@@ -1,0 +1,264 @@
+"""Batches of models that are one of a kind, by model type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .configs import FIRST_SPECIAL
+from .inputs import FRAMES, SHORT, Batches, draw, make_batch
+
+Recipe = Callable[[nn.Module], Batches]
+RECIPES: dict[str, Recipe] = {}
+
+
+def recipe(*model_types: str) -> Callable[[Recipe], Recipe]:
+    """Registers what makes the batches of these models."""
+
+    def register(make: Recipe) -> Recipe:
+        RECIPES.update(dict.fromkeys(model_types, make))
+        return make
+
+    return register
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw(1))
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(10, FIRST_SPECIAL, shape, generator=draw(1))
+
+
+def texts(model: nn.Module, **more: Tensor) -> Batches:
+    """Padded right, padded left and short, all beside the same images or sound."""
+    return {kind: make_batch(model, kind) | more for kind in ("right", "left", "short")}
+
+
+def frames_mask() -> Tensor:
+    """int64 (2, FRAMES): the second row is padded right."""
+    return (torch.arange(FRAMES) < torch.tensor([FRAMES, 24])[:, None]).long()
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+@recipe("gemma4_assistant", "gemma4_unified_assistant")
+def _assistants(model: nn.Module) -> Batches:
+    """One token to guess, and the keys and values of the model that it assists."""
+    config = model.config.text_config
+    mask = make_batch(model, "right")["attention_mask"]
+    states = {}
+    for kind, heads, dim in (
+        ("sliding_attention", config.num_key_value_heads, config.head_dim),
+        (
+            "full_attention",
+            config.num_global_key_value_heads or config.num_key_value_heads,
+            config.global_head_dim,
+        ),
+    ):
+        states[kind] = (normal(2, heads, mask.shape[1], dim), normal(2, heads, mask.shape[1], dim))
+    batch = {
+        "inputs_embeds": normal(2, 1, 2 * model.config.backbone_hidden_size),
+        "position_ids": torch.full((2, 1), mask.shape[1]),
+        "shared_kv_states": states,
+    }
+    return {"short": batch, "states": batch | {"attention_mask": mask}}
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+@recipe("efficientloftr", "lightglue")
+def _pairs(model: nn.Module) -> Batches:
+    return {"images": {"pixel_values": normal(2, 2, 3, 64, 64)}}
+
+
+@recipe("gemma4_vision")
+def _gemma4_vision(model: nn.Module) -> Batches:
+    """Patches of two images, the second with padding."""
+    side = 2 * model.config.pooling_kernel_size
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).repeat(2, 1, 1)
+    places[1, side * side // 2 :] = -1
+    patches = normal(2, side * side, 3 * model.config.patch_size**2)
+    return {"images": {"pixel_values": patches, "pixel_position_ids": places}}
+
+
+@recipe("kosmos-2")
+def _kosmos2(model: nn.Module) -> Batches:
+    """The first tokens of the text stand for the image."""
+    count = model.config.latent_query_num
+    size = model.config.vision_config.image_size
+    mask = torch.ones(2, count + SHORT, dtype=torch.long)
+    mask[1, -3:] = 0
+    places = torch.zeros_like(mask)
+    places[:, :count] = 1
+    batch = {
+        "pixel_values": normal(2, 3, size, size),
+        "input_ids": tokens(2, count + SHORT),
+        "image_embeds_position_mask": places,
+    }
+    return {"short": batch, "right": batch | {"attention_mask": mask}}
+
+
+@recipe("seggpt")
+def _seggpt(model: nn.Module) -> Batches:
+    """An image, and a prompt with its mask; each is half of what the model sees."""
+    height, width = model.config.image_size
+    half = (2, 3, height // 2, width)
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return {"images": {name: normal(*half) for name in names}}
+
+
+@recipe("tvp")
+def _tvp(model: nn.Module) -> Batches:
+    size = model.config.max_img_size
+    return texts(model, pixel_values=normal(2, model.config.num_frames, 3, size, size))
+
+
+@recipe("pp_ocrv5_mobile_rec")
+def _lines_of_text(model: nn.Module) -> Batches:
+    return {"images": {"pixel_values": normal(2, 3, 48, 160)}}
+
+
+@recipe("minicpm_ocr_vision", "minicpmv4_7_vision")
+def _image_in_a_row(model: nn.Module) -> Batches:
+    """Patches of an image beside each other, and how many there were each way."""
+    patch = model.config.patch_size
+    batch = {
+        "pixel_values": normal(1, 3, patch, 2 * 16 * patch),
+        "target_sizes": torch.tensor([[4, 4], [4, 4]]),
+    }
+    return {"images": batch}
+
+
+@recipe("depth_pro")
+def _depth_pro(model: nn.Module) -> Batches:
+    side = int(model.config.patch_size / min(model.config.scaled_images_ratios))
+    return {"images": {"pixel_values": normal(1, 3, side, side)}}
+
+
+@recipe("pi0")
+def _pi0(model: nn.Module) -> Batches:
+    """Two cameras, a text that holds their tokens, and the actions to come."""
+    vlm = model.config.vlm_config
+    size, patch = vlm.vision_config.image_size, vlm.vision_config.patch_size
+    count = (size // patch) ** 2
+    ids = torch.cat([torch.full((2, 2 * count), vlm.image_token_id), tokens(2, SHORT)], dim=1)
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    batch = {
+        "action_embeds": normal(2, 5, model.config.dit_config.hidden_size),
+        "input_ids": ids,
+        "pixel_values": normal(2, 2, 3, size, size),
+        "pixel_attention_mask": torch.ones(2, 2, dtype=torch.bool),
+    }
+    return {
+        "short": batch | {"attention_mask": torch.ones_like(ids)},
+        "right": batch | {"attention_mask": mask},
+    }
+
+
+# ---- sound and what else is measured over time ---------------------------------------------------
+
+
+@recipe("clap")
+def _clap(model: nn.Module) -> Batches:
+    """Spectra of one channel."""
+    return texts(model, input_features=normal(2, 1, 128, model.config.audio_config.num_mel_bins))
+
+
+@recipe("clvp")
+def _clvp(model: nn.Module) -> Batches:
+    bins = model.config.decoder_config.feature_size
+    return texts(model, input_features=normal(2, bins, FRAMES))
+
+
+@recipe("dia")
+def _dia(model: nn.Module) -> Batches:
+    """Text, and as many codes a step as there are channels."""
+    codes = tokens(2, SHORT, model.config.decoder_config.num_channels)
+    batches = {}
+    for kind in ("right", "left", "short"):
+        text = make_batch(model, kind)
+        batches[kind] = {name: text[name] for name in ("input_ids", "attention_mask")}
+        batches[kind]["decoder_input_ids"] = codes
+    return batches
+
+
+@recipe("gemma3n_audio")
+def _gemma3n_audio(model: nn.Module) -> Batches:
+    """Its mask says what is padding."""
+    spectrum = normal(2, FRAMES, model.config.input_feat_size)
+    return {"short": {"audio_mel": spectrum, "audio_mel_mask": frames_mask() == 0}}
+
+
+@recipe("granite_speech5_ctc", "granite_speech5_encoder")
+def _granite_speech5(model: nn.Module) -> Batches:
+    """Four frames of 80 numbers at once."""
+    spectrum = normal(2, FRAMES, 320)
+    return {
+        "right": {"input_features": spectrum, "attention_mask": frames_mask()},
+        "short": {"input_features": spectrum},
+    }
+
+
+@recipe("mimi_decoder", "pocket_tts_audio_tokenizer_decoder")
+def _latents(model: nn.Module) -> Batches:
+    return {"short": {"latents": normal(2, model.config.hidden_size, SHORT)}}
+
+
+@recipe("vibevoice_acoustic_tokenizer_encoder")
+def _samples(model: nn.Module) -> Batches:
+    return {"short": {"hidden_states": normal(2, 1, 1600)}}
+
+
+@recipe("vibevoice_acoustic_tokenizer_decoder")
+def _latents_of_vibevoice(model: nn.Module) -> Batches:
+    return {"short": {"hidden_states": normal(2, SHORT, model.config.hidden_size)}}
+
+
+@recipe("nemotron3_5_transcribe_word_timestamp")
+def _states_of_frames(model: nn.Module) -> Batches:
+    states = normal(2, FRAMES, model.config.hidden_size)
+    return {
+        "right": {"inputs_embeds": states, "attention_mask": frames_mask()},
+        "short": {"inputs_embeds": states},
+    }
+
+
+@recipe("muse_glimmer_assistant")
+def _muse_glimmer_assistant(model: nn.Module) -> Batches:
+    """A block to fill in, after hidden states of the model that it assists."""
+    width = model.encoder.fc.in_features
+    return {
+        "short": {
+            "noise_embeds": normal(2, SHORT, model.config.hidden_size),
+            "context_hidden_states": normal(2, SHORT, width),
+        }
+    }
+
+
+@recipe("timesfm")
+def _timesfm(model: nn.Module) -> Batches:
+    """Two histories of four patches, the second begins with padding; 0 says how often."""
+    length = 4 * model.config.patch_length
+    padding = torch.zeros(2, length)
+    padding[1, : length // 2] = 1.0
+    return {
+        "short": {
+            "past_values": normal(2, length),
+            "past_values_padding": padding,
+            "freq": torch.zeros(2, 1, dtype=torch.long),
+        }
+    }
+
+
+@recipe("voxtral_realtime")
+def _voxtral_realtime(model: nn.Module) -> Batches:
+    """As much sound as text."""
+    bins = model.config.audio_config.num_mel_bins
+    spectrum = normal(2, bins, 8 * SHORT)
+    return {"short": {"input_ids": tokens(2, SHORT), "input_features": spectrum}}

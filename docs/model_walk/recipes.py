@@ -1,0 +1,99 @@
+"""Configs of models that are one of a kind: what the rules of configs.py cannot know.
+
+CONFIGS is laid over the tiny config, a dict over the config of the part that it names.
+STARTS is what a class needs before it has any defaults to make small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+IMAGE = 64  # the sides of an image, unless the config insists on others
+
+CONFIGS: dict[str, dict[str, Any]] = {}
+STARTS: dict[str, dict[str, Any]] = {}
+
+# ---- text ----------------------------------------------------------------------------------------
+
+CONFIGS |= {
+    # Codes of images and sound have places in the vocabulary.
+    "apertus1p5": {
+        "image_token_offset": 130,
+        "vision_config": {"codebook_size": 8},
+        "audio_token_offset": 138,
+        "audio_config": {"codebook_size": 8},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "gemma4_assistant": {"backbone_hidden_size": 64},
+    "gemma4_unified_assistant": {"backbone_hidden_size": 64},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2}},
+}
+_ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+STARTS["gemma4_assistant"] = {"text_config": {"model_type": "gemma4_text", **_ASSISTANT}}
+
+# ---- images --------------------------------------------------------------------------------------
+
+_SAM = {
+    "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "prompt_encoder_config": {"image_size": IMAGE, "hidden_size": 64},
+    "mask_decoder_config": {"hidden_size": 64},
+}
+CONFIGS |= {
+    "chameleon": {
+        "vocabulary_map": {"<image>": 120} | {f"IMGIMG{chr(65 + i)}Z": 121 + i for i in range(8)},
+        "vq_config": {
+            "num_embeddings": 8,
+            "base_channels": 32,
+            "resolution": IMAGE,
+            "channel_multiplier": [1, 1],
+            "latent_channels": 32,
+        },
+    },
+    "depth_pro": {
+        "patch_size": 32,
+        "image_model_config": {"image_size": 32},
+        "patch_model_config": {"image_size": 32},
+        "fov_model_config": {"image_size": 32},
+        "intermediate_hook_ids": [1, 0],
+    },
+    "efficientloftr": {"hidden_size": 256},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "lw_detr": {
+        "backbone_config": {
+            "num_hidden_layers": 2,
+            "window_block_indices": [0],
+            "out_indices": [0, 1],
+        },
+        "projector_scale_factors": [1.0],
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "sam2": _SAM,
+    "sam3_tracker": _SAM,
+    "tvp": {"num_frames": 4},
+    "videoprism": {"vision_config": {"num_frames": 4}},
+}
+
+# ---- sound and what else is measured over time ---------------------------------------------------
+
+CONFIGS |= {
+    "autoformer": {"label_length": 4},
+    "dia": {"decoder_config": {"cross_hidden_size": 64, "cross_num_attention_heads": 4}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "mimi": {"codebook_dim": 16, "vector_quantization_hidden_dimension": 16},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "muse_spark_audio": {
+        "patch_sizes": [16, 5],
+        "hidden_sizes": [32, 64],
+        "depths": [1, 1],
+        "num_hidden_layers": 2,
+    },
+    "xcodec": {"codebook_dim": None},
+}
+CONFIGS["muse_spark"] = {"audio_config": CONFIGS["muse_spark_audio"]}
+# Values have as many heads as queries there, whatever the keys have.
+for _name in ("nemotron3_5_transcribe_asr_audio", "nemotron3_diarization_audio"):
+    CONFIGS[_name] = {"num_key_value_heads": 4}
+CONFIGS["nemotron3_diarization"] = {"audio_config": {"num_key_value_heads": 4}}

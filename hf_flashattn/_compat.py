@@ -327,6 +327,7 @@ _MISSTATED = frozenset(
     for name in (
         "aimv2",  # is_causal=False in its text model
         "bridgetower",  # is_causal=True in layers between text and image
+        "videoprism",  # is_causal=False in its text model
     )
     for kind in ("modeling", "configuration")
 )

@@ -263,10 +263,11 @@ TRAINS = ("reformer",)
 def tiny_config(model_type: str, task: str) -> PreTrainedConfig:
     """The config class's defaults, made small by RULES."""
     cls = CONFIG_MAPPING[model_type]
-    given = _shrunk(cls(**STARTS.get(model_type, {})))
+    start = cls(**copy.deepcopy(STARTS.get(model_type, {})))
+    given = _shrunk(start)
     given.update(OVERRIDES.get(model_type, {}))
     _lay_over(given, CONFIGS.get(model_type, {}))
-    if task == "causal" and not getattr(cls(), "is_encoder_decoder", False):
+    if task == "causal" and not getattr(start, "is_encoder_decoder", False):
         given["is_decoder"] = True
     return cls(**given)
 
@@ -277,7 +278,7 @@ def _lay_over(given: dict[str, Any], more: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(given.get(name), dict):
             _lay_over(given[name], value)
         else:
-            given[name] = value
+            given[name] = copy.deepcopy(value)
 
 
 def _special(config: PreTrainedConfig) -> dict[str, Any]:

@@ -111,7 +111,8 @@ def _run(
     """What comes out first, and gradients; like: the batch whose tokens count."""
     torch.manual_seed(2)  # for models that draw numbers in eval mode
     model.zero_grad()
-    logits = _logits(model(**batch, **_without_cache(model)))
+    given = {name: x(model) if callable(x) else x for name, x in batch.items()}
+    logits = _logits(model(**given, **_without_cache(model)))
     counted = like or batch
     kept = counted.get("decoder_attention_mask", counted.get("attention_mask"))
     if kept is not None and "input_ids" in batch and logits.shape[1:2] >= kept.shape[1:2]:
@@ -127,13 +128,16 @@ def _run(
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    if "use_streaming" in inspect.signature(model.forward).parameters:
-        return {}  # what it keeps has another name
+    takes = inspect.signature(model.forward).parameters
+    if model.main_input_name == "input_values" and "use_cache" not in takes:
+        return {}  # codecs hand what they do not know on to layers that they tell it themselves
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
 def _logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = getattr(output, "pred_masks", None)
     if logits is None:
         logits = output[0]
     if isinstance(logits, (tuple, list)):

@@ -19,11 +19,17 @@ CONFIGS |= {
     # Codes of images and sound have places in the vocabulary.
     "apertus1p5": {
         "image_token_offset": 130,
-        "vision_config": {"codebook_size": 8},
+        "vision_config": {
+            "codebook_size": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+        },
         "audio_token_offset": 138,
         "audio_config": {"codebook_size": 8},
     },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dots3_note": {"vision_config": {"pyramid_num_routed": [-1, 4]}},
     "gemma4_assistant": {"backbone_hidden_size": 64},
     "gemma4_unified_assistant": {"backbone_hidden_size": 64},
     "step3p7": {"text_config": {"sliding_window": 8}},
@@ -59,7 +65,7 @@ CONFIGS |= {
         "fov_model_config": {"image_size": 32},
         "intermediate_hook_ids": [1, 0],
     },
-    "efficientloftr": {"hidden_size": 256},
+    "efficientloftr": {"hidden_size": 256, "num_attention_heads": 8},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "lw_detr": {
         "backbone_config": {
@@ -69,7 +75,23 @@ CONFIGS |= {
         },
         "projector_scale_factors": [1.0],
     },
+    "omdet-turbo": {
+        "use_timm_backbone": False,
+        "backbone": None,
+        "backbone_config": {
+            "model_type": "swin",
+            "image_size": IMAGE,
+            "embed_dim": 16,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 4, 8],
+            "window_size": 2,
+            "out_features": ["stage2", "stage3", "stage4"],
+        },
+        "backbone_feat_channels": [32, 64, 128],
+        "image_size": IMAGE,
+    },
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "pi0": {"vlm_config": {"projection_dim": 64}},
     "sam2": _SAM,
     "sam3_tracker": _SAM,
     "tvp": {"num_frames": 4},
@@ -80,7 +102,26 @@ CONFIGS |= {
 
 CONFIGS |= {
     "autoformer": {"label_length": 4},
-    "dia": {"decoder_config": {"cross_hidden_size": 64, "cross_num_attention_heads": 4}},
+    "clap": {
+        "audio_config": {
+            "patch_embeds_hidden_size": 24,
+            "hidden_size": 192,
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 4, 8],
+        }
+    },
+    # Its positions rotate 32 numbers of a head at least.
+    "clvp": {
+        part: {"hidden_size": 128, "projection_dim": 128}
+        for part in ("text_config", "speech_config", "decoder_config")
+    },
+    "dia": {
+        "decoder_config": {
+            "cross_hidden_size": 64,
+            "cross_num_attention_heads": 4,
+            "cross_num_key_value_heads": 4,
+        }
+    },
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "mimi": {"codebook_dim": 16, "vector_quantization_hidden_dimension": 16},
     "moonshine_streaming": {"num_key_value_heads": 4},
@@ -91,9 +132,40 @@ CONFIGS |= {
         "num_hidden_layers": 2,
     },
     "xcodec": {"codebook_dim": None},
+    "nemotron3_5_transcribe_audio": {
+        "asr_config": {"num_key_value_heads": 4},
+        "diarization_config": {"audio_config": {"num_key_value_heads": 4}},
+    },
 }
 CONFIGS["muse_spark"] = {"audio_config": CONFIGS["muse_spark_audio"]}
 # Values have as many heads as queries there, whatever the keys have.
-for _name in ("nemotron3_5_transcribe_asr_audio", "nemotron3_diarization_audio"):
+for _name in (
+    "nemotron3_5_transcribe_asr_audio",
+    "nemotron3_5_transcribe_word_timestamp",
+    "nemotron3_diarization_audio",
+    "granite_speech5_encoder",
+):
     CONFIGS[_name] = {"num_key_value_heads": 4}
+CONFIGS["granite_speech5_ctc"] = {"encoder_config": {"num_key_value_heads": 4}}
 CONFIGS["nemotron3_diarization"] = {"audio_config": {"num_key_value_heads": 4}}
+# What a frame hears: a window and the frames to come, which a shorter window has to hold.
+_HEARD = {"sliding_window": 9, "default_num_lookahead_tokens": 3}
+CONFIGS["nemotron_asr_streaming_encoder"] = _HEARD
+for _name in ("nemotron_asr_streaming", "nemotron3_5_asr"):
+    CONFIGS[_name] = {"encoder_config": _HEARD}
+
+# ---- with a part of timm's -----------------------------------------------------------------------
+
+_TIMM = {"model_type": "timm_wrapper", "architecture": "test_vit"}
+CONFIGS |= {
+    "fast_vlm": {"vision_config": _TIMM},
+    "gemma3n": {"vision_config": {"architecture": "test_vit"}},
+    "gemma3n_vision": {"architecture": "test_vit"},
+    "pe_video_encoder": {"vision_config": _TIMM},
+    "pe_video": {"video_config": {"vision_config": _TIMM}},
+    "pe_audio_video_encoder": {"video_config": {"vision_config": _TIMM}},
+    "pe_audio_video": {"audio_video_config": {"video_config": {"vision_config": _TIMM}}},
+    "perception_lm": {"vision_config": _TIMM | {"model_args": {"embed_dim": 64}}},
+    "timm_backbone": {"backbone": "test_resnet"},
+    "timm_wrapper": {"architecture": "test_vit"},
+}

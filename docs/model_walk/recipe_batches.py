@@ -156,6 +156,8 @@ def _instructblipvideo(model: nn.Module) -> Batches:
     for kind in ("right", "left", "short"):
         text = make_batch(model, kind)
         ones = torch.ones_like(held)
+        for name in ("decoder_input_ids", "decoder_attention_mask"):
+            text.pop(name)  # its language model is no encoder and decoder
         text["qformer_input_ids"] = text["input_ids"]
         text["qformer_attention_mask"] = text["attention_mask"]
         text["input_ids"] = torch.cat([held, text["input_ids"]], dim=1)
@@ -167,21 +169,31 @@ def _instructblipvideo(model: nn.Module) -> Batches:
 @recipe("sam2_video", "edgetam_video", "sam3_tracker_video")
 def _tracked(model: nn.Module) -> Batches:
     """The second frame of a video, after an object was pointed at in the first."""
-    size = model.config.vision_config.image_size
+    size = model.config.image_size
     home = importlib.import_module(type(model).__module__)
     session_class = getattr(home, type(model).__name__.removesuffix("Model") + "InferenceSession")
     video = normal(2, 3, size, size)
 
     def after_first_frame(model: nn.Module) -> Any:
-        session = session_class(video=video, video_height=size, video_width=size)
-        point = {"point_coords": torch.full((1, 1, 1, 2), size / 2.0)}
-        point["point_labels"] = torch.ones(1, 1, 1, dtype=torch.int32)
+        session = session_class(video, size, size, dtype=torch.float32)
+        point = {
+            "point_coords": torch.full((1, 1, 1, 2), size / 2),
+            "point_labels": torch.ones(1, 1, 1, dtype=torch.int32),
+        }
         session.add_point_inputs(session.obj_id_to_idx(1), 0, point)
         session.obj_with_new_inputs = [1]
         model(inference_session=session, frame_idx=0)
         return session
 
     return {"video": {"inference_session": after_first_frame, "frame_idx": 1}}
+
+
+@recipe("inkling2_vision")
+def _inkling2_vision(model: nn.Module) -> Batches:
+    """Squares of patches of two images, and how many each has either way."""
+    side = model.config.spatial_merge_size * model.config.patch_size
+    grid = torch.tensor([[1, 2, 2], [1, 2, 4]])
+    return {"images": {"pixel_values": normal(12, side, side, 3), "image_grid_thw": grid}}
 
 
 @recipe("omdet-turbo")
@@ -203,6 +215,23 @@ def _omdet(model: nn.Module) -> Batches:
 def _pe_video(model: nn.Module) -> Batches:
     """Four frames of two videos, of the second only two."""
     videos = {
+        "pixel_values_videos": normal(2, 4, 3, 160, 160),
+        "padding_mask_videos": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    if model.main_input_name == "input_ids":
+        return texts(model, **videos)
+    return {"videos": videos}
+
+
+@recipe("pe_audio_video", "pe_audio_video_encoder")
+def _pe_audio_video(model: nn.Module) -> Batches:
+    """Two videos with their sound, the second of half the length."""
+    sound = normal(2, 1, 9600)
+    heard = torch.ones(2, 9600, dtype=torch.long)
+    heard[1, 4800:] = 0
+    videos = {
+        "input_values": sound,
+        "padding_mask": heard,
         "pixel_values_videos": normal(2, 4, 3, 160, 160),
         "padding_mask_videos": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
     }

@@ -29,7 +29,14 @@ CONFIGS |= {
         "audio_config": {"codebook_size": 8},
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
-    "dots3_note": {"vision_config": {"pyramid_num_routed": [-1, 4]}},
+    "dots3_note": {
+        "vision_config": {
+            "pyramid_num_routed": [-1, 4],
+            "adapter_in_dim": 64,
+            "adapter_out_dim": 64,
+        },
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "gemma4_assistant": {"backbone_hidden_size": 64},
     "gemma4_unified_assistant": {"backbone_hidden_size": 64},
     "step3p7": {"text_config": {"sliding_window": 8}},
@@ -42,10 +49,24 @@ STARTS["gemma4_assistant"] = {"text_config": {"model_type": "gemma4_text", **_AS
 
 # ---- images --------------------------------------------------------------------------------------
 
-_SAM = {
-    "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
-    "prompt_encoder_config": {"image_size": IMAGE, "hidden_size": 64},
-    "mask_decoder_config": {"hidden_size": 64},
+_SAM_LEVELS = [[16, 16], [8, 8], [4, 4]]
+
+
+def _sam(width: int) -> dict[str, Any]:
+    return {
+        "vision_config": {"backbone_feature_sizes": _SAM_LEVELS, "fpn_hidden_size": width},
+        "prompt_encoder_config": {"image_size": IMAGE, "hidden_size": width},
+        "mask_decoder_config": {"hidden_size": width},
+    }
+
+
+# Memories of earlier frames are 64 wide in the code, and pointers to objects are cut to that.
+_SAM_VIDEO = _sam(128) | {
+    "memory_attention_hidden_size": 128,
+    "memory_attention_rope_feat_sizes": [4, 4],
+    "memory_encoder_hidden_size": 128,
+    "mask_downsampler_embed_dim": 128,
+    "memory_fuser_embed_dim": 128,
 }
 CONFIGS |= {
     "chameleon": {
@@ -65,7 +86,13 @@ CONFIGS |= {
         "fov_model_config": {"image_size": 32},
         "intermediate_hook_ids": [1, 0],
     },
-    "efficientloftr": {"hidden_size": 256, "num_attention_heads": 8},
+    "efficientloftr": {
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_attention_layers": 2,
+    },
+    "instructblipvideo": {"text_config": {"max_position_embeddings": 128}},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "lw_detr": {
         "backbone_config": {
@@ -87,13 +114,26 @@ CONFIGS |= {
             "window_size": 2,
             "out_features": ["stage2", "stage3", "stage4"],
         },
-        "backbone_feat_channels": [32, 64, 128],
+        "encoder_in_channels": [32, 64, 128],
+        "vision_features_channels": [64, 64, 64],
+        "text_projection_out_dim": 64,
+        "class_embed_dim": 64,
+        "apply_layernorm_after_vision_backbone": False,
+        "text_projection_in_dim": 64,
         "image_size": IMAGE,
     },
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
     "pi0": {"vlm_config": {"projection_dim": 64}},
-    "sam2": _SAM,
-    "sam3_tracker": _SAM,
+    "sam2": _sam(64),
+    "sam2_video": _SAM_VIDEO,
+    "edgetam_video": _SAM_VIDEO
+    | {
+        "memory_attention_rope_k_sizes": [2, 2],
+        "perceiver_resampler_num_latents": 4,
+        "perceiver_resampler_num_latents_2d": 4,
+    },
+    "sam3_tracker_video": _SAM_VIDEO | {"image_size": 56},
+    "sam3_tracker": _sam(64),
     "tvp": {"num_frames": 4},
     "videoprism": {"vision_config": {"num_frames": 4}},
 }
@@ -132,6 +172,14 @@ CONFIGS |= {
         "num_hidden_layers": 2,
     },
     "xcodec": {"codebook_dim": None},
+    "higgs_audio_v2_tokenizer": {
+        "acoustic_model_config": {
+            "downsampling_ratios": [8, 5, 4, 2, 3],
+            "upsampling_ratios": [8, 5, 4, 2, 3],
+        },
+    },
+    "neucodec": {"quantization_dim": 128, "num_key_value_heads": 4},
+    "xcodec2": {"quantization_dim": 128, "num_key_value_heads": 4},
     "nemotron3_5_transcribe_audio": {
         "asr_config": {"num_key_value_heads": 4},
         "diarization_config": {"audio_config": {"num_key_value_heads": 4}},
@@ -157,7 +205,20 @@ for _name in ("nemotron_asr_streaming", "nemotron3_5_asr"):
 # ---- with a part of timm's -----------------------------------------------------------------------
 
 _TIMM = {"model_type": "timm_wrapper", "architecture": "test_vit"}
+_RESNET = {
+    "model_type": "timm_wrapper",
+    "architecture": "test_resnet",
+    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [1, 2, 3, 4]},
+    "num_classes": 10,
+}
+_EDGE = {
+    "backbone_feature_sizes": _SAM_LEVELS,
+    "backbone_config": _RESNET,
+    "backbone_channel_list": [96, 192, 48, 32],
+}
 CONFIGS |= {
+    "edgetam": _sam(64) | {"vision_config": _EDGE},
+    "edgetam_vision_model": _EDGE,
     "fast_vlm": {"vision_config": _TIMM},
     "gemma3n": {"vision_config": {"architecture": "test_vit"}},
     "gemma3n_vision": {"architecture": "test_vit"},

@@ -265,6 +265,7 @@ WITHOUT_WEIGHTS = frozenset(
 NO_ATTENTION = frozenset(
     (
         "cvt.CvtSelfAttentionConvProjection",
+        "edgetam_video.EdgeTamVideoMemoryAttentionMLP",
         "hubert.HubertAttnAdapterLayer",
         "lxmert.LxmertAttentionOutput",
         "neomme.NeoMMEExclusiveSelfAttention",

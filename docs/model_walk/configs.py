@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .recipes import CONFIGS, IMAGE, STARTS
+from .recipes import CONFIGS, FORWARDS, IMAGE, STARTS
 from .tasks import TASKS
 
 VOCABULARY, FIRST_SPECIAL = 160, 120  # tokens of a batch lie below the special ones
@@ -346,6 +346,9 @@ def build(model_type: str, task: str) -> nn.Module:
     cls = getattr(transformers, TASKS[task][model_type], None)
     if cls is None:
         raise NotBuilt(f"transformers has no {TASKS[task][model_type]}")
+    if model_type in FORWARDS:
+        named = {"forward": FORWARDS[model_type], "__module__": cls.__module__}
+        cls = type(cls.__name__, (cls,), named)
     takes = getattr(cls, "main_input_name", "input_ids")
     if takes not in ("input_ids", "inputs") and task != "base":
         raise NotBuilt(f"takes {takes}, not text")

@@ -18,6 +18,7 @@ import hf_flashattn
 from .configs import BECAUSE, FIRST_SPECIAL, NotBuilt, build, line_of, shortened
 from .inputs import Batches, make_batches
 from .recipe_batches import RECIPES
+from .recipes import AGAINST_SDPA
 
 TOLERANCE = 5e-4  # of the largest logit or gradient; MobileBERT is off by half of it under sdpa
 DOCUMENTS = (5, 7, 2)  # tokens of those that are packed into a row
@@ -44,7 +45,10 @@ def examine(model_type: str, task: str) -> Result:
     torch.set_num_threads(1)
     try:
         eager = build(model_type, task)
-        model = copy.deepcopy(eager)
+        model, notes = copy.deepcopy(eager), []
+        if model_type in AGAINST_SDPA:
+            eager.set_attn_implementation("sdpa")
+            notes.append("against sdpa: eager takes its mask for the opposite")
         batches, expected = _run_first(eager, _proposals(eager))
     except NotBuilt as error:
         why = BECAUSE.get(model_type, str(error))
@@ -52,7 +56,7 @@ def examine(model_type: str, task: str) -> Result:
     except Exception as error:
         why = BECAUSE.get(model_type, f"eager fails: {line_of(error)}")
         return Result(model_type, task, "not built", why=why)
-    report, findings, notes = None, [], []
+    report, findings = None, []
     if "left" in batches and task != "base":
         ones = torch.ones_like(batches["left"]["attention_mask"])
         unmasked = batches["left"] | {"attention_mask": ones}
@@ -88,7 +92,7 @@ def _run_first(
         try:
             batches = next(proposals)
             made = {kind: _run(model, batch) for kind, batch in batches.items()}
-            if all(x.logits.isfinite().all() for x in made.values()):
+            if all(x.is_finite() for x in made.values()):
                 return batches, made
             raise FloatingPointError("what comes out is not finite")
         except StopIteration:
@@ -103,6 +107,9 @@ def _run_first(
 class Outputs:
     logits: Tensor  # (tokens, vocabulary), of the tokens that are not padding
     gradients: dict[str, Tensor]
+
+    def is_finite(self) -> bool:
+        return all(x.isfinite().all() for x in (self.logits, *self.gradients.values()))
 
 
 def _run(
@@ -135,6 +142,8 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 def _logits(output: Any) -> Tensor:
+    if (objects := getattr(output, "obj_id_to_mask", None)) is not None:  # of a video
+        return torch.stack([objects[number] for number in sorted(objects)])
     logits = getattr(output, "logits", None)
     if logits is None:
         logits = getattr(output, "pred_masks", None)

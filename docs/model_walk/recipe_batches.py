@@ -188,12 +188,35 @@ def _tracked(model: nn.Module) -> Batches:
     return {"video": {"inference_session": after_first_frame, "frame_idx": 1}}
 
 
+@recipe("sam3_video")
+def _sam3_video(model: nn.Module) -> Batches:
+    """The second frame of a video in which everything looks like what is asked for."""
+    size = model.config.image_size
+    home = importlib.import_module(type(model).__module__)
+    video = normal(2, 3, size, size)
+
+    def after_first_frame(model: nn.Module) -> Any:
+        session = home.Sam3VideoInferenceSession(video, size, size, dtype=torch.float32)
+        prompt = session.add_prompt("all")
+        session.prompt_input_ids[prompt] = tokens(1, SHORT)
+        session.prompt_attention_masks[prompt] = torch.ones(1, SHORT, dtype=torch.long)
+        model(inference_session=session, frame_idx=0)
+        return session
+
+    return {"video": {"inference_session": after_first_frame, "frame_idx": 1}}
+
+
 @recipe("inkling2_vision")
 def _inkling2_vision(model: nn.Module) -> Batches:
     """Squares of patches of two images, and how many each has either way."""
     side = model.config.spatial_merge_size * model.config.patch_size
     grid = torch.tensor([[1, 2, 2], [1, 2, 4]])
     return {"images": {"pixel_values": normal(12, side, side, 3), "image_grid_thw": grid}}
+
+
+@recipe("glm_image_vqmodel")
+def _glm_image_vqmodel(model: nn.Module) -> Batches:
+    return {"images": {"hidden_states": normal(2, model.config.latent_channels, 4, 4)}}
 
 
 @recipe("omdet-turbo")

@@ -1,17 +1,42 @@
-"""Configs of models that are one of a kind: what the rules of configs.py cannot know.
+"""Models that are one of a kind: what the rules of configs.py cannot know.
 
 CONFIGS is laid over the tiny config, a dict over the config of the part that it names.
 STARTS is what a class needs before it has any defaults to make small.
+FORWARDS is of classes that have none. The batches are in recipe_batches.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 IMAGE = 64  # the sides of an image, unless the config insists on others
 
 CONFIGS: dict[str, dict[str, Any]] = {}
 STARTS: dict[str, dict[str, Any]] = {}
+
+
+def _bark(self: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+    """Its three models, which generate one after the other, side by side: (B, S, vocabularies)."""
+    given = {"attention_mask": attention_mask}
+    books = input_ids[..., None].repeat(1, 1, self.config.fine_acoustics_config.n_codes_total)
+    logits = (
+        self.semantic(input_ids=input_ids, **given).logits,
+        self.coarse_acoustics(input_ids=input_ids, **given).logits,
+        self.fine_acoustics(codebook_idx=2, input_ids=books, **given).logits,
+    )
+    return (torch.cat(logits, dim=-1),)
+
+
+def _glm_image_vqmodel(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor]:
+    return (self.encode(hidden_states).quantized_last_hidden_state,)
+
+
+FORWARDS = {"bark": _bark, "glm_image_vqmodel": _glm_image_vqmodel}
+# Eager takes the mask, 0 where a key is seen, for one that is true there: only SDPA is right.
+AGAINST_SDPA = ("nemotron_asr_streaming", "nemotron_asr_streaming_encoder", "nemotron3_5_asr")
 
 # ---- text ----------------------------------------------------------------------------------------
 
@@ -115,9 +140,11 @@ CONFIGS |= {
             "out_features": ["stage2", "stage3", "stage4"],
         },
         "encoder_in_channels": [32, 64, 128],
-        "vision_features_channels": [64, 64, 64],
+        "vision_features_channels": [32, 32, 32],
         "text_projection_out_dim": 64,
         "class_embed_dim": 64,
+        "d_model": 32,
+        "decoder_hidden_dim": 32,
         "apply_layernorm_after_vision_backbone": False,
         "text_projection_in_dim": 64,
         "image_size": IMAGE,
@@ -134,7 +161,23 @@ CONFIGS |= {
     },
     "sam3_tracker_video": _SAM_VIDEO | {"image_size": 56},
     "sam3_tracker": _sam(64),
+    "sam3_video": {
+        "detector_config": {
+            "image_size": 56,
+            "vision_config": {"fpn_hidden_size": 128},
+        }
+        | {
+            f"{part}_config": {"hidden_size": 128}
+            for part in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
+        },
+        "tracker_config": _SAM_VIDEO | {"image_size": 56},
+        "low_res_mask_size": 16,
+        "score_threshold_detection": 0.0,
+        "new_det_thresh": 0.0,
+        "det_nms_thresh": 0.0,
+    },
     "tvp": {"num_frames": 4},
+    "uvdoc": {"backbone_config": {"out_features": [f"stage{i}" for i in range(1, 7)]}},
     "videoprism": {"vision_config": {"num_frames": 4}},
 }
 

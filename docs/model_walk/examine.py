@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hf_flashattn
 
-from .configs import BECAUSE, FIRST_SPECIAL, NotBuilt, build, line_of, shortened
+from .configs import FIRST_SPECIAL, NotBuilt, build, line_of, shortened
 from .inputs import Batches, make_batches
 from .recipe_batches import RECIPES
 from .recipes import AGAINST_SDPA
@@ -51,11 +51,9 @@ def examine(model_type: str, task: str) -> Result:
             notes.append("against sdpa: eager takes its mask for the opposite")
         batches, expected = _run_first(eager, _proposals(eager))
     except NotBuilt as error:
-        why = BECAUSE.get(model_type, str(error))
-        return Result(model_type, task, "not built", why=why)
+        return Result(model_type, task, "not built", why=str(error))
     except Exception as error:
-        why = BECAUSE.get(model_type, f"eager fails: {line_of(error)}")
-        return Result(model_type, task, "not built", why=why)
+        return Result(model_type, task, "not built", why=f"eager fails: {line_of(error)}")
     report, findings = None, []
     if "left" in batches and task != "base":
         ones = torch.ones_like(batches["left"]["attention_mask"])

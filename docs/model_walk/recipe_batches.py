@@ -64,6 +64,12 @@ def _assistants(model: nn.Module) -> Batches:
     return {"short": batch, "states": batch | {"attention_mask": mask}}
 
 
+@recipe("voxtral_realtime_text")
+def _voxtral_realtime_text(model: nn.Module) -> Batches:
+    """Text beside how late it may be, as a state."""
+    return texts(model, t_cond=normal(1, 1, model.config.hidden_size))
+
+
 # ---- images --------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,18 @@ IMAGE = 64  # the sides of an image, unless the config insists on others
 
 CONFIGS: dict[str, dict[str, Any]] = {}
 STARTS: dict[str, dict[str, Any]] = {}
+STARTS["pp_ocrv6_small_det"] = {
+    "backbone_config": {
+        "model_type": "pp_lcnet_v3",
+        "out_features": [f"stage{i}" for i in range(2, 6)],
+    }
+}
+STARTS["pp_ocrv6_medium_det"] = {
+    "backbone_config": {
+        "model_type": "hgnet_v2",
+        "out_features": [f"stage{i}" for i in range(1, 5)],
+    }
+}
 
 
 def _bark(self: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
@@ -150,6 +162,21 @@ CONFIGS |= {
         "image_size": IMAGE,
     },
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "pp_ocrv6_small_det": {"layer_list_out_channels": [64, 128, 256, 512]},
+    "pp_ocrv6_medium_det": {
+        "neck_out_channels": 64,
+        "scale_factor_list": [1, 2, 4, 8],
+        "intraclass_block_config": {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
+        | {
+            f"{way}_{size}ratio": [[a, b], [1, 1], [a // 2, b // 2]]
+            for size, n in (("long", 7), ("mid", 5), ("short", 3))
+            for way, a, b in (
+                ("vertical_long_to_small_conv", n, 1),
+                ("horizontal_small_to_long_conv", 1, n),
+                ("symmetric_conv_long", n, n),
+            )
+        },
+    },
     "pi0": {"vlm_config": {"projection_dim": 64}},
     "sam2": _sam(64),
     "sam2_video": _SAM_VIDEO,

@@ -21,6 +21,7 @@ LARGEST = 125_000_000  # parameters of a model that counts as tiny
 
 
 WHY_WIDTH = 110  # characters of one reason
+MISSING = ", which is not installed"
 
 
 def shortened(text: str) -> str:
@@ -30,9 +31,9 @@ def shortened(text: str) -> str:
 def line_of(error: Exception) -> str:
     text = str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"needs {error.name}, which is not installed"
+        return f"needs {error.name}{MISSING}"
     if missing := re.search(r"requires the (\w+) library", text):
-        return f"needs {missing[1]}, which is not installed"
+        return f"needs {missing[1]}{MISSING}"
     if "validator" in text:  # Hugging Face's dataclasses wrap what their checks raise
         return shortened(re.sub(r"^.*?Error: ", "", text, flags=re.DOTALL))
     return shortened(f"{type(error).__name__}: {text}")

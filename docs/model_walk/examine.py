@@ -21,6 +21,8 @@ from .recipe_batches import RECIPES
 from .recipes import AGAINST_SDPA
 
 TOLERANCE = 5e-4  # of the largest logit or gradient; MobileBERT is off by half of it under sdpa
+# Of what a model puts out, this says most, whatever comes first.
+TELLING = ("logits", "pred_masks", "matching_scores", "audio_values")
 DOCUMENTS = (5, 7, 2)  # tokens of those that are packed into a row
 
 
@@ -142,9 +144,9 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 def _logits(output: Any) -> Tensor:
     if (objects := getattr(output, "obj_id_to_mask", None)) is not None:  # of a video
         return torch.stack([objects[number] for number in sorted(objects)])
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        logits = getattr(output, "pred_masks", None)
+    output = getattr(output, "language_model_outputs", output)  # the last of several models
+    found = (getattr(output, name, None) for name in TELLING)
+    logits = next((x for x in found if x is not None), None)
     if logits is None:
         logits = output[0]
     if isinstance(logits, (tuple, list)):

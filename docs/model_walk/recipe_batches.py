@@ -61,7 +61,7 @@ def _assistants(model: nn.Module) -> Batches:
         "position_ids": torch.full((2, 1), mask.shape[1]),
         "shared_kv_states": states,
     }
-    return {"short": batch, "states": batch | {"attention_mask": mask}}
+    return {"short": batch, "right": batch | {"attention_mask": mask}}
 
 
 @recipe("voxtral_realtime_text")
@@ -334,8 +334,15 @@ def _granite_speech5(model: nn.Module) -> Batches:
     }
 
 
-@recipe("pocket_tts_audio_tokenizer", "higgs_audio_v2_tokenizer")
+@recipe(
+    "higgs_audio_v2_tokenizer",
+    "mimi",
+    "mimi_encoder",
+    "pocket_tts_audio_tokenizer",
+    "pocket_tts_audio_tokenizer_encoder",
+)
 def _mono(model: nn.Module) -> Batches:
+    """Sound of one channel, longer than a window."""
     return {"short": {"input_values": normal(2, 1, 9600)}}
 
 

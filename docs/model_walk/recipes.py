@@ -131,6 +131,8 @@ CONFIGS |= {
     },
     "instructblipvideo": {"text_config": {"max_position_embeddings": 128}},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    # No layer is left out for being sure enough, and every match counts.
+    "lightglue": {"depth_confidence": -1.0, "width_confidence": -1.0, "filter_threshold": 0.0},
     "lw_detr": {
         "backbone_config": {
             "num_hidden_layers": 2,

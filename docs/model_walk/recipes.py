@@ -16,18 +16,6 @@ IMAGE = 64  # the sides of an image, unless the config insists on others
 
 CONFIGS: dict[str, dict[str, Any]] = {}
 STARTS: dict[str, dict[str, Any]] = {}
-STARTS["pp_ocrv6_small_det"] = {
-    "backbone_config": {
-        "model_type": "pp_lcnet_v3",
-        "out_features": [f"stage{i}" for i in range(2, 6)],
-    }
-}
-STARTS["pp_ocrv6_medium_det"] = {
-    "backbone_config": {
-        "model_type": "hgnet_v2",
-        "out_features": [f"stage{i}" for i in range(1, 5)],
-    }
-}
 
 
 def _bark(self: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
@@ -65,7 +53,11 @@ CONFIGS |= {
         "audio_token_offset": 138,
         "audio_config": {"codebook_size": 8},
     },
+    # Their code reads what the defaults lack.
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2}},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "dots3_note": {
         "vision_config": {
             "pyramid_num_routed": [-1, 4],
@@ -76,10 +68,7 @@ CONFIGS |= {
     },
     "gemma4_assistant": {"backbone_hidden_size": 64},
     "gemma4_unified_assistant": {"backbone_hidden_size": 64},
-    "step3p7": {"text_config": {"sliding_window": 8}},
-    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
-    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2}},
 }
 _ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 STARTS["gemma4_assistant"] = {"text_config": {"model_type": "gemma4_text", **_ASSISTANT}}
@@ -107,6 +96,7 @@ _SAM_VIDEO = _sam(128) | {
 }
 CONFIGS |= {
     "chameleon": {
+        # "IMGIMG", the digits of a code as letters, "Z"
         "vocabulary_map": {"<image>": 120} | {f"IMGIMG{chr(65 + i)}Z": 121 + i for i in range(8)},
         "vq_config": {
             "num_embeddings": 8,
@@ -208,6 +198,16 @@ CONFIGS |= {
     "tvp": {"num_frames": 4},
     "uvdoc": {"backbone_config": {"out_features": [f"stage{i}" for i in range(1, 7)]}},
     "videoprism": {"vision_config": {"num_frames": 4}},
+}
+
+_STAGES = [f"stage{i}" for i in range(1, 6)]
+STARTS |= {
+    "pp_ocrv6_small_det": {
+        "backbone_config": {"model_type": "pp_lcnet_v3", "out_features": _STAGES[1:]}
+    },
+    "pp_ocrv6_medium_det": {
+        "backbone_config": {"model_type": "hgnet_v2", "out_features": _STAGES[:-1]}
+    },
 }
 
 # ---- sound and what else is measured over time ---------------------------------------------------

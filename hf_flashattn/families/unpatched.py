@@ -8,6 +8,7 @@ None, where causality goes without saying, would let them see the future. So the
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Any
 
@@ -41,6 +42,12 @@ def _kind_of_masks(config_class: type) -> str:
     return _search(config_class)
 
 
+def _asks_for_eager(cls: type[nn.Module]) -> bool:
+    """Whether code of its own reads the masks; that of an image's tokens or pixels has none."""
+    masked = any("mask" in name for name in inspect.signature(cls.forward).parameters)
+    return masked and not dispatches(cls)
+
+
 @functools.cache
 def _search(config_class: type) -> str:
     if _compat.misstates_causality(config_class):
@@ -50,7 +57,7 @@ def _search(config_class: type) -> str:
         known, _, name = key.partition(".")
         if known == folder or known.startswith(f"{folder}_"):  # a model's part, as blip_text is
             home = sys.modules.get(f"{package}.modeling_{known}")
-            if hasattr(home, name) and not dispatches(getattr(home, name)):
+            if hasattr(home, name) and _asks_for_eager(getattr(home, name)):
                 return "eager"
     home = sys.modules.get(f"{package}.modeling_{folder}")
     classes = () if home is None else vars(home).values()

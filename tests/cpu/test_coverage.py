@@ -31,6 +31,7 @@ OF_THE_PAGE = (
     "nemotron_asr_streaming",
     "gemma4_assistant",
     "voxtral_realtime_text",
+    "apertus1p5_text",
 )
 
 
@@ -99,6 +100,9 @@ OF_THE_PAGE = (
         ("efficientloftr", "base", "kernel", ""),
         ("pi0", "base", "kernel + fallback", "boolean 4-D mask"),
         ("voxtral_realtime_text", "base", "kernel + fallback", "sliding window of 8 tokens"),
+        # Code of its own beside the text is of pixels: it asks for no masks in eager's form.
+        ("chameleon", "base", "kernel", "never called: vqmodel.encoder.mid.attn_1"),
+        ("apertus1p5_text", "causal", "kernel", ""),
         # Its text model's modules say that they are not causal.
         ("videoprism", "base", "kernel + fallback", "softcap 50.0 is not there yet"),
         ("nemotron_asr_streaming", "base", "fallback", "against sdpa: eager takes its mask"),

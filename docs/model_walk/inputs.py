@@ -18,7 +18,8 @@ FRAMES = 32  # of a spectrum
 BINS = ("num_mel_bins", "feature_projection_input_dim", "feature_size", "input_dim", "n_mels")
 GRID = [[1, 4, 4], [1, 4, 8]]  # patches of two images: time, height, width
 
-Batches = dict[str, dict[str, Tensor]]
+# By their kind. Values are tensors, or functions of the model that make what one run uses up.
+Batches = dict[str, dict[str, Any]]
 
 
 def make_batches(model: nn.Module) -> Iterator[Batches]:

@@ -8,7 +8,8 @@ modelling, and of all others the base model ("base": images, sound, text with ei
 tiny, on the CPU, in fp32 and with random weights. A copy runs on eager, the other is patched, both
 on the same padded batches; what comes out at the tokens, gradients of all weights and a step with a
 cache are compared, packed documents with each alone, and the report says what each attention module
-ran on. Each model has a process of its own, so that none can hang or end the walk.
+ran on. Each model has a process of its own, so that none can hang or end the walk. Some need timm,
+torchaudio or scipy: the rows of those that are not installed stay as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from model_walk.page import read_page, write_page
+from model_walk.page import merge, read_page, write_page
 from model_walk.processes import walk
 from model_walk.tasks import all_models
 
@@ -44,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(result.line(), flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(x) for x in results], indent=1) + "\n")
-    kept = {(x.model, x.task): x for x in read_page()} if args.models else {}
-    if kept or not args.models:
-        write_page(list((kept | {(x.model, x.task): x for x in results}).values()))
+    before = read_page()
+    if not args.models:
+        before = [row for row in before if (row.model, row.task) in wanted]
+    if before or not args.models:
+        write_page(merge(before, results))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import textwrap
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .recipes import CONFIGS, IMAGE, STARTS
+from .recipes import CONFIGS, FORWARDS, IMAGE, STARTS
 from .tasks import TASKS
 
 VOCABULARY, FIRST_SPECIAL = 160, 120  # tokens of a batch lie below the special ones
@@ -20,6 +21,7 @@ LARGEST = 125_000_000  # parameters of a model that counts as tiny
 
 
 WHY_WIDTH = 110  # characters of one reason
+MISSING = ", which is not installed"
 
 
 def shortened(text: str) -> str:
@@ -28,8 +30,10 @@ def shortened(text: str) -> str:
 
 def line_of(error: Exception) -> str:
     text = str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"needs {error.name}{MISSING}"
     if missing := re.search(r"requires the (\w+) library", text):
-        return f"needs {missing[1]}, which is not installed"
+        return f"needs {missing[1]}{MISSING}"
     if "validator" in text:  # Hugging Face's dataclasses wrap what their checks raise
         return shortened(re.sub(r"^.*?Error: ", "", text, flags=re.DOTALL))
     return shortened(f"{type(error).__name__}: {text}")
@@ -88,7 +92,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots3_note": {"pyramid_num_routed": [-1, 4]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esmc": {"num_key_value_heads": 4, "vocab_size": VOCABULARY},
     "esm": {"pad_token_id": 1, "mask_token_id": 119},
@@ -199,63 +202,6 @@ for _name in ("", "_encoder", "_decoder"):
         "depths": [1, 1, 1],
         "downsampling_ratios": [4, 4],
     }
-# Why there is no tiny model, or no batch, of these yet, where the error alone would not say it.
-BECAUSE = {
-    "apertus1p5": "its vocabulary holds the codes of images and sound, 266440 at least",
-    "autoformer": "its lags do not fit a short history",
-    "bark": "three models in a row, without a forward of its own",
-    "chameleon": "needs a table of the tokens of images",
-    "clap": "its spectra have a shape of their own",
-    "clvp": "needs a spectrum beside the text",
-    "dbrx": "its config lacks rope_theta, which its attention reads",
-    "deepseek_ocr2": "its config names no number of experts",
-    "depth_pro": "cuts images into patches of 384",
-    "dia": "its decoder takes nine codes a step",
-    "dots3_note": "its config fixes 42 layers of experts",
-    "efficientloftr": "takes pairs of images",
-    "fun_asr_nano": "its parts have sizes that depend on each other",
-    "gemma4_assistant": "needs keys and values of the model that it assists",
-    "gemma4_unified_assistant": "needs keys and values of the model that it assists",
-    "glm_image_vqmodel": "an autoencoder without a forward of its own",
-    "glmga": "its default config is of its text model alone",
-    "granite4_vision": "its config names no layers for the image",
-    "granite_speech5_ctc": "takes several frames of a spectrum at once",
-    "granite_speech5_encoder": "takes several frames of a spectrum at once",
-    "inkling2_vision": "its patches are cut in a way of their own",
-    "instructblipvideo": "needs the tokens of its videos in the text",
-    "kosmos-2": "needs to know the places of the image in the text",
-    "lightglue": "takes pairs of images",
-    "lw_detr": "its backbone's stages are gone with its layers",
-    "mimi": "its quantiser and its encoder have sizes that depend on each other",
-    "minicpm_ocr_vision": "needs the sizes of images before they were cut",
-    "minicpmv4_7_vision": "needs the sizes of images before they were cut",
-    "molmo2": "its config names layers 18 and 24 of the image",
-    "moonshine_streaming": "its config lacks num_key_value_heads, which its decoder reads",
-    "muse_spark": "its config lists four sizes of its sound encoder",
-    "muse_spark_audio": "its config lists four sizes of its sound encoder",
-    "neucodec": "its spectra have a size of their own",
-    "nemotron3_5_transcribe_audio": "its spectra have a size of their own",
-    "pp_ocrv5_mobile_rec": "takes lines of text, wide images",
-    "pp_ocrv6_medium_det": "its config lacks its blocks",
-    "pp_ocrv6_small_det": "its neck and its backbone have sizes that depend on each other",
-    "sam2": "its masks have a size of their own",
-    "sam3_tracker": "its masks have a size of their own",
-    "seggpt": "takes an image and a prompt above each other",
-    "step3p7": "its text config lacks sliding_window",
-    "t5gemma2_encoder": "its config lacks dropout_rate, which its layers read",
-    "tvp": "its prompts do not fit a small image",
-    "unlimited_ocr": "its config's heads do not fit its latent attention",
-    "uvdoc": "its head and its backbone have sizes that depend on each other",
-    "videoprism": "its videos have a fixed number of frames",
-    "voxtral_realtime": "needs as much sound as text",
-    "xcodec": "its two encoders have sizes that depend on each other",
-    "xcodec2": "its spectra have a size of their own",
-}
-for _name in ("nemotron3_5_asr", "nemotron_asr_streaming", "nemotron_asr_streaming_encoder"):
-    BECAUSE[_name] = "what eager puts out is not finite"
-for _name in ("nemotron3_5_transcribe_asr_audio", "nemotron3_diarization_audio"):
-    BECAUSE[_name] = "its heads do not fit each other once they are fewer"
-BECAUSE["nemotron3_diarization"] = BECAUSE["nemotron3_diarization_audio"]
 # Their backward pass draws what it needs only in training; without dropout it is the same.
 TRAINS = ("reformer",)
 
@@ -263,10 +209,11 @@ TRAINS = ("reformer",)
 def tiny_config(model_type: str, task: str) -> PreTrainedConfig:
     """The config class's defaults, made small by RULES."""
     cls = CONFIG_MAPPING[model_type]
-    given = _shrunk(cls(**STARTS.get(model_type, {})))
+    start = cls(**copy.deepcopy(STARTS.get(model_type, {})))
+    given = _shrunk(start)
     given.update(OVERRIDES.get(model_type, {}))
     _lay_over(given, CONFIGS.get(model_type, {}))
-    if task == "causal" and not getattr(cls(), "is_encoder_decoder", False):
+    if task == "causal" and not getattr(start, "is_encoder_decoder", False):
         given["is_decoder"] = True
     return cls(**given)
 
@@ -277,7 +224,7 @@ def _lay_over(given: dict[str, Any], more: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(given.get(name), dict):
             _lay_over(given[name], value)
         else:
-            given[name] = value
+            given[name] = copy.deepcopy(value)
 
 
 def _special(config: PreTrainedConfig) -> dict[str, Any]:
@@ -340,11 +287,21 @@ def _sections(model_type: str) -> list[int] | None:
     return next((x for pattern, x in SECTIONS if re.search(pattern, model_type)), None)
 
 
+def _model_class(model_type: str, name: str) -> type[PreTrainedModel]:
+    """The class of this name, which Transformers may keep in the module beside the config."""
+    home = CONFIG_MAPPING[model_type].__module__.replace(".configuration_", ".modeling_")
+    cls = getattr(transformers, name, None) or getattr(importlib.import_module(home), name, None)
+    if cls is None:
+        raise NotBuilt(f"transformers has no {name}")
+    return cls
+
+
 def build(model_type: str, task: str) -> nn.Module:
     """The model of this type on eager, fp32, in eval mode. Raises NotBuilt."""
-    cls = getattr(transformers, TASKS[task][model_type], None)
-    if cls is None:
-        raise NotBuilt(f"transformers has no {TASKS[task][model_type]}")
+    cls = _model_class(model_type, TASKS[task][model_type])
+    if model_type in FORWARDS:
+        named = {"forward": FORWARDS[model_type], "__module__": cls.__module__}
+        cls = type(cls.__name__, (cls,), named)
     takes = getattr(cls, "main_input_name", "input_ids")
     if takes not in ("input_ids", "inputs") and task != "base":
         raise NotBuilt(f"takes {takes}, not text")

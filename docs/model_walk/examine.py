@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 import hf_flashattn
 
-from .configs import BECAUSE, FIRST_SPECIAL, NotBuilt, build, line_of, shortened
+from .configs import FIRST_SPECIAL, NotBuilt, build, line_of, shortened
 from .inputs import Batches, make_batches
 from .recipe_batches import RECIPES
+from .recipes import AGAINST_SDPA
 
 TOLERANCE = 5e-4  # of the largest logit or gradient; MobileBERT is off by half of it under sdpa
+# Of what a model puts out, this says most, whatever comes first.
+TELLING = ("logits", "pred_masks", "matching_scores", "audio_values")
 DOCUMENTS = (5, 7, 2)  # tokens of those that are packed into a row
 
 
@@ -44,15 +47,16 @@ def examine(model_type: str, task: str) -> Result:
     torch.set_num_threads(1)
     try:
         eager = build(model_type, task)
-        model = copy.deepcopy(eager)
+        model, notes = copy.deepcopy(eager), []
+        if model_type in AGAINST_SDPA:
+            eager.set_attn_implementation("sdpa")
+            notes.append("against sdpa: eager takes its mask for the opposite")
         batches, expected = _run_first(eager, _proposals(eager))
     except NotBuilt as error:
-        why = BECAUSE.get(model_type, str(error))
-        return Result(model_type, task, "not built", why=why)
+        return Result(model_type, task, "not built", why=str(error))
     except Exception as error:
-        why = BECAUSE.get(model_type, f"eager fails: {line_of(error)}")
-        return Result(model_type, task, "not built", why=why)
-    report, findings, notes = None, [], []
+        return Result(model_type, task, "not built", why=f"eager fails: {line_of(error)}")
+    report, findings = None, []
     if "left" in batches and task != "base":
         ones = torch.ones_like(batches["left"]["attention_mask"])
         unmasked = batches["left"] | {"attention_mask": ones}
@@ -88,7 +92,7 @@ def _run_first(
         try:
             batches = next(proposals)
             made = {kind: _run(model, batch) for kind, batch in batches.items()}
-            if all(x.logits.isfinite().all() for x in made.values()):
+            if all(x.is_finite() for x in made.values()):
                 return batches, made
             raise FloatingPointError("what comes out is not finite")
         except StopIteration:
@@ -104,6 +108,9 @@ class Outputs:
     logits: Tensor  # (tokens, vocabulary), of the tokens that are not padding
     gradients: dict[str, Tensor]
 
+    def is_finite(self) -> bool:
+        return all(x.isfinite().all() for x in (self.logits, *self.gradients.values()))
+
 
 def _run(
     model: nn.Module, batch: dict[str, Tensor], like: dict[str, Tensor] | None = None
@@ -111,7 +118,8 @@ def _run(
     """What comes out first, and gradients; like: the batch whose tokens count."""
     torch.manual_seed(2)  # for models that draw numbers in eval mode
     model.zero_grad()
-    logits = _logits(model(**batch, **_without_cache(model)))
+    given = {name: x(model) if callable(x) else x for name, x in batch.items()}
+    logits = _logits(model(**given, **_without_cache(model)))
     counted = like or batch
     kept = counted.get("decoder_attention_mask", counted.get("attention_mask"))
     if kept is not None and "input_ids" in batch and logits.shape[1:2] >= kept.shape[1:2]:
@@ -127,13 +135,18 @@ def _run(
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    if "use_streaming" in inspect.signature(model.forward).parameters:
-        return {}  # what it keeps has another name
+    takes = inspect.signature(model.forward).parameters
+    if model.main_input_name == "input_values" and "use_cache" not in takes:
+        return {}  # codecs hand what they do not know on to layers that they tell it themselves
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
 def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
+    if (objects := getattr(output, "obj_id_to_mask", None)) is not None:  # of a video
+        return torch.stack([objects[number] for number in sorted(objects)])
+    output = getattr(output, "language_model_outputs", output)  # the last of several models
+    found = (getattr(output, name, None) for name in TELLING)
+    logits = next((x for x in found if x is not None), None)
     if logits is None:
         logits = output[0]
     if isinstance(logits, (tuple, list)):

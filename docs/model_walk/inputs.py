@@ -18,7 +18,8 @@ FRAMES = 32  # of a spectrum
 BINS = ("num_mel_bins", "feature_projection_input_dim", "feature_size", "input_dim", "n_mels")
 GRID = [[1, 4, 4], [1, 4, 8]]  # patches of two images: time, height, width
 
-Batches = dict[str, dict[str, Tensor]]
+# By their kind. Values are tensors, or functions of the model that make what one run uses up.
+Batches = dict[str, dict[str, Any]]
 
 
 def make_batches(model: nn.Module) -> Iterator[Batches]:
@@ -183,8 +184,6 @@ ASKED: dict[str, tuple[str, ...]] = {
     "perceiver": ("inputs", "attention_mask"),
     "udop": ("input_ids", "attention_mask", "bbox", "decoder_input_ids"),
     "instructblip": ("pixel_values", "input_ids", "qformer_input_ids"),
-    "clap": ("input_ids", "attention_mask", "input_features"),
-    "tvp": ("input_ids", "attention_mask", "pixel_values"),
     "siglip2": ("input_ids", "pixel_values", "pixel_attention_mask", "spatial_shapes"),
     "xclip": ("input_ids", "attention_mask", "pixel_values"),
     "oneformer": ("pixel_values", "task_inputs"),
@@ -243,7 +242,7 @@ def _named(
     return made
 
 
-VIDEOS = ("xclip", "tvp", "instructblipvideo", "idefics")  # their pixel_values have frames
+VIDEOS = ("xclip", "idefics")  # their pixel_values have frames
 
 
 def _patches(model: nn.Module, form: int) -> Tensor:
@@ -331,8 +330,6 @@ NAMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "query_embeds": _normal(2, 5, "hidden_size"),
     "pixel_attention_mask": lambda model, ids: torch.ones(2, 16, dtype=torch.long),
     "spatial_shapes": lambda model, ids: torch.tensor([[4, 4], [2, 8]]),
-    "prompt_pixel_values": lambda model, ids: _image(model),
-    "prompt_masks": lambda model, ids: _image(model),
     "input_features": lambda model, ids: torch.randn(2, FRAMES, _bins(model), generator=draw(1)),
     "input_features_mask": lambda model, ids: torch.ones(2, FRAMES, dtype=torch.long),
     "past_values": _past_values,

@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 import transformers
 
+from .configs import MISSING
 from .examine import TOLERANCE, Result
 
 PAGE = Path(__file__).parents[1] / "coverage.md"
 
 PAGE_HEAD = """# Which models run on the kernel
 
-Written by `python docs/coverage.py`; do not edit. {versions}: {total} models of {types} types:
+Written by `python docs/coverage.py`; do not edit. {versions},
+with timm, torchaudio and scipy installed: {total} models of {types} types:
 **{counts}**.
 
 Each model is built tiny with random weights and run on the CPU, in fp32 and eval mode: batches
@@ -23,7 +25,7 @@ padded right, padded left and short without padding, forward and backward, one s
 and packed documents where the model takes `position_ids`, which must be those of each document
 alone. Eager and patched must agree to {tolerance} of the largest logit and of the largest gradient.
 Of types without a language model in their name the base model is tried ("base"), on images,
-sound or text.
+sound or text; what the model itself runs without gradients has none to compare.
 "Kernel" is here the operator's CPU implementation: the same calls, masks and reasons, but no GPU.
 Head dims are made small too, so a size that the kernels don't take can hide;
 `hf-flashattn report` tells it for a real config. Sliding windows and chunks are made shorter than
@@ -54,6 +56,16 @@ def read_page(page: Path = PAGE) -> list[Result]:
         return []
     _, _, table = text.partition(PAGE_HEAD[PAGE_HEAD.index("| model type") :])
     return [Result(*(x.strip() for x in line[1:-1].split("|"))) for line in table.splitlines()]
+
+
+def merge(before: Sequence[Result], results: Sequence[Result]) -> list[Result]:
+    """The new rows over those of before, which stay where only a package is missing now."""
+    rows = {(row.model, row.task): row for row in before}
+    for result in results:
+        key = (result.model, result.task)
+        if key not in rows or not result.why.endswith(MISSING):
+            rows[key] = result
+    return list(rows.values())
 
 
 def write_page(results: Sequence[Result], page: Path = PAGE) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,23 +51,23 @@ def frames_mask() -> Tensor:
 def _assistants(model: nn.Module) -> Batches:
     """One token to guess, and the keys and values of the model that it assists."""
     config = model.config.text_config
-    mask = make_batch(model, "right")["attention_mask"]
-    states = {}
-    for kind, heads, dim in (
-        ("sliding_attention", config.num_key_value_heads, config.head_dim),
-        (
-            "full_attention",
-            config.num_global_key_value_heads or config.num_key_value_heads,
-            config.global_head_dim,
-        ),
-    ):
-        states[kind] = (normal(2, heads, mask.shape[1], dim), normal(2, heads, mask.shape[1], dim))
+    mask, states = make_batch(model, "right")["attention_mask"], {}
+    for layer in model.model.layers:
+        heads = config.num_attention_heads // layer.self_attn.num_key_value_groups
+        shape = (2, heads, mask.shape[1], layer.self_attn.head_dim)
+        states[layer.self_attn.layer_type] = normal(*shape), normal(*shape)
     batch = {
         "inputs_embeds": normal(2, 1, 2 * model.config.backbone_hidden_size),
         "position_ids": torch.full((2, 1), mask.shape[1]),
         "shared_kv_states": states,
     }
-    return {"short": batch, "states": batch | {"attention_mask": mask}}
+    return {"short": batch, "right": batch | {"attention_mask": mask}}
+
+
+@recipe("voxtral_realtime_text")
+def _voxtral_realtime_text(model: nn.Module) -> Batches:
+    """Text beside how late it may be, as a state."""
+    return texts(model, t_cond=normal(1, 1, model.config.hidden_size))
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -114,13 +116,22 @@ def _seggpt(model: nn.Module) -> Batches:
 
 @recipe("tvp")
 def _tvp(model: nn.Module) -> Batches:
+    """A batch of one: its positions have no place for more."""
     size = model.config.max_img_size
-    return texts(model, pixel_values=normal(2, model.config.num_frames, 3, size, size))
+    video = normal(1, model.config.num_frames, 3, size, size)
+    ids = tokens(1, SHORT)
+    mask = torch.ones_like(ids)
+    mask[:, -2:] = 0
+    batch = {"input_ids": ids, "pixel_values": video}
+    return {
+        "short": batch | {"attention_mask": torch.ones_like(ids)},
+        "right": batch | {"attention_mask": mask},
+    }
 
 
 @recipe("pp_ocrv5_mobile_rec")
 def _lines_of_text(model: nn.Module) -> Batches:
-    return {"images": {"pixel_values": normal(2, 3, 48, 160)}}
+    return {"images": {"pixel_values": normal(2, 3, 96, 160)}}
 
 
 @recipe("minicpm_ocr_vision", "minicpmv4_7_vision")
@@ -138,6 +149,124 @@ def _image_in_a_row(model: nn.Module) -> Batches:
 def _depth_pro(model: nn.Module) -> Batches:
     side = int(model.config.patch_size / min(model.config.scaled_images_ratios))
     return {"images": {"pixel_values": normal(1, 3, side, side)}}
+
+
+@recipe("instructblipvideo")
+def _instructblipvideo(model: nn.Module) -> Batches:
+    """Frames of a video, and a text that begins with their tokens."""
+    config = model.config
+    size, frames = config.vision_config.image_size, 2
+    count = frames * config.num_query_tokens
+    held = torch.full((2, count), config.video_token_id)
+    batches = {}
+    for kind in ("right", "left", "short"):
+        text = make_batch(model, kind)
+        ones = torch.ones_like(held)
+        for name in ("decoder_input_ids", "decoder_attention_mask"):
+            text.pop(name)  # its language model is no encoder and decoder
+        text["qformer_input_ids"] = text["input_ids"]
+        text["qformer_attention_mask"] = text["attention_mask"]
+        text["input_ids"] = torch.cat([held, text["input_ids"]], dim=1)
+        text["attention_mask"] = torch.cat([ones, text["attention_mask"]], dim=1)
+        batches[kind] = text | {"pixel_values": normal(2, frames, 3, size, size)}
+    return batches
+
+
+@recipe("sam2_video", "edgetam_video", "sam3_tracker_video")
+def _tracked(model: nn.Module) -> Batches:
+    """The second frame of a video, after an object was pointed at in the first."""
+    size = model.config.image_size
+    home = importlib.import_module(type(model).__module__)
+    session_class = getattr(home, type(model).__name__.removesuffix("Model") + "InferenceSession")
+    video = normal(2, 3, size, size)
+
+    def after_first_frame(model: nn.Module) -> Any:
+        session = session_class(video, size, size, dtype=torch.float32)
+        point = {
+            "point_coords": torch.full((1, 1, 1, 2), size / 2),
+            "point_labels": torch.ones(1, 1, 1, dtype=torch.int32),
+        }
+        session.add_point_inputs(session.obj_id_to_idx(1), 0, point)
+        session.obj_with_new_inputs = [1]
+        model(inference_session=session, frame_idx=0)
+        return session
+
+    return {"video": {"inference_session": after_first_frame, "frame_idx": 1}}
+
+
+@recipe("sam3_video")
+def _sam3_video(model: nn.Module) -> Batches:
+    """The second frame of a video in which everything looks like what is asked for."""
+    size = model.config.image_size
+    home = importlib.import_module(type(model).__module__)
+    video = normal(2, 3, size, size)
+
+    def after_first_frame(model: nn.Module) -> Any:
+        session = home.Sam3VideoInferenceSession(video, size, size, dtype=torch.float32)
+        prompt = session.add_prompt("all")
+        session.prompt_input_ids[prompt] = tokens(1, SHORT)
+        session.prompt_attention_masks[prompt] = torch.ones(1, SHORT, dtype=torch.long)
+        model(inference_session=session, frame_idx=0)
+        return session
+
+    return {"video": {"inference_session": after_first_frame, "frame_idx": 1}}
+
+
+@recipe("inkling2_vision")
+def _inkling2_vision(model: nn.Module) -> Batches:
+    """Squares of patches of two images, and how many each has either way."""
+    side = model.config.spatial_merge_size * model.config.patch_size
+    grid = torch.tensor([[1, 2, 2], [1, 2, 4]])
+    return {"images": {"pixel_values": normal(12, side, side, 3), "image_grid_thw": grid}}
+
+
+@recipe("glm_image_vqmodel")
+def _glm_image_vqmodel(model: nn.Module) -> Batches:
+    return {"images": {"hidden_states": normal(2, model.config.latent_channels, 4, 4)}}
+
+
+@recipe("omdet-turbo")
+def _omdet(model: nn.Module) -> Batches:
+    """Two images, of three classes and one, and what to do with each."""
+    return {
+        "images": {
+            "pixel_values": normal(2, 3, 64, 64),
+            "classes_input_ids": tokens(4, SHORT),
+            "classes_attention_mask": torch.ones(4, SHORT, dtype=torch.long),
+            "tasks_input_ids": tokens(2, SHORT),
+            "tasks_attention_mask": torch.ones(2, SHORT, dtype=torch.long),
+            "classes_structure": torch.tensor([3, 1]),
+        }
+    }
+
+
+@recipe("pe_video", "pe_video_encoder")
+def _pe_video(model: nn.Module) -> Batches:
+    """Four frames of two videos, of the second only two."""
+    videos = {
+        "pixel_values_videos": normal(2, 4, 3, 160, 160),
+        "padding_mask_videos": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    if model.main_input_name == "input_ids":
+        return texts(model, **videos)
+    return {"videos": videos}
+
+
+@recipe("pe_audio_video", "pe_audio_video_encoder")
+def _pe_audio_video(model: nn.Module) -> Batches:
+    """Two videos with their sound, the second of half the length."""
+    sound = normal(2, 1, 9600)
+    heard = torch.ones(2, 9600, dtype=torch.long)
+    heard[1, 4800:] = 0
+    videos = {
+        "input_values": sound,
+        "padding_mask": heard,
+        "pixel_values_videos": normal(2, 4, 3, 160, 160),
+        "padding_mask_videos": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    if model.main_input_name == "input_ids":
+        return texts(model, **videos)
+    return {"videos": videos}
 
 
 @recipe("pi0")
@@ -205,6 +334,32 @@ def _granite_speech5(model: nn.Module) -> Batches:
     }
 
 
+@recipe(
+    "higgs_audio_v2_tokenizer",
+    "mimi",
+    "mimi_encoder",
+    "pocket_tts_audio_tokenizer",
+    "pocket_tts_audio_tokenizer_encoder",
+)
+def _mono(model: nn.Module) -> Batches:
+    """Sound of one channel, longer than a window."""
+    return {"short": {"input_values": normal(2, 1, 9600)}}
+
+
+@recipe("neucodec", "xcodec2")
+def _sound_and_spectrum(model: nn.Module) -> Batches:
+    """Samples, and a frame of the spectrum for each hop of them."""
+    bins = model.config.semantic_model_config.feature_projection_input_dim
+    sound = normal(2, 1, FRAMES * model.config.hop_length)
+    return {"short": {"input_values": sound, "input_features": normal(2, FRAMES, bins)}}
+
+
+@recipe("nemotron3_5_transcribe_audio")
+def _spectrum_of_asr(model: nn.Module) -> Batches:
+    spectrum = normal(2, FRAMES, model.config.asr_config.num_mel_bins)
+    return {"short": {"input_features": spectrum, "input_features_mask": frames_mask()}}
+
+
 @recipe("mimi_decoder", "pocket_tts_audio_tokenizer_decoder")
 def _latents(model: nn.Module) -> Batches:
     return {"short": {"latents": normal(2, model.config.hidden_size, SHORT)}}
@@ -217,7 +372,7 @@ def _samples(model: nn.Module) -> Batches:
 
 @recipe("vibevoice_acoustic_tokenizer_decoder")
 def _latents_of_vibevoice(model: nn.Module) -> Batches:
-    return {"short": {"hidden_states": normal(2, SHORT, model.config.hidden_size)}}
+    return {"short": {"hidden_states": normal(2, model.config.hidden_size, SHORT)}}
 
 
 @recipe("nemotron3_5_transcribe_word_timestamp")
@@ -231,12 +386,15 @@ def _states_of_frames(model: nn.Module) -> Batches:
 
 @recipe("muse_glimmer_assistant")
 def _muse_glimmer_assistant(model: nn.Module) -> Batches:
-    """A block to fill in, after hidden states of the model that it assists."""
+    """A block to fill in, after hidden states of the model that it assists: within a window.
+
+    Without a cache its eager attention does not know how far back the context reaches.
+    """
     width = model.encoder.fc.in_features
     return {
         "short": {
-            "noise_embeds": normal(2, SHORT, model.config.hidden_size),
-            "context_hidden_states": normal(2, SHORT, width),
+            "noise_embeds": normal(2, 3, model.config.hidden_size),
+            "context_hidden_states": normal(2, 4, width),
         }
     }
 

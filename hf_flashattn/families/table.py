@@ -120,7 +120,10 @@ _OWN_MASKS = Family("num_heads", "head_dim", own_masks=True)
 # Of the pixels or frames of an autoencoder.
 _PIXELS = Family(heads=lambda module: 1, head_dim=lambda module: module.q.out_channels)
 
-# module and class, without "transformers.models." and "modeling_"
+# Of what Transformers wraps from timm: no config of ours reaches its masks.
+_TIMM = Family("num_heads", "head_dim", own_masks=True)
+
+# module and class, without "transformers.models." and "modeling_"; of timm "timm.", module, class
 FAMILIES: dict[str, Family] = {
     "gptj.GPTJAttention": _GPT,
     "codegen.CodeGenAttention": _GPT,
@@ -246,6 +249,10 @@ FAMILIES: dict[str, Family] = {
     "chameleon.ChameleonVQVAEEncoderAttnBlock": _PIXELS,
     "apertus1p5.Apertus1p5VisionTokenizerAttnBlock": _PIXELS,
     "wavtokenizer.WavTokenizerVocosAttention": _PIXELS,
+    "timm.attention.Attention": _TIMM,
+    "timm.attention.AttentionRope": _TIMM,
+    "timm.eva.EvaAttention": _TIMM,
+    "timm.fastvit.Attention": _TIMM,
 }
 
 # torch.nn.MultiheadAttention, where the class that holds it does without its attention weights.
@@ -265,6 +272,7 @@ WITHOUT_WEIGHTS = frozenset(
 NO_ATTENTION = frozenset(
     (
         "cvt.CvtSelfAttentionConvProjection",
+        "edgetam_video.EdgeTamVideoMemoryAttentionMLP",
         "hubert.HubertAttnAdapterLayer",
         "lxmert.LxmertAttentionOutput",
         "neomme.NeoMMEExclusiveSelfAttention",
@@ -342,6 +350,8 @@ OUT_OF_REACH: dict[str, str] = {
 
 
 def _key(cls: type[nn.Module]) -> str:
+    if cls.__module__.startswith("timm."):
+        return f"timm.{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
     home, _, module = cls.__module__.rpartition(".modeling_")
     inside = home.startswith("transformers.models.")
     return f"{module}.{cls.__name__}" if inside else ""

@@ -19,7 +19,20 @@ from model_walk import page as page_module  # noqa: E402
 
 # Transformers 5.17 lacks them, refuses their tiny configs, or (BLT) gives rows that see nothing,
 # which others read, another value under sdpa.
-OF_THE_PAGE = ("blt", "diffusion_gemma", "musicgen", "wavtokenizer")
+OF_THE_PAGE = (
+    "blt",
+    "diffusion_gemma",
+    "musicgen",
+    "wavtokenizer",
+    "videoprism",
+    "sam2_video",
+    "edgetam_video",
+    "pi0",
+    "nemotron_asr_streaming",
+    "gemma4_assistant",
+    "voxtral_realtime_text",
+    "apertus1p5_text",
+)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +49,7 @@ OF_THE_PAGE = ("blt", "diffusion_gemma", "musicgen", "wavtokenizer")
         ("mpnet", "masked", "fallback", "position bias"),
         ("deberta", "masked", "unsupported", "products of queries and keys with positions"),
         ("perceiver", "masked", "kernel + fallback", "head dims differ: queries 32, values 8"),
-        ("bark", "base", "not built", "without a forward of its own"),
-        ("gemma3n", "causal", "not built", "needs timm, which is not installed"),
+        ("dinat", "base", "not built", "needs natten, which is not installed"),
         ("reformer", "masked", "unsupported", "attends within"),
         ("musicgen", "causal", "kernel", ""),
         ("zamba", "causal", "kernel", ""),
@@ -79,6 +91,21 @@ OF_THE_PAGE = ("blt", "diffusion_gemma", "musicgen", "wavtokenizer")
         ("bros", "base", "fallback", "an additive bias (position bias"),
         # Its convolutions read the layers' mask.
         ("lasr_encoder", "base", "kernel", ""),
+        # One of a kind: no forward, a cache of another model's, a session instead of a batch, more
+        # than one image, a class that Transformers does not export.
+        ("bark", "base", "kernel", ""),
+        ("gemma4_assistant", "causal", "kernel + fallback", "sliding window of 8 tokens"),
+        ("sam2_video", "base", "kernel", ""),
+        ("edgetam_video", "base", "kernel", ""),  # named after attention is its MLP too
+        ("efficientloftr", "base", "kernel", ""),
+        ("pi0", "base", "kernel + fallback", "boolean 4-D mask"),
+        ("voxtral_realtime_text", "base", "kernel + fallback", "sliding window of 8 tokens"),
+        # Code of its own beside the text is of pixels: it asks for no masks in eager's form.
+        ("chameleon", "base", "kernel", "never called: vqmodel.encoder.mid.attn_1"),
+        ("apertus1p5_text", "causal", "kernel", ""),
+        # Its text model's modules say that they are not causal.
+        ("videoprism", "base", "kernel + fallback", "softcap 50.0 is not there yet"),
+        ("nemotron_asr_streaming", "base", "fallback", "against sdpa: eager takes its mask"),
         ("distilbert", "masked", "kernel", "packed documents see each other, on eager too"),
     ],
 )
@@ -87,6 +114,21 @@ def test_outcomes(model, task, outcome, why):
         pytest.skip(f"docs/coverage.md was not made with {page_module.versions()}")
     result = examine.examine(model, task)
     assert result.outcome == outcome and why in result.why, result
+
+
+@pytest.mark.parametrize("model", ["timm_wrapper", "pe_video_encoder"])
+def test_parts_of_timms(model):
+    pytest.importorskip("timm")  # with torchvision: more than the other tests need
+    result = examine.examine(model, "base")
+    assert result.outcome == "kernel", result
+
+
+def test_a_row_stays_where_a_package_is_missing():
+    built = examine.Result("a", "base", "kernel")
+    missing = examine.Result("a", "base", "not built", why=f"needs timm{configs.MISSING}")
+    assert page_module.merge([built], [missing]) == [built]
+    assert page_module.merge([], [missing]) == [missing]
+    assert page_module.merge([missing], [built]) == [built]
 
 
 def test_no_row_says_only_that_the_code_is_its_own():

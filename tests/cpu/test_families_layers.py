@@ -184,7 +184,10 @@ def compare(case: tuple) -> nn.Module:
     except ModuleNotFoundError:
         pytest.skip(f"Transformers {tf.__version__} has no {module_name}")
     torch.manual_seed(0)
-    module = build(getattr(home, name)).eval()
+    return compare_module(build(getattr(home, name)).eval(), args, kwargs)
+
+
+def compare_module(module: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.2)
     wanted = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
@@ -206,6 +209,29 @@ def compare(case: tuple) -> nn.Module:
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6 * max(1.0, largest))
     own.remove()
     return module
+
+
+class Attention(nn.Module):
+    """As timm's, which need not be there: one projection, torch's SDPA."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = HEADS, WIDTH // HEADS
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=attn_mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+Attention.__module__ = "timm.layers.attention"
+
+
+@pytest.mark.parametrize("mask", [None, padding() == 0], ids=["whole", "padded"])
+def test_timm(mask):
+    calls = calls_of(compare_module(Attention(), (states(),), {"attn_mask": mask}))
+    assert (calls.cpu, calls.fallback) == (1, 0), calls.reasons
 
 
 @pytest.mark.parametrize("name", STANDARD)

@@ -123,7 +123,7 @@ _PIXELS = Family(heads=lambda module: 1, head_dim=lambda module: module.q.out_ch
 # Of what Transformers wraps from timm: no config of ours reaches its masks.
 _TIMM = Family("num_heads", "head_dim", own_masks=True)
 
-# module and class, without "transformers.models." and "modeling_"; of timm "timm.", module, class
+# module and class, without "transformers.models." and "modeling_"; of timm the whole path
 FAMILIES: dict[str, Family] = {
     "gptj.GPTJAttention": _GPT,
     "codegen.CodeGenAttention": _GPT,
@@ -249,10 +249,10 @@ FAMILIES: dict[str, Family] = {
     "chameleon.ChameleonVQVAEEncoderAttnBlock": _PIXELS,
     "apertus1p5.Apertus1p5VisionTokenizerAttnBlock": _PIXELS,
     "wavtokenizer.WavTokenizerVocosAttention": _PIXELS,
-    "timm.attention.Attention": _TIMM,
-    "timm.attention.AttentionRope": _TIMM,
-    "timm.eva.EvaAttention": _TIMM,
-    "timm.fastvit.Attention": _TIMM,
+    "timm.layers.attention.Attention": _TIMM,
+    "timm.layers.attention.AttentionRope": _TIMM,
+    "timm.models.eva.EvaAttention": _TIMM,
+    "timm.models.fastvit.Attention": _TIMM,
 }
 
 # torch.nn.MultiheadAttention, where the class that holds it does without its attention weights.
@@ -351,7 +351,7 @@ OUT_OF_REACH: dict[str, str] = {
 
 def _key(cls: type[nn.Module]) -> str:
     if cls.__module__.startswith("timm."):
-        return f"timm.{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+        return f"{cls.__module__}.{cls.__name__}"
     home, _, module = cls.__module__.rpartition(".modeling_")
     inside = home.startswith("transformers.models.")
     return f"{module}.{cls.__name__}" if inside else ""

@@ -444,6 +444,10 @@ def class_of(key: str) -> type | None:
 
     None, or skipped, in another Transformers than docs/coverage.md was made with.
     """
+    if key.startswith("timm."):
+        pytest.importorskip("timm")
+        home, _, name = key.rpartition(".")
+        return getattr(importlib.import_module(home), name, None)
     module, name = key.split(".")
     places = list(Path(transformers.__file__).parent.glob(f"models/*/modeling_{module}.py"))
     if not places and f"Transformers {transformers.__version__}," not in COVERAGE.read_text():

@@ -11,6 +11,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    StaticCache,
 )
 
 from hf_flashattn import patch_model, patched
@@ -221,6 +222,37 @@ def test_compiled_training_with_padding(kind, padding):
     torch.testing.assert_close(got_logits, want_logits, rtol=5e-2, atol=5e-2)
     assert (got - want).norm() < 2e-2 * want.norm()
     assert all(row.runs == "kernel" for row in report.rows if row.calls.total), report
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "holed"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_compiled_chunks_in_a_static_cache(kind, padding):
+    """Keys are turned on the device: the last one that exists is the last of all."""
+    model = MODELS[kind](**no_dropout(kind)).cuda().eval().to(torch.bfloat16)
+    ids, mask = torch.randint(VOCABULARY, (3, 200), device="cuda"), masks(200)[padding]
+
+    def logits(run_):
+        cache = StaticCache(model.config, max_cache_len=260)
+        model(input_ids=ids[:, :8], past_key_values=cache, use_cache=True)
+        cache.reset()  # it has memory now: where the queries start is a tensor
+        rows, start = [], 0
+        for stop in (70, 130, 200):
+            inputs = {"input_ids": ids[:, start:stop], "past_key_values": cache, "use_cache": True}
+            inputs["position_ids"] = torch.arange(start, stop, device="cuda").expand(3, -1)
+            if mask is not None:
+                inputs["attention_mask"] = mask[:, :stop].cuda()
+            rows.append(run_(**inputs).logits.float())
+            start = stop
+        return torch.cat(rows, dim=1)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = logits(model)
+        with patched(model, strict=True) as report:
+            got = logits(torch.compile(model, fullgraph=True))
+            assert all(row.runs == "kernel" for row in report.rows if row.calls.total), report
+    rows = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool().cuda()
+    torch.testing.assert_close(got[rows], want[rows], rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])

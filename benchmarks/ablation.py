@@ -6,7 +6,7 @@
 An ablation is a copy of kernels/ in which a few lines are others (EDITS) and a library of it.
 `time` runs attention_grid.py for each library in a process of its own, `--rounds` times in turns,
 and compares by the rate over cuDNN in the same process: geometric means over the lengths. The
-results of an ablation are right, only slower: nothing is left out that the result needs.
+edits are meant to leave results as they are; rates alone are looked at here.
 """
 
 from __future__ import annotations

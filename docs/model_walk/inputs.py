@@ -58,6 +58,11 @@ def _tokens() -> Tensor:
     return torch.randint(10, FIRST_SPECIAL, shape, generator=draw(1))
 
 
+def frames_mask() -> Tensor:
+    """int64 (2, FRAMES): the second row is padded right."""
+    return (torch.arange(FRAMES) < torch.tensor([FRAMES, 24])[:, None]).long()
+
+
 def draw(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -135,7 +140,7 @@ def _sounds(model: nn.Module, takes: Any) -> Iterator[Batches]:
     if "decoder_input_values" in takes:  # of a body without what makes its inputs
         width = model.config.hidden_size
         frames = torch.randn(2, FRAMES, width, generator=draw(1))
-        mask = (torch.arange(FRAMES) < torch.tensor([FRAMES, 24])[:, None]).long()
+        mask = frames_mask()
         more = {"attention_mask": mask, "decoder_input_values": frames[:, :SHORT]}
         yield {"right": {main: frames, **more}}
 
@@ -150,7 +155,7 @@ def _spectra_of(model: nn.Module, takes: Any, bins: int) -> Iterator[Batches]:
     main = "input_features"
     frames = 2 * getattr(model.config, "max_source_positions", FRAMES // 2)
     spectrum = torch.randn(2, FRAMES, bins, generator=draw(1))
-    mask = (torch.arange(FRAMES) < torch.tensor([FRAMES, 24])[:, None]).long()
+    mask = frames_mask()
     more = {}
     if "decoder_input_ids" in takes:
         more = {"decoder_input_ids": torch.randint(10, FIRST_SPECIAL, (2, SHORT))}

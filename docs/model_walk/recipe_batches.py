@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .configs import FIRST_SPECIAL
-from .inputs import FRAMES, SHORT, Batches, draw, make_batch
+from .inputs import FRAMES, SHORT, Batches, draw, frames_mask, make_batch
 
 Recipe = Callable[[nn.Module], Batches]
 RECIPES: dict[str, Recipe] = {}
@@ -37,11 +37,6 @@ def tokens(*shape: int) -> Tensor:
 def texts(model: nn.Module, **more: Tensor) -> Batches:
     """Padded right, padded left and short, all beside the same images or sound."""
     return {kind: make_batch(model, kind) | more for kind in ("right", "left", "short")}
-
-
-def frames_mask() -> Tensor:
-    """int64 (2, FRAMES): the second row is padded right."""
-    return (torch.arange(FRAMES) < torch.tensor([FRAMES, 24])[:, None]).long()
 
 
 # ---- text ----------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ struct BackwardWorkspace {
     row_slots = int64_t(padded_rows) * p.heads_q * (packed ? 1 : p.batch);
     sum_slots = block_n > 0 ? row_slots : 0;
     sum_rows = ceil_div(p.seqlen_q, block_m) * block_m;
-    // Row blocks are claimed for the longest sequence, and most claims should find one.
+    // Row blocks are claimed for the longest sequence: one claim in four at least finds one.
     bool const even = int64_t(sum_rows) * p.batch <= 4 * rows;
     if (block_n > 0 && (!packed || even) && !params.deterministic) {
       // CTAs are busy with tiles of the newest streams, causal ones of twice the usual length

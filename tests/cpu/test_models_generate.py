@@ -98,11 +98,24 @@ def test_generate_bert2bert(kind):
     assert (got_logits - expected_logits).abs().max() < 1e-4
 
 
+def in_chunks(run, ids, mask, past):
+    """Logits (BATCH, LENGTH, vocabulary) of a prompt in three pieces of several tokens."""
+    rows, start = [], 0
+    for stop in (6, 10, LENGTH):
+        inputs = {"input_ids": ids[:, start:stop], "past_key_values": past, "use_cache": True}
+        inputs["position_ids"] = torch.arange(start, stop).expand(BATCH, -1)
+        if mask is not None:
+            inputs["attention_mask"] = mask[:, :stop]
+        rows.append(output(run, inputs))
+        start = stop
+    return torch.cat(rows, dim=1)
+
+
 @pytest.mark.parametrize("kind", ["ones", "none", "left", "holed"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @MAKERS
 def test_chunks(make, cache, kind):
-    """A prompt in three pieces of several tokens: causal is aligned with the last key there is."""
+    """Causal is aligned with the last key there is."""
     model, ids, mask = make(), tokens(), padding(kind)
 
     def logits():
@@ -111,15 +124,7 @@ def test_chunks(make, cache, kind):
             if cache == "dynamic"
             else StaticCache(model.config, max_cache_len=32)
         )
-        rows, start = [], 0
-        for stop in (6, 10, LENGTH):
-            inputs = {"input_ids": ids[:, start:stop], "past_key_values": past, "use_cache": True}
-            inputs["position_ids"] = torch.arange(start, stop).expand(BATCH, -1)
-            if mask is not None:
-                inputs["attention_mask"] = mask[:, :stop]
-            rows.append(output(model, inputs))
-            start = stop
-        return torch.cat(rows, dim=1)
+        return in_chunks(model, ids, mask, past)
 
     with torch.no_grad():
         expected = logits()
@@ -142,15 +147,7 @@ def test_compiled_chunks_in_a_static_cache(make, cache, kind):
         if cache == "used":
             model(input_ids=ids, past_key_values=past, use_cache=True)
             past.reset()
-        rows, start = [], 0
-        for stop in (6, 10, LENGTH):
-            inputs = {"input_ids": ids[:, start:stop], "past_key_values": past, "use_cache": True}
-            inputs["position_ids"] = torch.arange(start, stop).expand(BATCH, -1)
-            if mask is not None:
-                inputs["attention_mask"] = mask[:, :stop]
-            rows.append(output(run, inputs))
-            start = stop
-        return torch.cat(rows, dim=1)
+        return in_chunks(run, ids, mask, past)
 
     torch._dynamo.reset()
     with torch.no_grad():

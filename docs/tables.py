@@ -63,6 +63,7 @@ STEPS = (
     ("gpt2-medium", 1024, True, "hf_flashattn", "GPT-2 medium"),
     ("bert-large-half", 512, False, "hf_flashattn_unpad", "BERT-large, ours unpadded"),
     ("bert-large-half", 512, True, "hf_flashattn_flat", "BERT-large, ours unpadded"),
+    ("bert-large-half", 512, True, "hf_flashattn_flat_graphs", "the same, ours in CUDA graphs"),
 )
 
 

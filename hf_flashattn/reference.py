@@ -30,6 +30,14 @@ _MASK32 = 0xFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _PHILOX_ROUNDS = 7
+# What a random word is multiplied by in each square of a tile: the first round constants of
+# SHA-256, made odd.
+_MULTIPLIERS = (
+    (0x428A2F99, 0x71374491, 0xB5C0FBCF, 0xE9B5DBA5),
+    (0x3956C25B, 0x59F111F1, 0x923F82A5, 0xAB1C5ED5),
+    (0xD807AA99, 0x12835B01, 0x243185BF, 0x550C7DC3),
+    (0x72BE5D75, 0x80DEB1FF, 0x9BDC06A7, 0xC19BF175),
+)
 
 # Score elements computed at once, 1 GiB of fp32; larger problems are cut into chunks of heads.
 _MAX_SCORES = 1 << 28
@@ -98,32 +106,35 @@ def _keep(
 ) -> Tensor:
     """(N,) int64 indices b * Hq + h -> (N, sq, sk) bool.
 
-    One Philox call serves 16 elements of a 16 x 16 tile: rows 2 * gamma + alpha + {0, 8} and
-    columns 2 * t + e + {0, 8}, which is what lanes of a wgmma accumulator and of its transpose
-    share.
+    A 64 x 64 tile has 16 Philox calls. Of a call's four words each serves 4 elements of every
+    16 x 16 square of the tile: rows 2 * gamma + alpha + {0, 8} and columns 2 * t + e + {0, 8}, by
+    bits 16 .. 47 of its product with the square's multiplier.
     """
     device, heads = head_index.device, head_index.numel()
-    rows, cols = -(-sq // 16), -(-sk // 16)
-    row = torch.arange(rows, device=device).view(-1, 1, 1)
-    col = torch.arange(cols, device=device).view(-1, 1)
-    call = torch.arange(16, device=device)  # gamma * 4 + t
-    counter = torch.broadcast_tensors(
-        call | row >> 16 << 4 | col >> 16 << 16,
-        torch.as_tensor((offset ^ (offset >> 32)) & _MASK32, device=device),
-        head_index.view(-1, 1, 1, 1),
-        (row & 0xFFFF) << 16 | col & 0xFFFF,
+    rows, cols = -(-sq // 64), -(-sk // 64)
+    seed, offset = (torch.as_tensor(number, device=device) for number in (seed, offset))
+    zero = torch.zeros_like(offset)
+    origin = philox_4x32(
+        (offset & _MASK32, offset >> 32 & _MASK32, zero, zero),
+        (seed & _MASK32, seed >> 32 & _MASK32),
     )
-    words = torch.stack(philox_4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32)), -1)
-    # Words 0 and 1 belong to alpha = 0 in even tiles, to alpha = 1 in odd ones.
-    words = torch.where((col % 2 == 0).unsqueeze(-1), words, words.roll(2, -1))
-    # (N, rows, cols, gamma, t, alpha, b8, e): the halves of a word, low one first.
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1)
-    halves = halves.view(heads, rows, cols, 4, 4, 2, 2, 2)
+    counter = torch.broadcast_tensors(
+        torch.arange(16, device=device),  # gamma * 4 + t
+        origin[0] ^ torch.arange(rows, device=device).view(-1, 1, 1),
+        head_index.view(-1, 1, 1, 1),
+        origin[1] ^ torch.arange(cols, device=device).view(-1, 1),
+    )
+    words = torch.stack(philox_4x32(counter, (0, 0)), -1)
+    words = words.view(heads, rows, cols, 1, 1, 4, 4, 2, 2)  # gamma, t, alpha, e
+    multipliers = torch.tensor(_MULTIPLIERS, device=device).view(4, 4, 1, 1, 1, 1)
+    products = words * multipliers  # modulo 2^64, of which bits 16 .. 47 are wanted
+    halves = torch.stack((products >> 16 & 0xFFFF, products >> 32 & 0xFFFF), -1)  # b8
     random = torch.stack(((halves >> 7) & 0xFF, (halves << 1 | halves >> 15) & 0xFF), -1)  # d8
     threshold = drop_threshold(p)
     keep = random >= threshold if threshold <= 128 else random < 256 - threshold
-    # row = b8 * 8 + gamma * 2 + alpha, column = d8 * 8 + t * 2 + e
-    keep = keep.permute(0, 1, 6, 3, 5, 2, 8, 4, 7).reshape(heads, rows * 16, cols * 16)
+    # (N, rows, cols, row16, col16, gamma, t, alpha, e, b8, d8), where
+    # row = row16 * 16 + b8 * 8 + gamma * 2 + alpha, column = col16 * 16 + d8 * 8 + t * 2 + e
+    keep = keep.permute(0, 1, 3, 9, 5, 7, 2, 4, 10, 6, 8).reshape(heads, rows * 64, cols * 64)
     return keep[:, :sq, :sk]
 
 

@@ -45,6 +45,7 @@ struct Problem {
   int64_t key_bits_stride;  // words from one row to the next
 
   uint32_t drop_threshold;   // of 256, below it drops; 0: no dropout; see common/dropout.cuh
+  uint32_t drop_limit;       // what random bytes are compared with, made of it
   int64_t const* rng_state;  // (2,) device: Philox seed and offset; null without dropout
 
   void* stream;  // cudaStream_t

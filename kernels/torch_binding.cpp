@@ -281,6 +281,11 @@ uint32_t drop_threshold(double p) {
   return threshold < 1 ? 1 : threshold > 255 ? 255 : threshold;
 }
 
+// See ByteRule in common/dropout.cuh.
+uint32_t drop_limit(uint32_t threshold) {
+  return (threshold > 128 ? 256 - threshold : threshold) * 0x00800080u;
+}
+
 // Checks the arguments that forward and backward share. Values of device tensors are not read: the
 // kernels stay inside the tensors for any content of cu_seqlens, key_start, key_len and key_bits.
 Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
@@ -359,6 +364,7 @@ Call make_call(Tensor const& q, Tensor const& k, Tensor const& v,
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.causal = causal;
   p.drop_threshold = drop_threshold(dropout_p);
+  p.drop_limit = drop_limit(p.drop_threshold);
   if (dropout_p > 0.0) {
     HFA_CHECK(rng_state->is_cuda() && rng_state->get_device_index() == call.device &&
                   rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 &&

@@ -152,6 +152,15 @@ __device__ __forceinline__ uint4 load_shared_16b(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint2 load_shared_8b(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n"
+               : "=r"(value.x), "=r"(value.y)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint32_t load_shared_4b(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");

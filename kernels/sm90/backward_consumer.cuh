@@ -70,17 +70,9 @@ __device__ __forceinline__ void to_probabilities(float (&scores)[N], float const
 // the producer to overwrite what they read (seen at head dim 256).
 __device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arrive(); }
 
-// Random flags of all the tiles of a row block, made while the tensor cores work on S^T.
+// Random words of a row block, drawn while the tensor cores work on S^T.
 template <class P>
-struct RowBlockDropout {
-  static constexpr int kPairs = P::kDropout ? P::kBlockM / 32 : 1;
-  DropoutTile tiles[kPairs][2];
-
-  __device__ __forceinline__ void draw(DropoutMask<Down::kKeys> const& mask, int first_row,
-                                       int first_key) {
-    mask.draw(tiles, first_row / 16, first_key / 16);
-  }
-};
+using RowBlockDropout = DropoutLine<Down::kKeys, P::kDropout ? P::kBlockM / 16 : 2, false>;
 
 // From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (mask * dP^T - delta).
 // With dropout the statistics are such that P^T is too large and delta too small by the factor
@@ -94,8 +86,9 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
   using Element = typename P::Element;
 #pragma unroll
   for (int k = 0; k < Steps; ++k) {
-    // The masks leave no registers for what ptxas would like to load ahead.
-    if (P::kDropout && k == Steps / 2) schedule_fence(never);
+    // Dropout leaves no registers for what ptxas would like to load ahead; at 256 it likes less.
+    if (P::kDropout && P::kHeadDim < 256 && k == Steps / 2) schedule_fence(never);
+    auto const square = dropout.square(P::kDropout ? k : 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 8 rows of the problem
       float2 const d = load_shared_float2(smem_address(delta + 16 * k + 8 * half + 2 * quad));
@@ -106,7 +99,7 @@ __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
         float dp_low = dp[8 * k + 2 * i], dp_high = dp[8 * k + 2 * i + 1];
         uint32_t p_pair = pack<Element>(prob[0], prob[1]);
         if constexpr (P::kDropout) {
-          uint32_t const flags = dropout.tiles[k / 2][k % 2].keep_flags(rule, half, down);
+          uint32_t const flags = square.keep_flags(rule, half, down);
           p_pair = multiply<Element>(p_pair, flags);
           dp_low *= __uint_as_float(flags << 16);
           dp_high *= __uint_as_float(flags & 0xffff0000u);
@@ -127,6 +120,7 @@ struct KeyGradients {
 template <class P>
 __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams const& p,
                                            BackwardSmem<P>& s, KeyWork<P> const& work,
+                                           DropoutLane<Down::kKeys> const& dropout_lane,
                                            PipelineState<P::kStages>& pipe, uint32_t keys_phase,
                                            int warpgroup, Lane const& lane) {
   constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
@@ -150,10 +144,9 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       issue_product<P>(scores, s.k, warpgroup * 64, s.q[stage]);
       s.dout_full[stage].wait(pipe.parity());
       issue_product<P>(dp, s.v, warpgroup * 64, s.dout[stage]);
-      if constexpr (P::kDropout) {
-        DropoutMask<Down::kKeys> const mask(problem, work.sequence.index, head);
-        dropout.draw(mask, block * P::kBlockM, warp_key);
-      }
+      if constexpr (P::kDropout)
+        dropout.draw(dropout_lane, work.sequence.index * problem.heads_q + head, block * P::kBlockM,
+                     warp_key);
       s.statistics_full[stage].wait(pipe.parity());
 
       wgmma_wait<1>();
@@ -230,6 +223,9 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
   PipelineState<P::kStages> pipe;
   uint32_t keys_phase = 0;
   KeyGradients<P> grad;
+  DropoutLane<Down::kKeys> dropout_lane;
+  if constexpr (P::kDropout)
+    dropout_lane = DropoutLane<Down::kKeys>(dropout_origin<false>(p.problem));
   ListedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
   for (Work tile; tiles.next(tile);) {
     KeyWork<P> work(p, tile);
@@ -237,7 +233,7 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
     fill_zero(grad.dk);
     fill_zero(grad.dv);
     if (work.rows.count > 0) {
-      accumulate(grad, p, s, work, pipe, keys_phase, warpgroup, lane);
+      accumulate(grad, p, s, work, dropout_lane, pipe, keys_phase, warpgroup, lane);
       release(s.keys_empty);
       keys_phase ^= 1;
     }

@@ -33,13 +33,17 @@ struct WideConsumer {
   FirstRows const first_rows;
   float const scale_log2;
   ByteRule const rule;
+  DropoutLane<Down::kKeys> dropout_lane;
 
   __device__ __forceinline__ WideConsumer(BackwardParams const& p, BackwardWideSmem<P>& s,
                                           KeyWork<P> const& work)
       : p(p), s(s), work(work), lane(threadIdx.x),
         first_rows(p.problem, work.sequence, P::kCausal,
                    work.first_key + lane.warp * 16 + lane.group),
-        scale_log2(p.problem.softmax_scale * kLog2e), rule(p.problem.drop_threshold) {}
+        scale_log2(p.problem.softmax_scale * kLog2e), rule(p.problem.drop_threshold) {
+    if constexpr (P::kDropout)
+      dropout_lane = DropoutLane<Down::kKeys>(dropout_origin<false>(p.problem));
+  }
 
   // What this consumer accumulates from: dO for dV, Q for dK.
   __device__ __forceinline__ auto& source(int buffer) const {
@@ -70,10 +74,9 @@ struct WideConsumer {
     s.dout_full[W].wait(parity);
     issue_product<P>(dp, s.v, 0, s.dout[W]);
     if constexpr (Pair && W == 1) barrier_arrive(kFirstScores, kBoth);
-    if constexpr (P::kDropout) {
-      DropoutMask<Down::kKeys> const mask(p.problem, work.sequence.index, walk.head);
-      dropout.draw(mask, walk.first_row(), work.first_key + lane.warp * 16);
-    }
+    if constexpr (P::kDropout)
+      dropout.draw(dropout_lane, work.sequence.index * p.problem.heads_q + walk.head,
+                   walk.first_row(), work.first_key + lane.warp * 16);
     s.statistics_full[W].wait(parity);
 
     wgmma_wait<1>();

@@ -47,6 +47,7 @@ struct ForwardSmem {
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
   ForwardHandover<P> tiles;
   [[no_unique_address]] StageKeys<P, P::kStages> keys;
+  [[no_unique_address]] SharedDropoutOrigin<P::kDropout && P::kListed> dropout;
 };
 
 template <class P>
@@ -192,7 +193,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   float out[P::kHeadDim / 2], scores[kScores], rescale[2], normalise[2], lse[2];
   uint32_t probabilities[kSteps][4];
   OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
-  BlockDropout<P> dropout(problem, tile.work);
+  BlockDropout<P> dropout(problem, tile.work, s.dropout);
 
   auto const warp_row = [&] { return tile.own_row + lane.warp * 16; };
   auto const next_tile = [&] { return tile.next(p, tiles, warpgroup, lane); };
@@ -280,7 +281,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     wgmma_wait<0>();
     pin_registers(scores);
     if constexpr (P::kListed) tile.make_uniform();
-    dropout.set_rows(warp_row());
+    dropout.set_tile(warp_row());
     fill_zero(out);
     dropout.draw(tile.block);
     if constexpr (!P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);
@@ -354,7 +355,10 @@ __global__ void __launch_bounds__(P::kThreads, 1)
                    ForwardScheduler<P> const __grid_constant__ scheduler) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<ForwardSmem<P>*>(smem_bytes);
-  if (threadIdx.x == 0) init_barriers(s);
+  if (threadIdx.x == 0) {
+    init_barriers(s);
+    if constexpr (P::kDropout && P::kListed) s.dropout = dropout_origin<true>(p.problem);
+  }
   __syncthreads();
 
   if (threadIdx.x < kWarpgroupThreads) {

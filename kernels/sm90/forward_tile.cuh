@@ -15,33 +15,45 @@ using ForwardKeyBlocks = KeyBlocks<P::kBlockM, P::kBlockN>;
 // A warp's dropout flags of one block; nothing at all without dropout.
 template <class P>
 struct BlockDropout {
-  static constexpr int kPairs = P::kDropout ? P::kBlockN / 32 : 1;
   Problem const& problem;
   Work const& work;
-  int row16;
-  DropoutTile tiles[kPairs][2];
+  int row = 0, head = 0;
+  SharedDropoutOrigin<P::kDropout && P::kListed> const& origin;
+  DropoutLane<Down::kRows> lane;
+  DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2, true> line;
 
-  __device__ __forceinline__ BlockDropout(Problem const& problem, Work const& work)
-      : problem(problem), work(work), row16(0) {}
-  __device__ __forceinline__ void set_rows(int warp_row) { row16 = warp_row / 16; }
+  __device__ __forceinline__
+  BlockDropout(Problem const& problem, Work const& work,
+               SharedDropoutOrigin<P::kDropout && P::kListed> const& origin)
+      : problem(problem), work(work), origin(origin) {
+    if constexpr (P::kDropout && !P::kListed)
+      lane = DropoutLane<Down::kRows>(dropout_origin<true>(problem));
+  }
+  __device__ __forceinline__ void set_tile(int warp_row) {
+    row = warp_row;
+    head = work.index * problem.heads_q + work.head;
+    if constexpr (P::kListed) head = warp_uniform(head);  // or ptxas wants a register for it
+  }
 
   __device__ __forceinline__ void draw(int block) {
     if constexpr (P::kDropout) {
-      DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
-      mask.draw(tiles, row16, block * (P::kBlockN / 16));
+      if constexpr (P::kListed) lane = DropoutLane<Down::kRows>(load_origin(origin));
+      line.draw(lane, head, uint32_t(row), uint32_t(block * P::kBlockN));
     }
   }
 
   template <int Steps>
   __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) const {
     if constexpr (P::kDropout) {
-      ByteRule const rule(problem.drop_threshold);
+      ByteRule const rule(problem);
 #pragma unroll
-      for (int k = 0; k < Steps; ++k)
+      for (int k = 0; k < Steps; ++k) {
+        auto const square = line.square(k);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           probabilities[k][i] = multiply<typename P::Element>(
-              probabilities[k][i], tiles[k / 2][k % 2].keep_flags(rule, i % 2, i / 2));
+              probabilities[k][i], square.keep_flags(rule, i % 2, i / 2));
+      }
     }
   }
 };

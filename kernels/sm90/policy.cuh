@@ -193,7 +193,6 @@ struct QueryGradientPolicy {
   static constexpr int kBlockN = 64;
   static constexpr int kKeyStages = 2;
   static constexpr int kValueStages = HeadDim > 192 ? 1 : 2;
-  static constexpr int kPairs = Dropout ? kBlockN / 32 : 1;
   static constexpr bool kFoldTiles = Causal;
   static constexpr bool kHoles = false;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;

@@ -27,6 +27,7 @@ struct QueryGradientSmem {
   Mbarrier v_full[P::kValueStages], v_empty[P::kValueStages];
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
   [[no_unique_address]] StageKeys<P, P::kKeyStages> keys;
+  [[no_unique_address]] SharedDropoutOrigin<P::kDropout> dropout;
 };
 
 template <class P>
@@ -108,23 +109,27 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
   }
 }
 
+// Random words of a block's scores.
+template <class P>
+using ScoreDropout = DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2, false>;
+
 // From S and dP of a block: dS = P (mask * dP - delta) with P = exp2(scale_log2 * S - LSE), 16
 // bits. The statistics of dropout are as common/dropout.cuh (dropout_lift) says.
 template <class P, int N>
 __device__ __forceinline__ void to_score_gradients(uint32_t (&operand)[N / 8][4],
                                                    float const (&scores)[N], float const (&dp)[N],
                                                    float const (&lse)[2], float const (&delta)[2],
-                                                   float scale_log2,
-                                                   DropoutTile const (&tiles)[P::kPairs][2],
+                                                   float scale_log2, ScoreDropout<P> const& dropout,
                                                    ByteRule const& rule) {
 #pragma unroll
-  for (int k = 0; k < N / 8; ++k)
+  for (int k = 0; k < N / 8; ++k) {
+    auto const square = dropout.square(P::kDropout ? k : 0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // rows g and g + 8, columns 2q and 2q + 8
       int const j = 8 * k + 2 * i, half = i % 2;
       float low = dp[j], high = dp[j + 1];
       if constexpr (P::kDropout) {
-        uint32_t const flags = tiles[k / 2][k % 2].keep_flags(rule, half, i / 2);
+        uint32_t const flags = square.keep_flags(rule, half, i / 2);
         low *= __uint_as_float(flags << 16);
         high *= __uint_as_float(flags & 0xffff0000u);
       }
@@ -132,6 +137,7 @@ __device__ __forceinline__ void to_score_gradients(uint32_t (&operand)[N / 8][4]
       high = exp2_approx(fmaf(scores[j + 1], scale_log2, -lse[half])) * (high - delta[half]);
       operand[k][i] = pack<typename P::Element>(low, high);
     }
+  }
 }
 
 template <class P>
@@ -150,7 +156,9 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
   uint32_t rows_phase = 0;
   float dq[P::kHeadDim / 2], scores[kScores], dp[kScores];
   uint32_t operand[kScores / 8][4];
-  DropoutTile flags[P::kPairs][2];
+  ScoreDropout<P> dropout;
+  DropoutLane<Down::kRows> dropout_lane;
+  if constexpr (P::kDropout) dropout_lane = DropoutLane<Down::kRows>(load_origin(s.dropout));
 
   while (tiles.next()) {
     Work const& work = tiles.work;
@@ -194,8 +202,9 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
         if constexpr (P::kDropout) {
           // Under dP, not before: the operand above leaves no registers for it at head dim 256.
           schedule_fence(problem.batch);
-          DropoutMask<Down::kRows> const mask(problem, work.index, work.head);
-          mask.draw(flags, warp_row / 16, block * (P::kBlockN / 16));
+          if constexpr (P::kHeadDim > 192) dropout_lane.find_call();
+          dropout.draw(dropout_lane, work.index * problem.heads_q + work.head, warp_row,
+                       block * P::kBlockN);
         }
         if constexpr (P::kHoles) {
           mask_keys(scores, s.keys.of[k_pipe.stage()], lane.quad);
@@ -209,7 +218,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
         wgmma_wait<0>();
         pin_registers(dp);
         release(s.v_empty[v_pipe.stage()]);
-        to_score_gradients<P>(operand, scores, dp, lse, delta, scale_log2, flags, rule);
+        to_score_gradients<P>(operand, scores, dp, lse, delta, scale_log2, dropout, rule);
         issue_update<P>(dq, operand, s.k[k_pipe.stage()]);
         k_pipe.next();
         v_pipe.next();
@@ -239,7 +248,10 @@ __global__ void __launch_bounds__(P::kThreads, 1)
                           TileScheduler<P::kFoldTiles> const __grid_constant__ scheduler) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<QueryGradientSmem<P>*>(smem_bytes);
-  if (threadIdx.x == 0) init_barriers(s);
+  if (threadIdx.x == 0) {
+    init_barriers(s);
+    if constexpr (P::kDropout) s.dropout = dropout_origin<false>(p.problem);
+  }
   __syncthreads();
 
   RowTiles<P> const tiles(p.problem, scheduler);

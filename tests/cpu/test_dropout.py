@@ -16,6 +16,9 @@ from hf_flashattn.reference import (
 )
 
 ALL_ONES = 0xFFFFFFFF
+# The cube roots of the first primes, 32 bits behind the point (as SHA-256 has them), made odd.
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+MULTIPLIERS = [int(prime ** (1 / 3) % 1 * 2**32) | 1 for prime in PRIMES]
 
 
 # Random123's known answers for philox4x32 with 7 rounds.
@@ -50,17 +53,14 @@ def scalar_philox(counter, key):
 
 def scalar_byte(seed, offset, head_index, r, c):
     """The random byte of one score, by the layout that the kernels are written to."""
-    row16, col16 = r // 16, c // 16
     gamma, alpha, b8 = r % 8 // 2, r % 2, r % 16 // 8
     t, e, d8 = c % 8 // 2, c % 2, c % 16 // 8
-    counter = (
-        gamma * 4 + t + (row16 >> 16) * 2**4 + (col16 >> 16) * 2**16,
-        (offset & ALL_ONES) ^ (offset >> 32 & ALL_ONES),
-        head_index,
-        row16 % 2**16 * 2**16 + col16 % 2**16,
-    )
-    words = scalar_philox(counter, (seed & ALL_ONES, seed >> 32 & ALL_ONES))
-    half = words[(alpha + col16) % 2 * 2 + b8] >> 16 * e & 0xFFFF
+    start = (offset & ALL_ONES, offset >> 32 & ALL_ONES, 0, 0)
+    row, column, *_ = scalar_philox(start, (seed & ALL_ONES, seed >> 32 & ALL_ONES))
+    counter = (gamma * 4 + t, row ^ r // 64, head_index, column ^ c // 64)
+    word = scalar_philox(counter, (0, 0))[alpha * 2 + e]
+    product = word * MULTIPLIERS[r // 16 % 4 * 4 + c // 16 % 4]
+    half = product >> (32 if b8 else 16) & 0xFFFF
     rotated = (half << 1 | half >> 15) & 0xFFFF
     return rotated & 0xFF if d8 else rotated >> 8
 
@@ -74,12 +74,12 @@ def scalar_keep(byte, threshold):
 )
 @pytest.mark.parametrize("p", [0.3, 0.8])
 def test_mask_bit_by_bit(seed, offset, p):
-    batch, heads, sq, sk = 2, 3, 37, 37
+    batch, heads, sq, sk = 2, 3, 87, 75
     rng = torch.tensor([seed, offset])
     mask = dropout_mask(rng[0], rng[1], batch, heads, sq, sk, p)
     assert mask.shape == (batch, heads, sq, sk) and mask.dtype == torch.bool
     assert torch.equal(mask, dropout_mask(seed, offset, batch, heads, sq, sk, p))
-    for b, h, r, c in torch.cartesian_prod(*map(torch.arange, mask.shape))[::7].tolist():
+    for b, h, r, c in torch.cartesian_prod(*map(torch.arange, mask.shape))[::31].tolist():
         byte = scalar_byte(seed, offset, b * heads + h, r, c)
         assert bool(mask[b, h, r, c]) == scalar_keep(byte, drop_threshold(p)), (b, h, r, c)
 
@@ -124,7 +124,7 @@ def correlation(a, b):
 def test_elements_are_independent():
     mask = dropout_mask(5, 6, 2, 2, 512, 512, 0.3)
     limit = 6 / math.sqrt(512 * 448)
-    for step in (1, 2, 4, 8, 16, 32, 64):
+    for step in (1, 2, 4, 8, 16, 32, 48, 64):
         assert abs(correlation(mask[:, :, step:], mask[:, :, :-step])) < limit
         assert abs(correlation(mask[..., step:], mask[..., :-step])) < limit
         assert abs(correlation(mask[..., step:, step:], mask[..., :-step, :-step])) < limit
@@ -134,24 +134,61 @@ def test_elements_are_independent():
         assert abs(correlation(mask[0, 0], other)) < limit
 
 
-def every_16x16_tile(mask):
-    """(batch, heads, 16 m, 16 n) -> (tiles, 256): what one tile's 16 Philox calls decide."""
-    tiles = mask.unflatten(2, (-1, 16)).unflatten(4, (-1, 16)).permute(0, 1, 2, 4, 3, 5)
-    return tiles.reshape(-1, 256).double()
+def every_tile(mask):
+    """(batch, heads, 64 m, 64 n) -> (tiles, 64, 64): what a tile's 16 Philox calls decide."""
+    tiles = mask.unflatten(2, (-1, 64)).unflatten(4, (-1, 64)).permute(0, 1, 2, 4, 3, 5)
+    return tiles.flatten(0, 3)
+
+
+def normal(mask, p):
+    """Of mean 0 and variance 1."""
+    kept = 1 - drop_threshold(p) / 256
+    return (mask.float() - kept) / math.sqrt(kept * (1 - kept))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 def test_elements_of_a_tile_are_independent(p):
-    """All pairs of the 256 elements: bits of one call, of one word, of one half word."""
-    tiles = every_16x16_tile(dropout_mask(3, 4, 4, 4, 512, 512, p))
-    products = torch.corrcoef(tiles.T) * math.sqrt(len(tiles))  # of unit variance
-    pairs = products[torch.triu_indices(256, 256, 1).unbind()]
-    assert pairs.abs().max() < 6
-    assert abs(pairs.square().mean() - 1) < 6 * math.sqrt(2 / len(pairs))
-    # How many of a tile are kept varies as much as 256 independent elements would.
-    kept = 1 - drop_threshold(p) / 256
-    spread = tiles.sum(1).var() / (256 * kept * (1 - kept))
-    assert abs(spread - 1) < 6 * math.sqrt(2 / len(tiles))
+    """All pairs of the 4096 elements: bits of one call, one word, one product, one half word."""
+    tiles = every_tile(dropout_mask(3, 4, 4, 4, 512, 512, p))
+    x = normal(tiles.flatten(1), p)
+    products = x.T @ x / math.sqrt(len(x))  # of unit variance
+    pairs = products[torch.ones_like(products).triu(1).bool()]
+    assert pairs.abs().max() < 7
+    # What a word decides, in two rows and two columns of every square: its pairs are among them.
+    for g, c in ((0, 0), (3, 6), (7, 7)):
+        of_word = torch.zeros(64, 64, dtype=torch.bool)
+        of_word[g::8, c::8] = True
+        own = products[of_word.flatten()][:, of_word.flatten()]
+        own = own[torch.ones_like(own).triu(1).bool()]
+        assert abs(own.square().mean() - 1) < 6 * math.sqrt(2 / len(own))
+    assert abs(pairs.square().mean() - 1) < 0.02
+    # How many of a tile are kept varies as much as 4096 independent elements would.
+    spread = x.sum(1).var() / 4096
+    assert abs(spread - 1) < 6 * math.sqrt(2 / len(x))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_elements_of_a_word_are_independent(p):
+    """Pairs and threes of the 64 elements of a word: 16 squares, 4 bytes each; of 2^20 words."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(2**32, (2**20,), generator=generator)
+    threshold = drop_threshold(p)
+    flags = []
+    for multiplier in MULTIPLIERS:
+        product = words * multiplier  # modulo 2^64
+        for half in (product >> 16 & 0xFFFF, product >> 32 & 0xFFFF):
+            rotated = (half << 1 | half >> 15) & 0xFFFF
+            flags += [rotated >> 8 >= threshold, rotated & 0xFF >= threshold]
+    x = normal(torch.stack(flags), p)  # (64, words)
+    limit = 6 / math.sqrt(len(words))
+    pairs = x @ x.T / len(words)
+    assert pairs[torch.ones_like(pairs).triu(1).bool()].abs().max() < limit
+    for a, b in ((0, 1), (0, 4), (1, 63), (5, 22), (17, 40)):
+        threes = x @ (x[a] * x[b]) / len(words)
+        others = torch.ones(64, dtype=torch.bool)
+        others[[a, b]] = False
+        # The third moment of one factor widens the tails.
+        assert threes[others].abs().max() < 1.5 * limit
 
 
 def test_kept_fraction_of_every_threshold():
@@ -165,7 +202,7 @@ def test_kept_fraction_of_every_threshold():
 
 def test_no_tile_repeats():
     """Counters of all rows, columns and heads differ, in bits that a call's upper words see."""
-    tiles = every_16x16_tile(dropout_mask(1, 1, 2, 2, 512, 256, 0.5))
+    tiles = every_tile(dropout_mask(1, 1, 2, 2, 512, 256, 0.5)).flatten(1)
     assert len(tiles.unique(dim=0)) == len(tiles)
 
 

@@ -107,19 +107,25 @@ def benchmark(
 def leave_out_what_does_not_fit(
     contenders: list[Contender], batch: Batch, device: torch.device
 ) -> tuple[list[Contender], dict[str, dict[str, Any]]]:
-    """Those that can make a step beside the others, and a record of those that can not."""
-    fitting, missing = [], {}
-    while contenders:
-        current = contenders.pop(0)
-        try:
-            current.step(to_device(current.form(batch), device))
-            fitting.append(current)
-        except torch.cuda.OutOfMemoryError as error:
-            missing[current.name] = {"out_of_memory": str(error).splitlines()[0]}
-        if current.name in missing:  # outside of except: the traceback holds the activations
-            del current
-            _free(device)
-    return fitting, missing
+    """Those that can make a step beside the others, and a record of those that can not.
+
+    Everybody makes two: in the first the others may have no optimizer state yet.
+    """
+    missing: dict[str, dict[str, Any]] = {}
+    for _ in range(2):
+        fitting = []
+        while contenders:
+            current = contenders.pop(0)
+            try:
+                current.step(to_device(current.form(batch), device))
+                fitting.append(current)
+            except torch.cuda.OutOfMemoryError as error:
+                missing[current.name] = {"out_of_memory": str(error).splitlines()[0]}
+            if current.name in missing:  # outside of except: the traceback holds the activations
+                del current
+                _free(device)
+        contenders = fitting
+    return contenders, missing
 
 
 def attentions_for(shape: Shape, compiled: bool, asked: Sequence[str]) -> list[str]:

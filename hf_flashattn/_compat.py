@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -346,10 +347,27 @@ def misstates_window(cls: type) -> bool:
     return cls.__name__ == "DiffusionGemmaDecoderTextAttention"
 
 
-def attentions_wanted() -> bool:
-    """True inside a forward whose caller asked for attention weights (output_attentions=True)."""
+# Modules whose last forward was to give attention weights.
+_GIVING_WEIGHTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def attentions_wanted(module: nn.Module | None = None) -> bool:
+    """True inside a forward whose caller asked for attention weights (output_attentions=True).
+
+    module: the one that asks. Gradient checkpointing runs it again in the backward, where nobody
+    asks for weights: it gets the answer of its last forward, as other operators would be saved.
+    """
     collected = _collected()
-    return collected is not None and any(key.endswith("attentions") for key in collected)
+    wanted = collected is not None and any(key.endswith("attentions") for key in collected)
+    if module is None or torch.compiler.is_compiling():
+        return wanted
+    if torch._C._current_graph_task_id() != -1:  # in a backward
+        return module in _GIVING_WEIGHTS
+    if wanted:
+        _GIVING_WEIGHTS.add(module)
+    elif _GIVING_WEIGHTS:
+        _GIVING_WEIGHTS.discard(module)
+    return wanted
 
 
 def hidden_states_collector() -> dict | None:

@@ -168,7 +168,9 @@ def _quick(
     settings = module.__dict__.get(SETTINGS)
     if settings is None:
         settings = _settings_of_registered_name()
-    if settings.tried or settings.excluded is not None or _compat.attentions_wanted():
+    if settings.tried or settings.excluded is not None:
+        return None
+    if _compat.attentions_wanted(module):
         return None
     if torch._C._is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)

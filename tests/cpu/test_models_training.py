@@ -93,6 +93,31 @@ def test_checkpointing_replays_dropout(make, kind, reentrant):
         assert torch.allclose(grads[key], grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item()), key
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@MAKERS
+def test_checkpointing_replays_the_wish_for_weights(make, reentrant):
+    """A layer that is run again in the backward runs on what its last forward ran on."""
+    model = make().train()
+    model.set_attn_implementation("eager")
+
+    def gradient(wanted: bool) -> torch.Tensor:
+        model.zero_grad()
+        torch.manual_seed(0)
+        out = model(tokens(), output_attentions=wanted, use_cache=False)
+        assert (out.attentions is not None) == wanted
+        out[0].square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = gradient(False)
+    with hf_flashattn.patched(model) as report:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for wanted in (True, False):
+            got = gradient(wanted)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+        assert all((row.calls.fallback, row.calls.cpu) == (2, 2) for row in report.rows)
+        model.gradient_checkpointing_disable()
+
+
 def test_checkpointing_replays_packing():
     model = gpt2().train()
     positions = torch.cat([torch.arange(6), torch.arange(7)])[None].repeat(3, 1)

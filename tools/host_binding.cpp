@@ -1,8 +1,9 @@
 // kernels/torch_binding.cpp for CPU tensors, on launchers that do nothing but note what they got.
 //
 // What the host does for a call can so be timed and looked at without a GPU, nvcc or a CUDA build
-// of torch; tools/host_binding.py compiles it. The binding is included as it is. Only what it asks
-// of devices is answered here: tensors of the CPU count as cuda:0, which is the current device.
+// of torch; tools/host_binding.py compiles it. The binding and its header are included as they are.
+// Only what they ask of devices is answered here: tensors of the CPU count as cuda:0, which is the
+// current device.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +13,7 @@
 
 #include "params.h"
 
-// The few CUDA names that the binding uses, in the place of cuda_runtime_api.h.
+// The few CUDA names that torch_tensors.h uses, in the place of cuda_runtime_api.h.
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,

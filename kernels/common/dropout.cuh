@@ -61,30 +61,22 @@ struct ByteRule {
   uint32_t limit;  // in bits 7 .. 14 of both halves
   bool below;      // keep bytes below the limit, not the others
 
-  __device__ __forceinline__ explicit ByteRule(uint32_t threshold)
-      : limit((threshold > 128 ? 256 - threshold : threshold) * 0x00800080u),
-        below(threshold > 128) {}
-  // Of the host's limit: for loops that make the rule anew in every block.
   __device__ __forceinline__ explicit ByteRule(Problem const& p)
       : limit(p.drop_limit), below(p.drop_threshold > 128) {}
 };
 
-// Lean: one instruction. What nvcc makes of a product of uint64_t adds an upper half that is zero;
-// the backward is 2 % faster with it all the same (benchmarks/NOTES.md).
-template <bool Lean>
+// One instruction. What nvcc makes of a product of uint64_t adds an upper half that is zero.
 __device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
-  if constexpr (!Lean) return uint64_t{a} * b;
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;\n" : "=l"(product) : "r"(a), "r"(b));
   return product;
 }
 
-template <bool Lean>
 __device__ __forceinline__ uint4 philox_7(uint4 counter, uint2 key) {
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    uint64_t const a = multiply_wide<Lean>(0xD2511F53u, counter.x);
-    uint64_t const b = multiply_wide<Lean>(0xCD9E8D57u, counter.z);
+    uint64_t const a = multiply_wide(0xD2511F53u, counter.x);
+    uint64_t const b = multiply_wide(0xCD9E8D57u, counter.z);
     counter = make_uint4(uint32_t(b >> 32) ^ counter.y ^ key.x, uint32_t(b),
                          uint32_t(a >> 32) ^ counter.w ^ key.y, uint32_t(a));
     key.x += 0x9E3779B9u;
@@ -104,13 +96,11 @@ static __constant__ uint32_t kMultipliers[4][4] = {
 enum class Down { kRows, kKeys };  // which index of the accumulator runs down its 64 rows
 
 // The random bytes of a lane's 8 elements in a 16 x 16 square, and what is made of them.
-template <bool Lean>
 struct DropoutSquare {
   uint64_t products[2];  // of the words of neighbouring elements
 
   __device__ __forceinline__ DropoutSquare(uint32_t const (&words)[2], uint32_t multiplier)
-      : products{multiply_wide<Lean>(words[0], multiplier),
-                 multiply_wide<Lean>(words[1], multiplier)} {}
+      : products{multiply_wide(words[0], multiplier), multiply_wide(words[1], multiplier)} {}
 
   // 1.0 or 0.0, as fp16 numbers, for the two elements of a register at (row half, column half).
   __device__ __forceinline__ uint32_t keep_flags(ByteRule const& rule, int row_half,
@@ -140,11 +130,10 @@ struct DropoutSquare {
 };
 
 // What the rows and columns of tiles are combined with: random words of the call's own.
-template <bool Lean>
 __device__ __forceinline__ uint2 dropout_origin(Problem const& p) {
   uint64_t const seed = p.rng_state[0], offset = p.rng_state[1];
-  uint4 const r = philox_7<Lean>(make_uint4(uint32_t(offset), uint32_t(offset >> 32), 0, 0),
-                                 make_uint2(uint32_t(seed), uint32_t(seed >> 32)));
+  uint4 const r = philox_7(make_uint4(uint32_t(offset), uint32_t(offset >> 32), 0, 0),
+                           make_uint2(uint32_t(seed), uint32_t(seed >> 32)));
   return make_uint2(r.x, r.y);
 }
 
@@ -178,7 +167,7 @@ struct DropoutLane {
 // This lane's elements in a line of squares, 16 rows by 16 * Squares columns (kRows), or the same
 // transposed (kKeys). The line begins with a tile, but for one of 6 squares, which may begin in the
 // middle of one.
-template <Down D, int Squares, bool Lean>
+template <Down D, int Squares>
 struct DropoutLine {
   static constexpr bool kWholeTiles = Squares % 4 == 0;
   static constexpr int kTiles = (Squares + 3) / 4;
@@ -187,20 +176,23 @@ struct DropoutLine {
   int first;                  // square of its tile
   uint32_t multipliers[4];
 
-  // head: its index among those of all batches; row, column: of the first element of the line.
   template <class Index>
   __device__ __forceinline__ void draw(DropoutLane<D> const& lane, uint32_t head, Index row,
                                        Index column) {
+    draw_words(lane, head, row, column);
+    find_multipliers(D == Down::kRows ? row : column);
+  }
+
+  // head: its index among those of all batches; row, column: of the first element of the line.
+  template <class Index>
+  __device__ __forceinline__ void draw_words(DropoutLane<D> const& lane, uint32_t head, Index row,
+                                             Index column) {
     constexpr bool kRows = D == Down::kRows;
     first = kWholeTiles ? 0 : (kRows ? column : row) / 16 % 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      multipliers[i] = kRows ? kMultipliers[row / 16 % 4][(first + i) % 4]
-                             : kMultipliers[(first + i) % 4][column / 16 % 4];
     uint32_t const next = kTiles > 1 && lane.odd;
     uint4 const counter{lane.call, lane.origin.x ^ (row / kTile + (kRows ? 0 : next)), head,
                         lane.origin.y ^ (column / kTile + (kRows ? next : 0))};
-    uint4 const r = philox_7<Lean>(counter, make_uint2(0, 0));
+    uint4 const r = philox_7(counter, make_uint2(0, 0));
     uint32_t const even[2] = {r.x, kRows ? r.y : r.z}, odd[2] = {kRows ? r.z : r.y, r.w};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -214,7 +206,18 @@ struct DropoutLine {
     }
   }
 
-  __device__ __forceinline__ DropoutSquare<Lean> square(int i) const {
+  // After draw_words, where four registers less are wanted in between. across: the row of a line of
+  // kRows, the column of one of kKeys.
+  template <class Index>
+  __device__ __forceinline__ void find_multipliers(Index across) {
+    int const other = across / 16 % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      multipliers[i] = D == Down::kRows ? kMultipliers[other][(first + i) % 4]
+                                        : kMultipliers[(first + i) % 4][other];
+  }
+
+  __device__ __forceinline__ DropoutSquare square(int i) const {
     if (kWholeTiles || i / 2 != 1) return {words[i / 4], multipliers[i % 4]};
     uint32_t const of_second[2] = {first ? words[kTiles - 1][0] : words[0][0],
                                    first ? words[kTiles - 1][1] : words[0][1]};

@@ -72,7 +72,7 @@ __device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arri
 
 // Random words of a row block, drawn while the tensor cores work on S^T.
 template <class P>
-using RowBlockDropout = DropoutLine<Down::kKeys, P::kDropout ? P::kBlockM / 16 : 2, false>;
+using RowBlockDropout = DropoutLine<Down::kKeys, P::kDropout ? P::kBlockM / 16 : 2>;
 
 // From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (mask * dP^T - delta).
 // With dropout the statistics are such that P^T is too large and delta too small by the factor
@@ -120,13 +120,12 @@ struct KeyGradients {
 template <class P>
 __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams const& p,
                                            BackwardSmem<P>& s, KeyWork<P> const& work,
-                                           DropoutLane<Down::kKeys> const& dropout_lane,
-                                           PipelineState<P::kStages>& pipe, uint32_t keys_phase,
-                                           int warpgroup, Lane const& lane) {
+                                           uint2 origin_of_dropout, PipelineState<P::kStages>& pipe,
+                                           uint32_t keys_phase, int warpgroup, Lane const& lane) {
   constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
   Problem const& problem = p.problem;
   float const scale_log2 = problem.softmax_scale * kLog2e;
-  ByteRule const rule(problem.drop_threshold);
+  ByteRule const rule(problem);
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
   FirstRows const first_rows(problem, work.sequence, P::kCausal, warp_key + lane.group);
   s.k_full.wait(keys_phase);
@@ -144,9 +143,9 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       issue_product<P>(scores, s.k, warpgroup * 64, s.q[stage]);
       s.dout_full[stage].wait(pipe.parity());
       issue_product<P>(dp, s.v, warpgroup * 64, s.dout[stage]);
-      if constexpr (P::kDropout)
-        dropout.draw(dropout_lane, work.sequence.index * problem.heads_q + head, block * P::kBlockM,
-                     warp_key);
+      if constexpr (P::kDropout)  // the lane's part anew: no registers for it
+        dropout.draw(DropoutLane<Down::kKeys>(origin_of_dropout),
+                     work.sequence.index * problem.heads_q + head, block * P::kBlockM, warp_key);
       s.statistics_full[stage].wait(pipe.parity());
 
       wgmma_wait<1>();
@@ -223,9 +222,8 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
   PipelineState<P::kStages> pipe;
   uint32_t keys_phase = 0;
   KeyGradients<P> grad;
-  DropoutLane<Down::kKeys> dropout_lane;
-  if constexpr (P::kDropout)
-    dropout_lane = DropoutLane<Down::kKeys>(dropout_origin<false>(p.problem));
+  uint2 origin_of_dropout{};
+  if constexpr (P::kDropout) origin_of_dropout = dropout_origin(p.problem);
   ListedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
   for (Work tile; tiles.next(tile);) {
     KeyWork<P> work(p, tile);
@@ -233,7 +231,7 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
     fill_zero(grad.dk);
     fill_zero(grad.dv);
     if (work.rows.count > 0) {
-      accumulate(grad, p, s, work, dropout_lane, pipe, keys_phase, warpgroup, lane);
+      accumulate(grad, p, s, work, origin_of_dropout, pipe, keys_phase, warpgroup, lane);
       release(s.keys_empty);
       keys_phase ^= 1;
     }

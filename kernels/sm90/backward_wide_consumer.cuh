@@ -40,9 +40,8 @@ struct WideConsumer {
       : p(p), s(s), work(work), lane(threadIdx.x),
         first_rows(p.problem, work.sequence, P::kCausal,
                    work.first_key + lane.warp * 16 + lane.group),
-        scale_log2(p.problem.softmax_scale * kLog2e), rule(p.problem.drop_threshold) {
-    if constexpr (P::kDropout)
-      dropout_lane = DropoutLane<Down::kKeys>(dropout_origin<false>(p.problem));
+        scale_log2(p.problem.softmax_scale * kLog2e), rule(p.problem) {
+    if constexpr (P::kDropout) dropout_lane = DropoutLane<Down::kKeys>(dropout_origin(p.problem));
   }
 
   // What this consumer accumulates from: dO for dV, Q for dK.

@@ -211,8 +211,17 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     }
     return found;
   };
+  auto const draw_at = [&](Draw moment) {
+    if (P::kDraw == moment) dropout.draw(tile.block);
+  };
+  auto const draw_first = [&](Draw moment) {
+    if (P::kDraw != moment) return;
+    dropout.set_tile(warp_row());
+    dropout.draw(tile.block);
+  };
   auto const issue_first_scores = [&] {
     skip_blocks();
+    draw_first(Draw::kBeforeScores);
     s.q_full[q_pipe.stage()].wait(q_pipe.parity());
     s.k_full[pipe.stage()].wait(pipe.parity());
     turns.take();
@@ -277,13 +286,13 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   bool found = next_busy_tile(next_tile());
   while (found) {
     issue_first_scores();
+    draw_first(Draw::kUnderScores);
     if constexpr (kStoreLate) store_output(rows, 0);
     wgmma_wait<0>();
     pin_registers(scores);
     if constexpr (P::kListed) tile.make_uniform();
-    dropout.set_tile(warp_row());
     fill_zero(out);
-    dropout.draw(tile.block);
+    draw_first(Draw::kWithSoftmax);
     if constexpr (!P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);
     mask_scores();
     if constexpr (P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);  // and its BlockKeys
@@ -293,6 +302,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     while (--tile.block >= tile.first) {
       auto const previous = pipe;
       pipe.next();
+      draw_at(Draw::kBeforeScores);
       s.k_full[pipe.stage()].wait(pipe.parity());
       turns.take();
       issue_scores(scores, s, pipe.stage(), P::kListed ? anew(q_pipe.stage()) : q_pipe.stage(),
@@ -300,12 +310,12 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       s.v_full[previous.stage()].wait(previous.parity());
       issue_output(out, probabilities, s, previous.stage());
       turns.pass();
-      if constexpr (P::kDrawEarly) dropout.draw(tile.block);  // under S = Q K^T
+      draw_at(Draw::kUnderScores);
       wgmma_wait<1>();
       pin_registers(scores);
       mask_scores();  // with the softmax, under O += P V
       softmax.next(scores);
-      if constexpr (!P::kDrawEarly) dropout.draw(tile.block);
+      draw_at(Draw::kWithSoftmax);
       wgmma_wait<0>();
       pin_registers(out);
       pin_registers(probabilities);
@@ -357,7 +367,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   auto& s = *reinterpret_cast<ForwardSmem<P>*>(smem_bytes);
   if (threadIdx.x == 0) {
     init_barriers(s);
-    if constexpr (P::kDropout && P::kListed) s.dropout = dropout_origin<true>(p.problem);
+    if constexpr (P::kDropout && P::kListed) s.dropout = dropout_origin(p.problem);
   }
   __syncthreads();
 

@@ -20,15 +20,16 @@ struct BlockDropout {
   int row = 0, head = 0;
   SharedDropoutOrigin<P::kDropout && P::kListed> const& origin;
   DropoutLane<Down::kRows> lane;
-  DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2, true> line;
+  DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2> line;
 
   __device__ __forceinline__
   BlockDropout(Problem const& problem, Work const& work,
                SharedDropoutOrigin<P::kDropout && P::kListed> const& origin)
       : problem(problem), work(work), origin(origin) {
     if constexpr (P::kDropout && !P::kListed)
-      lane = DropoutLane<Down::kRows>(dropout_origin<true>(problem));
+      lane = DropoutLane<Down::kRows>(dropout_origin(problem));
   }
+  // Before the first draw of a tile.
   __device__ __forceinline__ void set_tile(int warp_row) {
     row = warp_row;
     head = work.index * problem.heads_q + work.head;
@@ -38,14 +39,16 @@ struct BlockDropout {
   __device__ __forceinline__ void draw(int block) {
     if constexpr (P::kDropout) {
       if constexpr (P::kListed) lane = DropoutLane<Down::kRows>(load_origin(origin));
-      line.draw(lane, head, uint32_t(row), uint32_t(block * P::kBlockN));
+      line.draw_words(lane, head, uint32_t(row), uint32_t(block * P::kBlockN));
+      if constexpr (P::kDraw == Draw::kWithSoftmax) line.find_multipliers(uint32_t(row));
     }
   }
 
   template <int Steps>
-  __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) const {
+  __device__ __forceinline__ void apply(uint32_t (&probabilities)[Steps][4]) {
     if constexpr (P::kDropout) {
       ByteRule const rule(problem);
+      if constexpr (P::kDraw != Draw::kWithSoftmax) line.find_multipliers(uint32_t(row));
 #pragma unroll
       for (int k = 0; k < Steps; ++k) {
         auto const square = line.square(k);

@@ -42,6 +42,14 @@ enum class OutputPath {
   kRegisters,    // exchanged between lanes, where there is no memory for two tiles of Q either
 };
 
+// When a consumer draws the random words of a block of keys. Philox is a chain of products, each of
+// which waits for the last: time that is there while others use the tensor cores.
+enum class Draw {
+  kBeforeScores,  // while it waits for K and for its turn
+  kUnderScores,   // while its S = Q K^T runs
+  kWithSoftmax,   // mixed into it: the only one that keeps no words across it
+};
+
 // HeadDim: of the kernel. It serves every smaller multiple of 8 too: TMA fills up with zeros, and
 // only the columns that exist are written.
 template <int HeadDim, DType Type, bool Causal, bool Dropout, int Consumers, int BlockN>
@@ -65,9 +73,13 @@ struct ForwardTile {
               kSharedMemoryBytes
           ? OutputPath::kOwnMemory
           : OutputPath::kQueryMemory;
-  // Where Philox runs: under S = Q K^T, or mixed into the softmax. Never compared in one run: over
-  // cuDNN d128 stood at 1.47 full and 1.42 causal early, 1.44 and 1.42 late.
-  static constexpr bool kDrawEarly = HeadDim == 128;
+  // In one run: d64 under S 1.92 / 1.84 (full, causal, over the better peer), before S 1.88 / 1.81,
+  // with the softmax 1.77 / 1.75; d96 1.81 / 1.72, 1.78 / 1.71, 1.71 / 1.71. At d128, with more
+  // registers, before S 1.94 / 1.90, under S 1.89 / 1.89. At d192 and d256 the others lost 0 to 3
+  // %, at d32 up to 4 %.
+  static constexpr Draw kDraw = HeadDim == 64 || HeadDim == 96 ? Draw::kUnderScores
+                                : HeadDim == 128               ? Draw::kBeforeScores
+                                                               : Draw::kWithSoftmax;
   // See TileScheduler. Chunks instead of folding gained 5 % at d64 causal, together with idle
   // consumers handing tiles back, and lost 5 % at d128.
   static constexpr bool kFoldTiles = HeadDim >= 128 && Causal;
@@ -114,6 +126,8 @@ struct ListedPolicy : P {
   static constexpr OutputPath kOutputPath = P::kOutputPath == OutputPath::kOwnMemory
                                                 ? OutputPath::kQueryMemory  // registers
                                                 : P::kOutputPath;
+  static constexpr Draw kDraw =
+      P::kConsumers == 3 ? Draw::kWithSoftmax : P::kDraw;  // registers again
 };
 
 // And for problems with key_bits, where every block looks at its bits: a forward with listed tiles,

@@ -111,7 +111,7 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
 
 // Random words of a block's scores.
 template <class P>
-using ScoreDropout = DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2, false>;
+using ScoreDropout = DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2>;
 
 // From S and dP of a block: dS = P (mask * dP - delta) with P = exp2(scale_log2 * S - LSE), 16
 // bits. The statistics of dropout are as common/dropout.cuh (dropout_lift) says.
@@ -150,7 +150,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
   float const scale_log2 = problem.softmax_scale * kLog2e;
-  ByteRule const rule(problem.drop_threshold);
+  ByteRule const rule(problem);
   PipelineState<P::kKeyStages> k_pipe;
   PipelineState<P::kValueStages> v_pipe;
   uint32_t rows_phase = 0;
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   auto& s = *reinterpret_cast<QueryGradientSmem<P>*>(smem_bytes);
   if (threadIdx.x == 0) {
     init_barriers(s);
-    if constexpr (P::kDropout) s.dropout = dropout_origin<false>(p.problem);
+    if constexpr (P::kDropout) s.dropout = dropout_origin(p.problem);
   }
   __syncthreads();
 

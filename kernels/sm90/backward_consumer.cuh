@@ -70,7 +70,7 @@ __device__ __forceinline__ void to_probabilities(float (&scores)[N], float const
 // the producer to overwrite what they read (seen at head dim 256).
 __device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arrive(); }
 
-// Random words of a row block, drawn while the tensor cores work on S^T.
+// Random words of a row block.
 template <class P>
 using RowBlockDropout = DropoutLine<Down::kKeys, P::kDropout ? P::kBlockM / 16 : 2>;
 
@@ -138,14 +138,20 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
       float scores[kScores], dp[kScores], dq[P::kPartColumns / 2];
       uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];
       RowBlockDropout<P> dropout;
+      auto const draw_at = [&](Draw moment) {
+        if constexpr (P::kDropout)
+          if (P::kDraw == moment)  // the lane's part anew: no registers for it
+            dropout.draw(DropoutLane<Down::kKeys>(origin_of_dropout),
+                         work.sequence.index * problem.heads_q + head, block * P::kBlockM,
+                         warp_key);
+      };
 
+      draw_at(Draw::kBeforeScores);
       s.q_full[stage].wait(pipe.parity());
       issue_product<P>(scores, s.k, warpgroup * 64, s.q[stage]);
       s.dout_full[stage].wait(pipe.parity());
       issue_product<P>(dp, s.v, warpgroup * 64, s.dout[stage]);
-      if constexpr (P::kDropout)  // the lane's part anew: no registers for it
-        dropout.draw(DropoutLane<Down::kKeys>(origin_of_dropout),
-                     work.sequence.index * problem.heads_q + head, block * P::kBlockM, warp_key);
+      draw_at(Draw::kUnderScores);
       s.statistics_full[stage].wait(pipe.parity());
 
       wgmma_wait<1>();

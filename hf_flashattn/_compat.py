@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -105,6 +106,7 @@ __all__ = [
     "PreTrainedConfig",
     "PreTrainedModel",
     "attentions_wanted",
+    "attentions_wanted_of",
     "checkpoints_reentrantly",
     "describe_mask",
     "eager_function",
@@ -347,22 +349,29 @@ def misstates_window(cls: type) -> bool:
     return cls.__name__ == "DiffusionGemmaDecoderTextAttention"
 
 
+def attentions_wanted() -> bool:
+    """True inside a forward whose caller asked for attention weights (output_attentions=True)."""
+    collected = _collected()
+    return collected is not None and any(key.endswith("attentions") for key in collected)
+
+
 # Modules whose last forward was to give attention weights.
 _GIVING_WEIGHTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def attentions_wanted(module: nn.Module | None = None) -> bool:
-    """True inside a forward whose caller asked for attention weights (output_attentions=True).
+def attentions_wanted_of(module: nn.Module) -> bool:
+    """Whether this run of `module` is to give attention weights, as its caller asked.
 
-    module: the one that asks. Gradient checkpointing runs it again in the backward, where nobody
-    asks for weights: it gets the answer of its last forward, as other operators would be saved.
+    A forward's answer is noted in _GIVING_WEIGHTS. Gradient checkpointing runs the module again in
+    the backward, where the caller's wish is no longer to be seen; the note answers there. With
+    another answer than its forward had, the module would save other tensors for its gradients,
+    which without reentrance is an error.
     """
-    collected = _collected()
-    wanted = collected is not None and any(key.endswith("attentions") for key in collected)
-    if module is None or torch.compiler.is_compiling():
-        return wanted
-    if torch._C._current_graph_task_id() != -1:  # in a backward
+    if torch.compiler.is_compiling():
+        return attentions_wanted()
+    if _current_graph_task_id() != -1:  # in a backward
         return module in _GIVING_WEIGHTS
+    wanted = attentions_wanted()
     if wanted:
         _GIVING_WEIGHTS.add(module)
     elif _GIVING_WEIGHTS:

@@ -170,7 +170,7 @@ def _quick(
         settings = _settings_of_registered_name()
     if settings.tried or settings.excluded is not None:
         return None
-    if _compat.attentions_wanted(module):
+    if _compat.attentions_wanted_of(module):
         return None
     if torch._C._is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)

@@ -89,7 +89,8 @@ class Call:
     @property
     def weights_wanted(self) -> bool:
         """Whether the caller asked for the attention weights."""
-        return bool(self.extra.get("output_attentions")) or _compat.attentions_wanted(self.module)
+        told = bool(self.extra.get("output_attentions"))
+        return told or _compat.attentions_wanted_of(self.module)
 
     def padded(self) -> Call:
         """The call of a batch without padding (Packed) as the padded batch would make it."""

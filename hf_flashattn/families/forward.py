@@ -88,7 +88,7 @@ class OwnForward:
             given = kwargs["output_attentions"]
         else:
             given = args[place] if place is not None and place < len(args) else False
-        return bool(given) or self.wanted or _compat.attentions_wanted(self.module)
+        return bool(given) or self.wanted or _compat.attentions_wanted_of(self.module)
 
 
 def _viewed(run: Deferral, x: Any) -> Any:

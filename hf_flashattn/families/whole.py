@@ -102,7 +102,7 @@ def _multi_head(
         or any(x is not None for x in (bias_k, bias_v, static_k, static_v))
     ):
         return NotImplemented
-    if need_weights and _compat.attentions_wanted():
+    if need_weights and _compat.attentions_wanted_of(run.module):
         run.give_up("the mean over heads")
         return NotImplemented
     weights = (q_proj_weight, k_proj_weight, v_proj_weight)

@@ -59,13 +59,18 @@ def scalar_byte(seed, offset, head_index, r, c):
     row, column, *_ = scalar_philox(start, (seed & ALL_ONES, seed >> 32 & ALL_ONES))
     counter = (gamma * 4 + t, row ^ r // 64, head_index, column ^ c // 64)
     word = scalar_philox(counter, (0, 0))[alpha * 2 + e]
-    product = word * MULTIPLIERS[r // 16 % 4 * 4 + c // 16 % 4]
+    return score_byte(word * MULTIPLIERS[r // 16 % 4 * 4 + c // 16 % 4], b8, d8)
+
+
+def score_byte(product, b8, d8):
+    """One of a product's four random bytes; the product an integer or an int64 tensor."""
     half = product >> (32 if b8 else 16) & 0xFFFF
     rotated = (half << 1 | half >> 15) & 0xFFFF
     return rotated & 0xFF if d8 else rotated >> 8
 
 
-def scalar_keep(byte, threshold):
+def keeps(byte, threshold):
+    """Whether dropout keeps a score; the byte an integer or a tensor."""
     return byte >= threshold if threshold <= 128 else byte < 256 - threshold
 
 
@@ -81,7 +86,7 @@ def test_mask_bit_by_bit(seed, offset, p):
     assert torch.equal(mask, dropout_mask(seed, offset, batch, heads, sq, sk, p))
     for b, h, r, c in torch.cartesian_prod(*map(torch.arange, mask.shape))[::31].tolist():
         byte = scalar_byte(seed, offset, b * heads + h, r, c)
-        assert bool(mask[b, h, r, c]) == scalar_keep(byte, drop_threshold(p)), (b, h, r, c)
+        assert bool(mask[b, h, r, c]) == keeps(byte, drop_threshold(p)), (b, h, r, c)
 
 
 def test_mask_depends_on_the_position_alone():
@@ -176,9 +181,8 @@ def test_elements_of_a_word_are_independent(p):
     flags = []
     for multiplier in MULTIPLIERS:
         product = words * multiplier  # modulo 2^64
-        for half in (product >> 16 & 0xFFFF, product >> 32 & 0xFFFF):
-            rotated = (half << 1 | half >> 15) & 0xFFFF
-            flags += [rotated >> 8 >= threshold, rotated & 0xFF >= threshold]
+        for b8, d8 in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            flags.append(keeps(score_byte(product, b8, d8), threshold))
     x = normal(torch.stack(flags), p)  # (64, words)
     limit = 6 / math.sqrt(len(words))
     pairs = x @ x.T / len(words)

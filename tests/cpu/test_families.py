@@ -359,6 +359,48 @@ def test_gradient_checkpointing():
     assert_same(model, batch | {"use_cache": False}, mask, tolerance=2e-5, strict=True)
 
 
+@pytest.mark.parametrize("stable", [False, True])
+def test_checkpointing_replays_the_wish_for_weights_in_one_call(stable):
+    """WavLM's weights come out of torch's one call, in the forward and when it is run again."""
+    config = transformers.WavLMConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(8, 8),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        do_stable_layer_norm=stable,
+        layerdrop=0.0,
+        apply_spec_augment=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        feat_proj_dropout=0.0,
+    )
+    model, sound = build(transformers.WavLMModel, config).train(), torch.randn(2, 200)
+
+    def gradient(wanted: bool) -> torch.Tensor:
+        model.zero_grad()
+        out = model(sound, output_attentions=wanted)
+        assert (out.attentions is not None) == wanted
+        out[0].square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = gradient(False)
+    with hf_flashattn.patched(model) as report:
+        # With reentrance WavLM's own backward does not end.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for wanted in (True, False):
+            got = gradient(wanted)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+        mean = "its own code goes on with the mean over heads of the scores"
+        for row in report.rows:  # each twice: in the forward and again
+            assert row.calls.fallback == 4 and row.calls.reasons[mean] == 2
+
+
 def test_without_a_patch_the_report_promises_nothing():
     report = hf_flashattn.attention_report(make(DECODERS["xglm"]))
     assert {row.runs for row in report.rows} == {"unsupported"}

@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py build build/ablation   # with nvcc, on any machine: minutes each
     python benchmarks/ablation.py time build/ablation --json benchmarks/results/ablation.json
+    python benchmarks/ablation.py time build/ablation --dropouts 0.1  # when words are drawn
 
 An ablation is a copy of kernels/ in which a few lines are others (EDITS) and a library of it.
 `time` runs attention_grid.py for each library in a process of its own, `--rounds` times in turns,
@@ -42,6 +43,14 @@ class Edit:
     new: str
 
 
+def drawn(moment: str) -> tuple[Edit, ...]:
+    """The random words of the forward's dropout at one moment for all head dims."""
+    old = """kDraw = HeadDim == 64 || HeadDim == 96 ? Draw::kUnderScores
+                                : HeadDim == 128               ? Draw::kBeforeScores
+                                                               : Draw::kWithSoftmax;"""
+    return (Edit("sm90/policy.cuh", old, f"kDraw = Draw::{moment};"),)
+
+
 EDITS: dict[str, tuple[Edit, ...]] = {
     AS_BUILT: (),
     # Consumers issue their products whenever they get there (ping-pong).
@@ -78,6 +87,10 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "without recycled sums": (
         Edit("common/workspace.cuh", "if (enough < streams &&", "if (false &&"),
     ),
+    # These differ from the kernels as built with dropout alone.
+    "words before S": drawn("kBeforeScores"),
+    "words under S": drawn("kUnderScores"),
+    "words with the softmax": drawn("kWithSoftmax"),
 }
 
 
@@ -161,11 +174,12 @@ def python_path() -> str:
 
 
 def over_cudnn(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Geometric means over the lengths of each head dim, direction and mask."""
+    """Geometric means over the lengths of each head dim, direction, mask and dropout."""
     logs: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         mask = "causal" if row["causal"] else "full"
         key = f"d{row['head_dim']} {row['direction']} {mask}"
+        key += f" p{row['dropout']:g}" if row["dropout"] else ""
         logs[key].append(math.log(row["tflops"]["ours"] / row["tflops"]["cudnn"]))
     return {key: math.exp(sum(x) / len(x)) for key, x in logs.items()}
 
@@ -178,7 +192,7 @@ def time_all(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             f"Next step: python benchmarks/ablation.py build {folder}"
         )
     options = ["--head-dims", *map(str, args.head_dims), "--seqlens", *map(str, args.seqlens)]
-    options += ["--dropouts", "0", "--repeats", str(args.repeats)]
+    options += ["--dropouts", *map(str, args.dropouts), "--repeats", str(args.repeats)]
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(args.rounds):
         for name in names:
@@ -217,6 +231,7 @@ def main() -> None:
     of_time.add_argument("folder", type=Path)
     of_time.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     of_time.add_argument("--seqlens", type=int, nargs="+", default=[512, 2048, 8192])
+    of_time.add_argument("--dropouts", type=float, nargs="+", default=[0.0])
     of_time.add_argument("--repeats", type=int, default=10)
     of_time.add_argument("--rounds", type=int, default=2)
     of_time.add_argument("--json", type=Path)

@@ -24,6 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # Files of the kernels before these, by the first digits of their SHA-256: a newer file has others.
 OLDER = {
+    "ablation": "473045a7",
+    "attention_grid_more": "a7e02e54",
     "bert_large": "d071eee6",
     "bert_large_compiled_full": "a38b08f5",
     "bert_large_compiled_half": "7a9fe058",
@@ -36,6 +38,7 @@ OLDER = {
     "gpt2_grid_small_8k": "38d2f1ea",
     "gpt2_grid_small_ends": "29d796af",
     "host_overhead": "fbe894a8",
+    "limits": "6ad4887f",
     "memory": "eadb5f30",
     "scaling": "0d99a3d6",
     "step_parts": "73c7c6f0",

@@ -31,11 +31,13 @@ def test_an_edit_of_something_else_is_an_error():
 
 
 def test_means_over_cudnn():
+    case = {"head_dim": 64, "direction": "forward", "causal": True}
     rows = [
-        {"head_dim": 64, "direction": "forward", "causal": True, "tflops": tflops}
-        for tflops in ({"ours": 400, "cudnn": 200}, {"ours": 100, "cudnn": 200})
+        {**case, "dropout": dropout, "tflops": {"ours": ours, "cudnn": 200}}
+        for dropout, ours in ((0.0, 400), (0.0, 100), (0.1, 300))
     ]
-    assert ablation.over_cudnn(rows) == pytest.approx({"d64 forward causal": 1.0})
+    expected = {"d64 forward causal": 1.0, "d64 forward causal p0.1": 1.5}
+    assert ablation.over_cudnn(rows) == pytest.approx(expected)
 
 
 def test_no_libraries(tmp_path):
@@ -49,14 +51,17 @@ def test_rates_are_those_of_the_library(tmp_path, monkeypatch):
     def run(command, env, **_):
         asked.append(env["HF_FLASHATTN_LIBRARY"])
         tflops = {"ours": 300.0 if "as_built" in asked[-1] else 270.0, "cudnn": 200.0}
-        row = {"head_dim": 64, "direction": "forward", "causal": False, "tflops": tflops}
+        row = {"head_dim": 64, "direction": "forward", "causal": False, "dropout": 0.0}
+        row["tflops"] = tflops
         (ablation.Path(command[-1])).write_text(json.dumps({"rows": [row]}))
 
     monkeypatch.setattr(ablation.subprocess, "run", run)
     monkeypatch.setattr(ablation.torch.cuda, "get_device_name", lambda: "none")
     for name in (ablation.AS_BUILT, "without turns"):
         ablation.library_of(tmp_path, name).touch()
-    args = ablation.argparse.Namespace(head_dims=[64], seqlens=[512], repeats=1, rounds=2)
+    args = ablation.argparse.Namespace(
+        head_dims=[64], seqlens=[512], dropouts=[0.0], repeats=1, rounds=2
+    )
     outcome = ablation.time_all(tmp_path, args)
     assert len(asked) == 4
     assert outcome["of_as_built"]["without turns"] == pytest.approx({"d64 forward full": 0.9})

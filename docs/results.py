@@ -98,15 +98,23 @@ def speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Json]], str
 def compiled_speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Json]], str | None]:
     """Speed of compiled steps over the others compiled, and over eager that is not."""
 
-    def cell(files: list[Json]) -> str | None:
-        entries = [e for file in files for e in file["models"] if e["name"] == model]
-        plain = {
+    def eager_steps(entries: list[Json]) -> dict[tuple, float]:
+        return {
             tuple(e["shape"].values()): e["runs"]["eager"]["step_ms"]["median"]
             for e in entries
             if not e["compile"] and "step_ms" in e["runs"].get("eager", {})
         }
+
+    def cell(files: list[Json]) -> str | None:
+        of_files = [[e for e in file["models"] if e["name"] == model] for file in files]
+        of_any = eager_steps([e for entries in of_files for e in entries])
         found: dict[int, list[str]] = defaultdict(list)
-        for entry in (e for e in entries if e["compile"]):
+        for entry, plain in (
+            (e, of_any | eager_steps(entries))  # the file's own run, where it has one
+            for entries in of_files
+            for e in entries
+            if e["compile"]
+        ):
             shape, runs = entry["shape"], entry["runs"]
             times = {
                 name: run["step_ms"]["median"] for name, run in runs.items() if "step_ms" in run

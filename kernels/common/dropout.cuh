@@ -19,7 +19,8 @@
 // Either way lanes l and l ^ 4 share a call, so for a pair of tiles each makes the call of one tile
 // and they swap two words: 128 elements a lane for one call.
 //
-// What costs time is instructions, above all those of the half-rate integer pipe. So halves of two
+// What costs time is instructions, and where the chain of Philox stands: words are drawn by a call
+// of their own, at a moment that the loop chooses (Draw in sm90/policy.cuh). Halves of two
 // elements that a lane packs into one register are put side by side, and one HSET2 compares both:
 // |half| as an fp16 number against threshold << 7 is the byte in bits 7 .. 14 against the
 // threshold. (fp16 numbers are ordered as their bits are; NaN, 249 .. 255, counts as larger.) With
@@ -176,6 +177,7 @@ struct DropoutLine {
   int first;                  // square of its tile
   uint32_t multipliers[4];
 
+  // head: its index among those of all batches; row, column: of the first element of the line.
   template <class Index>
   __device__ __forceinline__ void draw(DropoutLane<D> const& lane, uint32_t head, Index row,
                                        Index column) {
@@ -183,7 +185,7 @@ struct DropoutLine {
     find_multipliers(D == Down::kRows ? row : column);
   }
 
-  // head: its index among those of all batches; row, column: of the first element of the line.
+  // draw in two parts, for loops in which words wait for S: four registers less meanwhile.
   template <class Index>
   __device__ __forceinline__ void draw_words(DropoutLane<D> const& lane, uint32_t head, Index row,
                                              Index column) {
@@ -206,8 +208,7 @@ struct DropoutLine {
     }
   }
 
-  // After draw_words, where four registers less are wanted in between. across: the row of a line of
-  // kRows, the column of one of kKeys.
+  // across: the row of a line of kRows, the column of one of kKeys.
   template <class Index>
   __device__ __forceinline__ void find_multipliers(Index across) {
     int const other = across / 16 % 4;

@@ -325,7 +325,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       if (large) {
         softmax.raise(scores, rescale, scores_again);
         scale_rows(out, rescale);
-        dropout.draw(tile.block);
+        dropout.draw(tile.block);  // anew: words kept for this would take registers from the rest
         to_probabilities();
       }
       release_keys<P>(s.k_empty[pipe.stage()]);

@@ -42,11 +42,12 @@ enum class OutputPath {
   kRegisters,    // exchanged between lanes, where there is no memory for two tiles of Q either
 };
 
-// When a consumer draws the random words of a block. Philox is a chain of products, each of which
-// waits for the one before: time that is there while the other consumers use the tensor cores.
+// When a consumer draws the random words of a block: in the forward and in the narrow backward; the
+// wide backward and dQ have one place for it. Philox is a chain of products, each of which waits
+// for the one before: time that is there while the other consumers use the tensor cores.
 enum class Draw {
-  kBeforeScores,  // while it waits for the block, and for its turn
-  kUnderScores,   // while its S = Q K^T runs
+  kBeforeScores,  // before it issues S (or S^T): while it waits for the block, or for its turn
+  kUnderScores,   // while its S (S^T) runs
   kWithSoftmax,   // mixed into the forward's softmax: no words are kept across the wait for S
 };
 
@@ -73,10 +74,10 @@ struct ForwardTile {
               kSharedMemoryBytes
           ? OutputPath::kOwnMemory
           : OutputPath::kQueryMemory;
-  // In one run: d64 under S 1.92 / 1.84 (full, causal, over the better peer), before S 1.88 / 1.81,
-  // with the softmax 1.77 / 1.75; d96 1.81 / 1.72, 1.78 / 1.71, 1.71 / 1.71. At d128, with more
-  // registers, before S 1.94 / 1.90, under S 1.89 / 1.89. At d192 and d256 the others lost 0 to 3
-  // %, at d32 up to 4 %.
+  // Full / causal, over the better peer: d64 under S 1.92 / 1.84, before S 1.88 / 1.81, with the
+  // softmax 1.77 / 1.75; d96 1.81 / 1.72, 1.78 / 1.71, 1.71 / 1.71. At d128, with more registers,
+  // before S 1.94 / 1.90, under S 1.89 / 1.89. At d192 the others were within 1 %, at d256 they
+  // lost 1 to 3 %, at d32 they gave between +1 and -4 %.
   static constexpr Draw kDraw = HeadDim == 64 || HeadDim == 96 ? Draw::kUnderScores
                                 : HeadDim == 128               ? Draw::kBeforeScores
                                                                : Draw::kWithSoftmax;
@@ -126,8 +127,8 @@ struct ListedPolicy : P {
   static constexpr OutputPath kOutputPath = P::kOutputPath == OutputPath::kOwnMemory
                                                 ? OutputPath::kQueryMemory  // registers
                                                 : P::kOutputPath;
-  static constexpr Draw kDraw =
-      P::kConsumers == 3 ? Draw::kWithSoftmax : P::kDraw;  // registers again
+  // Three consumers have no registers here for words across the wait for S.
+  static constexpr Draw kDraw = P::kConsumers == 3 ? Draw::kWithSoftmax : P::kDraw;
 };
 
 // And for problems with key_bits, where every block looks at its bits: a forward with listed tiles,
@@ -151,9 +152,10 @@ struct BackwardTile {
   static constexpr int kBlockN = 128;
   static constexpr int kStages = 2;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  // In one run, over the better peer, full / causal: d64 before S^T 1.45 / 1.51, under it 1.45
-  // / 1.49; d128 1.36 / 1.26 and 1.37 / 1.27.
+  // Full / causal, over the better peer: d64 before S^T 1.45 / 1.51, under it 1.45 / 1.49;
+  // d128 1.36 / 1.26 and 1.37 / 1.27; d32 and d96 by likeness.
   static constexpr Draw kDraw = HeadDim == 64 ? Draw::kBeforeScores : Draw::kUnderScores;
+  static_assert(kDraw != Draw::kWithSoftmax, "the backward draws before or under S^T");
   // dQ of a row block is BlockM x HeadDim; each consumer makes half of it, 64 rows high.
   static_assert(BlockM == 64 || BlockM == 128, "a part of dQ has 64 rows");
   static constexpr bool kSplitRows = BlockM == 128;

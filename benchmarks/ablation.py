@@ -87,11 +87,14 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "without recycled sums": (
         Edit("common/workspace.cuh", "if (enough < streams &&", "if (false &&"),
     ),
-    # Not without an idea but with another choice; timed where there is dropout.
+}
+# Not without an idea but with another choice, which shows where there is dropout.
+DRAWS = {
     "words before S": drawn("kBeforeScores"),
     "words under S": drawn("kUnderScores"),
     "words with the softmax": drawn("kWithSoftmax"),
 }
+EDITS |= DRAWS
 
 
 def edited(source: str, edits: tuple[Edit, ...], file: str) -> str:
@@ -188,8 +191,7 @@ def time_all(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     names = [
         name
         for name in EDITS
-        if library_of(folder, name).is_file()
-        and (any(args.dropouts) or not name.startswith("words"))
+        if library_of(folder, name).is_file() and (any(args.dropouts) or name not in DRAWS)
     ]
     if AS_BUILT not in names:
         raise SystemExit(

@@ -77,7 +77,7 @@ struct ForwardTile {
   // Full / causal, over the better peer: d64 under S 1.92 / 1.84, before S 1.88 / 1.81, with the
   // softmax 1.77 / 1.75; d96 1.81 / 1.72, 1.78 / 1.71, 1.71 / 1.71. At d128, with more registers,
   // before S 1.94 / 1.90, under S 1.89 / 1.89. At d192 the others were within 1 %, at d256 they
-  // lost 1 to 3 %, at d32 they gave between +1 and -4 %.
+  // lost 1 to 4 %, at d32 they gave between +1 and -4 %.
   static constexpr Draw kDraw = HeadDim == 64 || HeadDim == 96 ? Draw::kUnderScores
                                 : HeadDim == 128               ? Draw::kBeforeScores
                                                                : Draw::kWithSoftmax;

@@ -167,6 +167,31 @@ def assert_same(
     return report
 
 
+def assert_replays_wish_for_weights(model: nn.Module, inputs: dict, reentrant: bool):
+    """Checkpointed layers run again as their forward ran, with and without attention weights.
+
+    Returns: the report, of a patched step with weights and one without. Gradients are those of the
+        model without a patch and without checkpointing.
+    """
+
+    def gradient(wanted: bool) -> Tensor:
+        model.zero_grad()
+        torch.manual_seed(0)
+        out = model(**inputs, output_attentions=wanted)
+        assert (out.attentions is not None) == wanted
+        out[0].square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = gradient(False)
+    with hf_flashattn.patched(model) as report:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for wanted in (True, False):
+            got = gradient(wanted)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+        model.gradient_checkpointing_disable()
+    return report
+
+
 def state_of(model: nn.Module) -> dict:
     """Everything patch_model may touch, by identity and content."""
     state = {}

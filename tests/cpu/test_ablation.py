@@ -57,7 +57,7 @@ def test_rates_are_those_of_the_library(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ablation.subprocess, "run", run)
     monkeypatch.setattr(ablation.torch.cuda, "get_device_name", lambda: "none")
-    for name in (ablation.AS_BUILT, "without turns"):
+    for name in (ablation.AS_BUILT, "without turns", "words under S"):  # the last for dropout alone
         ablation.library_of(tmp_path, name).touch()
     args = ablation.argparse.Namespace(
         head_dims=[64], seqlens=[512], dropouts=[0.0], repeats=1, rounds=2

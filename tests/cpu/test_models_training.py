@@ -9,6 +9,7 @@ import torch
 import transformers
 from model_helpers import (
     LENGTH,
+    assert_replays_wish_for_weights,
     assert_same,
     bert,
     bert_decoder,
@@ -99,23 +100,9 @@ def test_checkpointing_replays_the_wish_for_weights(make, reentrant):
     """A layer that is run again in the backward runs on what its last forward ran on."""
     model = make().train()
     model.set_attn_implementation("eager")
-
-    def gradient(wanted: bool) -> torch.Tensor:
-        model.zero_grad()
-        torch.manual_seed(0)
-        out = model(tokens(), output_attentions=wanted, use_cache=False)
-        assert (out.attentions is not None) == wanted
-        out[0].square().sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    expected = gradient(False)
-    with hf_flashattn.patched(model) as report:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        for wanted in (True, False):
-            got = gradient(wanted)
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
-        assert all((row.calls.fallback, row.calls.cpu) == (2, 2) for row in report.rows)
-        model.gradient_checkpointing_disable()
+    inputs = {"input_ids": tokens(), "use_cache": False}
+    report = assert_replays_wish_for_weights(model, inputs, reentrant)
+    assert all((row.calls.fallback, row.calls.cpu) == (2, 2) for row in report.rows)
 
 
 def test_checkpointing_replays_packing():

@@ -14,12 +14,13 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 template <int BlockM, int BlockN>
 struct KeyBlocks {
   int first, count;                  // blocks first .. first + count - 1
+  int end;                           // behind the last key that some row sees, if count > 0
   int unmasked_begin, unmasked_end;  // blocks in between are seen whole by every row
 
   KeyBlocks() = default;
   __host__ __device__ __forceinline__ KeyBlocks(Sequence const& s, bool causal, int first_row) {
     int const last_row = min(first_row + BlockM, s.length_q) - 1;
-    int const end = causal ? min(s.key_end, last_row + s.diagonal() + 1) : s.key_end;
+    end = causal ? min(s.key_end, last_row + s.diagonal() + 1) : s.key_end;
     int const whole = causal ? min(s.key_end, first_row + s.diagonal() + 1) : s.key_end;
     first = s.key_begin / BlockN;
     count = end > s.key_begin ? ceil_div(end, BlockN) - first : 0;

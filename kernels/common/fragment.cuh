@@ -68,47 +68,44 @@ __device__ __forceinline__ void store_rows(Tile const& tile, int first_row, floa
   store_operand(tile, operand, first_row);
   __syncwarp();
   int const lane = threadIdx.x % kWarpThreads;
-  int const first = lane / kUnits, unit = lane % kUnits;
-  int const end = first < kRowsAtOnce && unit * 8 < columns ? min(rows, 16) : 0;
-  global += first * stride + unit * 8;
+  bool const rests = lane / kUnits >= kRowsAtOnce;
+  int const first = rests ? 0 : lane / kUnits, unit = lane % kUnits;
+  int const end = !rests && unit * 8 < columns ? min(rows, 16) : 0;
+  global = kept(global + first * stride + unit * 8);
 #pragma unroll
   for (int i = 0; i < 16; i += kRowsAtOnce, global += kRowsAtOnce * stride) {
     int const row = first + i;
-    if (row < end)
-      store_global_16b(global,
-                       load_shared_16b(tile.address() + Tile::unit_offset(first_row + row, unit)));
+    store_global_16b_if(row < end, global,
+                        load_shared_16b(tile.address() + Tile::unit_offset(first_row + row, unit)));
   }
   __syncwarp();
 }
 
-// The same without scratch: the four lanes of a quad exchange their words of four 16-byte units, so
-// that each holds one unit.
+// The same without scratch: lanes l and l ^ 1 exchange a word of two 16-byte units, so that a quad
+// writes whole sectors of 32 bytes. All four words of a unit in one lane would take another step.
 template <class T, int N>
 __device__ __forceinline__ void store_rows(Lane const& lane, float const (&acc)[N], float scale_low,
                                            float scale_high, T* global, int64_t stride, int rows,
                                            int columns) {
   static_assert(N % 16 == 0, "units go in fours");
-  bool const odd = lane.quad % 2, upper = lane.quad / 2;
+  bool const odd = lane.quad % 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {  // rows g and g + 8
     int const row = lane.group + 8 * i;
     float const scale = i ? scale_high : scale_low;
-    T* const out = global + row * stride + lane.quad * 8;
+    int const first = odd * 8 + lane.quad / 2 * 4;
+    T* const out = kept(global + row * stride + first);
+    int const end = row < rows ? columns - first : 0;
 #pragma unroll
-    for (int unit = 0; unit < N / 4; unit += 4) {
-      uint32_t word[4];  // of this lane in the four units
+    for (int unit = 0; unit < N / 4; unit += 2) {
+      uint32_t word[2];  // of this lane in the two units
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 2; ++j) {
         float const* const pair = &acc[4 * (unit + j) + 2 * i];
         word[j] = pack<T>(pair[0] * scale, pair[1] * scale);
       }
-      // A transposition in two steps: with the neighbour, then with the other pair of the quad.
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) swap_with_lane<1>(word[j], word[j + 1], odd);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) swap_with_lane<2>(word[j], word[j + 2], upper);
-      if (row < rows && (unit + lane.quad) * 8 < columns)
-        store_global_16b(out + unit * 8, make_uint4(word[0], word[1], word[2], word[3]));
+      swap_with_lane<1>(word[0], word[1], odd);
+      store_global_8b_if(unit * 8 < end, out + unit * 8, word[0], word[1]);
     }
   }
 }

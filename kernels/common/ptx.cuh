@@ -23,6 +23,13 @@ __device__ __forceinline__ int anew(int value) {
   return value;
 }
 
+// The same of an address: it is not made again wherever it is used.
+template <class T>
+__device__ __forceinline__ T* kept(T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+
 // This thread's lane, likewise.
 __device__ __forceinline__ int lane_anew() {
   uint32_t lane;
@@ -202,6 +209,23 @@ __device__ __forceinline__ void store_global_16b(void* global, uint4 value) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(value.x),
                "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
+}
+
+// The same under a condition that differs between lanes, without a branch.
+__device__ __forceinline__ void store_global_16b_if(bool condition, void* global, uint4 value) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+      "@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(global),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(uint32_t(condition))
+      : "memory");
+}
+__device__ __forceinline__ void store_global_8b_if(bool condition, void* global, uint32_t first,
+                                                   uint32_t second) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n"
+      "@p st.global.v2.u32 [%0], {%1, %2};\n}\n" ::"l"(global),
+      "r"(first), "r"(second), "r"(uint32_t(condition))
+      : "memory");
 }
 
 __device__ __forceinline__ void store_global_8b(void* global, uint32_t first, uint32_t second) {

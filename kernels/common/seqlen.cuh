@@ -12,10 +12,15 @@ struct Sequence {
   int first_q, first_k;  // rows before this sequence: 0 when dense
   int length_q, length_k;
   int key_begin, key_end;  // keys that exist for every row
-  bool zero_tail;          // rows beyond the length are other data: TMA does not zero them
+  bool packed;             // rows beyond the length are other data: TMA does not zero them
 
-  __host__ __device__ __forceinline__ Sequence(Problem const& p, int index) : index(index) {
-    if (p.cu_seqlens_q != nullptr) {
+  __host__ __device__ __forceinline__ Sequence(Problem const& p, int index)
+      : Sequence(p, index, p.cu_seqlens_q != nullptr) {}
+
+  // Where the kernel knows whether it is packed.
+  __host__ __device__ __forceinline__ Sequence(Problem const& p, int index, bool packed)
+      : index(index), packed(packed) {
+    if (packed) {
       // Clamped, so that wrong lengths give wrong results and not wrong accesses.
       batch = 0;
       first_q = min(max(p.cu_seqlens_q[index], 0), p.total_q);
@@ -26,18 +31,19 @@ struct Sequence {
       length_k = min(end_k - first_k, p.seqlen_k);
       key_begin = 0;
       key_end = length_k;
-      zero_tail = true;
     } else {
       batch = index;
       first_q = first_k = 0;
       length_q = p.seqlen_q;
       length_k = p.seqlen_k;
+      key_begin = 0;
+      key_end = length_k;
+      if (p.key_start == nullptr && p.key_len == nullptr) return;
       int64_t const length = length_k;  // 64 bits: any start and length may be asked for
       int64_t const start = p.key_start == nullptr ? 0 : p.key_start[index];
       int64_t const end = p.key_len == nullptr ? length : start + p.key_len[index];
       key_begin = int(min(max(start, int64_t{0}), length));
       key_end = int(min(max(end, int64_t{key_begin}), length));
-      zero_tail = false;
     }
   }
 
@@ -56,7 +62,7 @@ struct Sequence {
   __host__ __device__ __forceinline__ void visible_keys(int first, int count, int& begin,
                                                         int& end) const {
     begin = max(key_begin - first, 0);
-    bool const hardware_zero = key_end == length_k && !zero_tail;
+    bool const hardware_zero = key_end == length_k && !packed;
     end = hardware_zero ? count : min(key_end - first, count);
   }
 };
@@ -71,7 +77,7 @@ __device__ __forceinline__ T* row_pointer(TensorView const& view, Sequence const
 
 // Where a sequence's LSE starts: (B, Hq, Sq), packed (Hq, total).
 __device__ __forceinline__ int64_t lse_offset(Problem const& p, Sequence const& s, int head) {
-  if (p.cu_seqlens_q == nullptr) return (int64_t(s.index) * p.heads_q + head) * p.seqlen_q;
+  if (!s.packed) return (int64_t(s.index) * p.heads_q + head) * p.seqlen_q;
   return int64_t(head) * p.total_q + s.first_q;
 }
 

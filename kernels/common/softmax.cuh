@@ -26,7 +26,8 @@ struct OnlineSoftmax {
   float offset[2];  // what is subtracted from score * scale_log2; 0 before the first key
   float sum[2];     // of the probabilities so far, this lane's columns only
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {}
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2)
+      : scale_log2(scale_log2), offset{0.f, 0.f}, sum{0.f, 0.f} {}
 
   // Scores of a tile's first block become exp2(score * scale_log2 - offset) in place.
   template <int N>

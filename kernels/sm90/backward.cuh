@@ -92,7 +92,7 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
         // Rows of a tile that see no key, or that are another sequence's, come as zeros.
         RowRange const rows = {
             max(sequence.first_seeing_row(P::kCausal) - row, 0),
-            sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM};
+            sequence.packed ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM};
         s.statistics_empty[pipe.stage()].wait(pipe.parity() ^ 1);
         if (elect_one())
           load_statistics(workspace, first_slot + row, s.statistics_full[pipe.stage()],

@@ -104,7 +104,7 @@ Status launch_wide_backward(BackwardParams const& p) {
   Problem const& problem = p.problem;
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, 0);
-  TileScheduler<QueryP::kFoldTiles> const scheduler(problem, QueryP::kBlockM, QueryP::kCausal);
+  TileScheduler<QueryP::kTileOrder> const scheduler(problem, QueryP::kBlockM);
   status = preprocess<P>(p, workspace);
   if (!status.ok()) return status;
   dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);

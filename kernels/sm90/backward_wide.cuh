@@ -33,9 +33,8 @@ __device__ void produce_wide(BackwardParams const& p, BackwardWorkspace const& w
   for (RowWalk<P> walk(work, buffer); walk.valid(); walk.next(), parity ^= 1) {
     int const row = walk.first_row();
     // Rows of a tile that see no key, or that are another sequence's, come as zeros.
-    RowRange const rows = {
-        max(sequence.first_seeing_row(P::kCausal) - row, 0),
-        sequence.zero_tail ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM};
+    RowRange const rows = {max(sequence.first_seeing_row(P::kCausal) - row, 0),
+                           sequence.packed ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM};
     if (queries) {
       s.statistics_empty[buffer].wait(parity ^ 1);
       if (elect_one())

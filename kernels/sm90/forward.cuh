@@ -23,7 +23,7 @@ struct ForwardMaps {
 };
 
 template <class P>
-using ForwardScheduler = std::conditional_t<P::kListed, TileList, TileScheduler<P::kFoldTiles>>;
+using ForwardScheduler = std::conditional_t<P::kListed, TileList, TileScheduler<P::kTileOrder>>;
 
 // Listed tiles are read by the producer warp and the consumer warps.
 struct NoHandover {};
@@ -79,13 +79,12 @@ template <class P>
 __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
                         ForwardScheduler<P> const& scheduler) {
   Problem const& problem = p.problem;
-  if constexpr (P::kHoles) __builtin_assume(problem.cu_seqlens_q == nullptr);
   PipelineState<P::kStages, P::kListed> pipe;
   PipelineState<P::kQueryStages, P::kListed> q_pipe;
   uint32_t staging_phase = 0;
   Work work;
   for (auto tiles = tiles_of_warp(s, scheduler); tiles.next(work);) {
-    Sequence const sequence(problem, work.index);
+    auto const sequence = sequence_of<P>(problem, work.index);
     int const first_row = work.block * P::kBlockM;
     if (first_row >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
@@ -118,7 +117,7 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
   }
 }
 
-// S = Q K^T, one commit group.
+// S = Q K^T of the first 2N keys of a block, one commit group.
 template <class P, int N>
 __device__ __forceinline__ void issue_scores(float (&scores)[N], ForwardSmem<P> const& s, int stage,
                                              int q_stage, int warpgroup) {
@@ -126,7 +125,7 @@ __device__ __forceinline__ void issue_scores(float (&scores)[N], ForwardSmem<P> 
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < P::kHeadDim / 16; ++k)
-    Wgmma<typename P::Element, P::kBlockN>::template smem_smem<Major::kK, Major::kK>(
+    Wgmma<typename P::Element, 2 * N>::template smem_smem<Major::kK, Major::kK>(
         scores, k_major(s.q[q_stage], warpgroup * 64, k), k_major(s.k[stage], 0, k), k > 0);
   wgmma_commit();
 }
@@ -143,6 +142,13 @@ __device__ __forceinline__ void issue_output(float (&out)[N], uint32_t (&probabi
     Wgmma<typename P::Element, P::kHeadDim>::template register_smem<Major::kMN>(
         out, probabilities[k], mn_major(s.v[stage], 0, k), 1);
   wgmma_commit();
+}
+
+// The first M of N values that a lane keeps in registers.
+template <int M, class T, int N>
+__device__ __forceinline__ auto first_of(T (&values)[N]) -> T (&)[M] {
+  static_assert(M <= N);
+  return *reinterpret_cast<T(*)[M]>(&values);
 }
 
 template <class P>
@@ -178,9 +184,12 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
                         ForwardScheduler<P> const& scheduler) {
   using Element = typename P::Element;
   constexpr int kScores = P::kBlockN / 2, kSteps = P::kBlockN / 16;
+  // A tile's rows leave in the next one, after the softmax of its first block; what that takes is
+  // made there too, under S, or already under the last O += P V.
   constexpr bool kStoreLate = P::kOutputPath == OutputPath::kOwnMemory;
+  constexpr bool kFinishLate = kStoreLate && P::kConsumers == 3;
+  constexpr bool kLocateLate = P::kListed && !P::kHoles;  // where they go: registers
   Problem const& problem = p.problem;
-  if constexpr (P::kHoles) __builtin_assume(problem.cu_seqlens_q == nullptr);
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
   TensorCoreTurns<P> const turns{warpgroup};
@@ -194,6 +203,11 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   uint32_t probabilities[kSteps][4];
   OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
   BlockDropout<P> dropout(problem, tile.work, s.dropout);
+  struct {
+    Work work;
+    int row;
+  } done{{}, problem.seqlen_q};  // the last tile whose output was made; at first one without rows
+  OutputRows<P> rows;
 
   auto const warp_row = [&] { return tile.own_row + lane.warp * 16; };
   auto const next_tile = [&] { return tile.next(p, tiles, warpgroup, lane); };
@@ -219,19 +233,10 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     dropout.set_tile(warp_row());
     dropout.draw(tile.block);
   };
-  auto const issue_first_scores = [&] {
-    skip_blocks();
-    draw_first(Draw::kBeforeScores);
-    s.q_full[q_pipe.stage()].wait(q_pipe.parity());
-    s.k_full[pipe.stage()].wait(pipe.parity());
-    turns.take();
-    issue_scores(scores, s, pipe.stage(), q_pipe.stage(), warpgroup);
-    turns.pass();
-  };
-  auto const mask_scores = [&] {
-    if constexpr (P::kHoles) mask_keys(scores, s.keys.of[pipe.stage()], lane.quad);
+  auto const mask_scores = [&](auto& some) {
+    if constexpr (P::kHoles) mask_keys(some, s.keys.of[pipe.stage()], lane.quad);
     if (tile.needs_mask(problem))
-      mask_keys(scores, tile.visible_keys(problem), P::kCausal, warp_row() + lane.group,
+      mask_keys(some, tile.visible_keys(problem), P::kCausal, warp_row() + lane.group,
                 tile.block * P::kBlockN, lane.quad);
   };
   auto const scores_again = [&](float (&values)[kScores], bool const(&rows)[2]) {
@@ -244,11 +249,18 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
                            return visible.sees(P::kCausal, row + 8 * half, first_key + column);
                          });
   };
-  auto const to_probabilities = [&] {
-    to_operand<Element>(probabilities, scores);
-    dropout.apply(probabilities);
+  auto const to_probabilities = [&](auto& operand, auto const& some) {
+    to_operand<Element>(operand, some);
+    dropout.apply(operand);
+  };
+  auto const locate_rows = [&] {
+    // Listed, the tile is still the one that is done, and no copy of it takes registers.
+    Work const& work = P::kListed ? tile.work : done.work;
+    rows = OutputRows<P>(p, sequence_of<P>(problem, work.index), work,
+                         P::kListed ? warp_row() : done.row);
   };
   auto const finish_rows = [&] {
+    if constexpr (!kLocateLate) locate_rows();
     softmax.finish(normalise, lse);
     if constexpr (P::kDropout) {
       float const scale = keep_scale(problem.drop_threshold) / kFlagValue<Element>;
@@ -256,7 +268,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       normalise[1] *= scale;
     }
   };
-  auto const store_output = [&](OutputRows<P> const& rows, int q_stage) {
+  auto const store_output = [&](int q_stage) {
     // A row that sees no key gives 0, though V's NaN may have reached it as 0 * NaN.
     if (__any_sync(0xffffffff, normalise[0] == 0.f || normalise[1] == 0.f))
       clear_rows(out, normalise[0] == 0.f, normalise[1] == 0.f);
@@ -280,24 +292,50 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     rows.store_lse(lane, lse);
   };
 
-  OutputRows<P> rows{};  // of the tile before, on their way out; at first none
-  fill_zero(out);
-  normalise[0] = normalise[1] = 1.f;
-  bool found = next_busy_tile(next_tile());
-  while (found) {
-    issue_first_scores();
+  // The first block of a tile, from S to P: as many of its scores as `some` has room for, which are
+  // all that the rows see.
+  auto const first_block = [&](auto& some) {
+    constexpr int kSomeSteps = std::extent_v<std::remove_reference_t<decltype(some)>> / 8;
+    issue_scores(some, s, pipe.stage(), q_pipe.stage(), warpgroup);
+    turns.pass();
     draw_first(Draw::kUnderScores);
-    if constexpr (kStoreLate) store_output(rows, 0);
+    if constexpr (kFinishLate) finish_rows();
     wgmma_wait<0>();
-    pin_registers(scores);
-    if constexpr (P::kListed) tile.make_uniform();
-    fill_zero(out);
+    pin_registers(some);
+    if constexpr (P::kListed) {
+      tile.make_uniform();
+      fill_zero(out);
+    }
     draw_first(Draw::kWithSoftmax);
     if constexpr (!P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);
-    mask_scores();
+    mask_scores(some);
     if constexpr (P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);  // and its BlockKeys
-    softmax.first(scores);
-    to_probabilities();
+    softmax.first(some);
+    to_probabilities(first_of<kSomeSteps>(probabilities), some);
+#pragma unroll
+    for (int k = kSomeSteps; k < kSteps; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) probabilities[k][i] = 0;
+  };
+  fill_zero(out);
+  if constexpr (kStoreLate && !kFinishLate) finish_rows();
+  bool found = next_busy_tile(next_tile());
+  while (found) {
+    skip_blocks();
+    draw_first(Draw::kBeforeScores);
+    s.q_full[q_pipe.stage()].wait(q_pipe.parity());
+    s.k_full[pipe.stage()].wait(pipe.parity());
+    turns.take();
+    if constexpr (P::kShortBlock == 0) {
+      first_block(scores);
+    } else if (tile.short_first) {
+      float some[P::kShortBlock / 2];
+      first_block(some);
+    } else {
+      first_block(scores);
+    }
+    if constexpr (kStoreLate) store_output(0);
+    if constexpr (!P::kListed) fill_zero(out);
 
     while (--tile.block >= tile.first) {
       auto const previous = pipe;
@@ -313,7 +351,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       draw_at(Draw::kUnderScores);
       wgmma_wait<1>();
       pin_registers(scores);
-      mask_scores();  // with the softmax, under O += P V
+      mask_scores(scores);  // with the softmax, under O += P V
       softmax.next(scores);
       draw_at(Draw::kWithSoftmax);
       wgmma_wait<0>();
@@ -321,12 +359,14 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       pin_registers(probabilities);
       release(s.v_empty[previous.stage()]);
       bool const large = softmax.sums_are_large();
-      to_probabilities();  // before the vote is known: nothing waits for it, and it is rarely true
+      to_probabilities(
+          probabilities,
+          scores);  // before the vote is known: nothing waits for it, and it is rarely true
       if (large) {
         softmax.raise(scores, rescale, scores_again);
         scale_rows(out, rescale);
         dropout.draw(tile.block);  // anew: words kept for this would take registers from the rest
-        to_probabilities();
+        to_probabilities(probabilities, scores);
       }
       release_keys<P>(s.k_empty[pipe.stage()]);
     }
@@ -336,24 +376,22 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     int const q_last = q_pipe.stage();
     pipe.next();
     q_pipe.next();
-    auto const rows_of_tile = [&] {
-      return OutputRows<P>(p, Sequence(problem, tile.work.index), tile.work, warp_row());
-    };
-    if constexpr (!P::kListed) rows = rows_of_tile();
     if constexpr (P::kOutputPath != OutputPath::kQueryMemory) release(s.q_empty[q_last]);
     s.v_full[last.stage()].wait(last.parity());
     issue_output(out, probabilities, s, last.stage());
-    finish_rows();
+    done = {tile.work, warp_row()};
+    if constexpr (!kFinishLate) finish_rows();
     if constexpr (!P::kListed) found = next_tile();
     wgmma_wait<0>();
     pin_registers(out);
     release(s.v_empty[last.stage()]);
-    if constexpr (P::kListed) rows = rows_of_tile();
-    if constexpr (!kStoreLate) store_output(rows, q_last);
+    if constexpr (kLocateLate) locate_rows();
+    if constexpr (!kStoreLate) store_output(q_last);
     if constexpr (P::kListed) found = next_tile();
     found = next_busy_tile(found);
   }
-  if constexpr (kStoreLate) store_output(rows, 0);
+  if constexpr (kFinishLate) finish_rows();
+  if constexpr (kStoreLate) store_output(0);
   // The last pass of the ring is never taken: take it, so that the barriers end as they began.
   if (warpgroup == 0) turns.take();
 }

@@ -36,7 +36,7 @@ Status launch_static(ForwardParams const& p) {
   Status const status = set_up<P>(maps, p);
   if (!status.ok()) return status;
   Problem const& problem = p.problem;
-  ForwardScheduler<P> const scheduler(problem, P::kBlockM, P::kCausal);
+  ForwardScheduler<P> const scheduler(problem, P::kBlockM);
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   forward_kernel<P>
       <<<scheduler.grid, P::kThreads, kForwardSmemBytes<P>, stream>>>(p, maps, scheduler);

@@ -12,6 +12,13 @@ namespace hf_flashattn::sm90 {
 template <class P>
 using ForwardKeyBlocks = KeyBlocks<P::kBlockM, P::kBlockN>;
 
+// Packed batches take the listed kernels without holes, and no other.
+template <class P>
+__device__ __forceinline__ Sequence sequence_of(Problem const& p, int index) {
+  if constexpr (P::kListed && !P::kHoles) return Sequence(p, index);
+  else return Sequence(p, index, false);
+}
+
 // A warp's dropout flags of one block; nothing at all without dropout.
 template <class P>
 struct BlockDropout {
@@ -109,18 +116,19 @@ struct ConsumerTile {
   int first, block;               // those that the producer loads, from `block` down
   VisibleKeys visible;            // if kKeepVisible
   bool idle;                      // the sequence ends before these rows
+  bool short_first;               // its rows see no key beyond kShortBlock in their first block
 
   // The next tile for which the producer loads Q; rows that see no key are written here.
   template <class Tiles>
   __device__ __forceinline__ bool next(ForwardParams const& p, Tiles& tiles, int warpgroup,
                                        Lane const& lane) {
     while (tiles.next(work)) {
-      Sequence const sequence(p.problem, work.index);
+      auto const sequence = sequence_of<P>(p.problem, work.index);
       int const first_row = work.block * P::kBlockM;
-      if (first_row >= sequence.length_q) continue;
+      if (P::kListed && first_row >= sequence.length_q) continue;
       ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
       own_row = first_row + warpgroup * 64;
-      if (blocks.count <= 0) {
+      if (blocks.count <= 0) [[unlikely]] {
         OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
             .store_empty(lane, p.problem.head_dim);
         continue;
@@ -130,6 +138,7 @@ struct ConsumerTile {
       idle = own_row >= sequence.length_q;
       first = blocks.first;
       block = blocks.last();
+      short_first = P::kShortBlock > 0 && own.end - last() * P::kBlockN <= P::kShortBlock;
       return true;
     }
     return false;
@@ -151,7 +160,7 @@ struct ConsumerTile {
   // keep them in, full attention has few masks.
   __device__ __forceinline__ VisibleKeys visible_keys(Problem const& p) const {
     if constexpr (P::kHoles) return VisibleKeys::up_to_diagonal(p);
-    else return kKeepVisible ? visible : VisibleKeys(Sequence(p, work.index));
+    else return kKeepVisible ? visible : VisibleKeys(sequence_of<P>(p, work.index));
   }
 
   // Tells ptxas again what it loses track of across tiles. With dropout it then spills less, or not

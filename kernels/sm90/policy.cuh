@@ -35,6 +35,20 @@ struct BackwardRegisterBudget {
   static constexpr int kProducer = 40, kConsumer = 232;
 };
 
+// The order in which the CTAs take tiles, one each in a step.
+enum class TileOrder {
+  // Row blocks of one head follow each other and share its K and V in the L2. For full attention,
+  // whose row blocks are alike.
+  kHeadByHead,
+  // Within chunks of streams, and every other step runs backwards, so that no CTA always gets the
+  // longest of a step. For causal attention.
+  kLongestFirst,
+  // Head by head, but row blocks go in pairs of one length, the longest with the shortest; of an
+  // odd number the middle ones, half a pair, come last. For causal attention where K and V are
+  // large (d128), if there are many tiles; else longest first.
+  kFolded,
+};
+
 // How a tile's rows get from the accumulators to global memory, 16 bytes a lane at a time.
 enum class OutputPath {
   kOwnMemory,    // through shared memory of their own, once the next tile's first S is issued
@@ -81,9 +95,14 @@ struct ForwardTile {
   static constexpr Draw kDraw = HeadDim == 64 || HeadDim == 96 ? Draw::kUnderScores
                                 : HeadDim == 128               ? Draw::kBeforeScores
                                                                : Draw::kWithSoftmax;
-  // See TileScheduler. Chunks instead of folding gained 5 % at d64 causal, together with idle
+  // A tile's first block, the diagonal or the tail, often has few keys that its rows see: S of this
+  // many is made where that is all. 0: always the whole block.
+  static constexpr int kShortBlock = Causal && BlockN > 64 ? (BlockN / 2 + 15) / 16 * 16 : 0;
+  // Chunks instead of folding gained 5 % at d64 causal, together with idle
   // consumers handing tiles back, and lost 5 % at d128.
-  static constexpr bool kFoldTiles = HeadDim >= 128 && Causal;
+  static constexpr TileOrder kTileOrder = !Causal         ? TileOrder::kHeadByHead
+                                          : HeadDim < 128 ? TileOrder::kLongestFirst
+                                                          : TileOrder::kFolded;
   // Tiles in the order of TileScheduler; ListedPolicy takes them from a list.
   static constexpr bool kListed = false;
   static constexpr bool kHoles = false;  // HoledPolicy: keys inside their range may be hidden
@@ -129,6 +148,9 @@ struct ListedPolicy : P {
                                                 : P::kOutputPath;
   // Three consumers have no registers here for words across the wait for S.
   static constexpr Draw kDraw = P::kConsumers == 3 ? Draw::kWithSoftmax : P::kDraw;
+  // Nor with dropout, or at d96, for two ways into the loop.
+  static constexpr int kShortBlock =
+      P::kConsumers == 3 && (P::kDropout || P::kHeadDim > 64) ? 0 : P::kShortBlock;
 };
 
 // And for problems with key_bits, where every block looks at its bits: a forward with listed tiles,
@@ -212,7 +234,7 @@ struct QueryGradientPolicy {
   static constexpr int kBlockN = 64;
   static constexpr int kKeyStages = 2;
   static constexpr int kValueStages = HeadDim > 192 ? 1 : 2;
-  static constexpr bool kFoldTiles = Causal;
+  static constexpr TileOrder kTileOrder = Causal ? TileOrder::kFolded : TileOrder::kHeadByHead;
   static constexpr bool kHoles = false;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 };

@@ -48,13 +48,13 @@ template <class P>
 struct RowTiles {
   using Blocks = KeyBlocks<P::kBlockM, P::kBlockN>;
   Problem const& problem;
-  StaticTiles<TileScheduler<P::kFoldTiles>> tiles;
+  StaticTiles<TileScheduler<P::kTileOrder>> tiles;
   Work work;
   int first_row;
   Blocks blocks;
 
   __device__ __forceinline__ RowTiles(Problem const& problem,
-                                      TileScheduler<P::kFoldTiles> const& scheduler)
+                                      TileScheduler<P::kTileOrder> const& scheduler)
       : problem(problem), tiles{scheduler} {}
 
   __device__ __forceinline__ bool next() {
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     query_gradient_kernel(BackwardParams const __grid_constant__ p,
                           BackwardWorkspace const __grid_constant__ workspace,
                           BackwardMaps const __grid_constant__ maps,
-                          TileScheduler<P::kFoldTiles> const __grid_constant__ scheduler) {
+                          TileScheduler<P::kTileOrder> const __grid_constant__ scheduler) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<QueryGradientSmem<P>*>(smem_bytes);
   if (threadIdx.x == 0) {

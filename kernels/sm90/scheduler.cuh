@@ -5,6 +5,7 @@
 #include "common/divide.cuh"
 #include "common/mbarrier.cuh"
 #include "common/tile_list.cuh"
+#include "sm90/policy.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -12,27 +13,21 @@ struct Work {
   int block, head, index;  // block: of rows, in the backward of keys; index: of the sequence
 };
 
-// Tiles in the order in which the CTAs take them, one each in a step.
-//
-// Head by head: row blocks of one head follow each other and share its K and V in the L2. For full
-// attention, whose row blocks are alike.
-// Folded: the same, but row blocks go in pairs of one length, the longest with the shortest; of an
-// odd number the middle ones, half a pair, come last. For causal attention where K and V are large
-// (d128). Longest first: within chunks of streams, and every other step runs backwards, so that no
-// CTA always gets the longest of a step. For other causal attention.
-template <bool CanFold>
+// Tiles in static steps. See TileOrder.
+template <TileOrder Order>
 struct TileScheduler {
+  static constexpr bool kCanFold = Order == TileOrder::kFolded;
   Divisor row_blocks, heads;
   int streams;  // (head, sequence); each has row_blocks tiles
   int grid;     // CTAs: at most one an SM, and none without a tile
-  // In chunks: streams a chunk (0: head by head, or folded), tiles a chunk, streams of the last.
+  // In chunks: streams a chunk (0: none), tiles a chunk, streams of the last.
   Divisor chunk, chunk_tiles, last_chunk;
   // Folded: pairs a stream; how many pairs every CTA has at least, and how many CTAs have one more.
   Divisor half;
   int pairs, more_pairs;
 
-  __host__ TileScheduler(Problem const& p, int block_m, bool causal)
-      : TileScheduler(p, ceil_div(p.seqlen_q, block_m), p.heads_q * p.batch, causal) {}
+  __host__ TileScheduler(Problem const& p, int block_m)
+      : TileScheduler(p, ceil_div(p.seqlen_q, block_m), p.heads_q * p.batch) {}
 
   __host__ __device__ int tiles() const { return streams * row_blocks.value; }
 
@@ -40,29 +35,32 @@ struct TileScheduler {
   __host__ __device__ __forceinline__ bool next(int& step, Work& work, int cta) const {
     // The two tiles of a folded pair count as two steps, so a CTA may end two steps later. A loop,
     // though only the last steps can be empty: without it ptxas spills in the kernel's main loop.
-    for (; step * grid < tiles() + (CanFold ? 2 * grid : 0); ++step) {
+    for (; step * grid < tiles() + (kCanFold ? 2 * grid : 0); ++step) {
       int stream, block;
-      if (chunk.value > 0) {
+      if (in_chunks()) {
         int const tile = step * grid + (step % 2 == 0 ? cta : grid - 1 - cta);
-        if (tile >= tiles()) continue;
+        if (tile >= tiles()) [[unlikely]]
+          continue;
         int number, rest, place;
         chunk_tiles.divide(tile, number, rest);
         int const first = number * chunk.value;
         (first + chunk.value <= streams ? chunk : last_chunk).divide(rest, block, place);
         stream = first + place;
         block = row_blocks.value - 1 - block;
-      } else if constexpr (CanFold) {
+      } else if constexpr (kCanFold) {
         int const own = pairs + (cta < more_pairs ? 1 : 0);
         bool const pair = step < 2 * own;
         int const unit = (pair ? step / 2 : step - own) * grid + cta;
         int const folded = streams * half.value;
-        if (unit >= folded + streams * (row_blocks.value % 2)) continue;
+        if (unit >= folded + streams * (row_blocks.value % 2)) [[unlikely]]
+          continue;
         if (pair) half.divide(unit, stream, block);
         else stream = unit - folded, block = half.value;
         if (pair && step % 2 == 0) block = row_blocks.value - 1 - block;
       } else {
         int const tile = step * grid + cta;
-        if (tile >= tiles()) continue;
+        if (tile >= tiles()) [[unlikely]]
+          continue;
         row_blocks.divide(tile, stream, block);
       }
       work.block = block;
@@ -74,20 +72,31 @@ struct TileScheduler {
   }
 
  private:
-  __host__ TileScheduler(Problem const& p, int row_blocks, int streams, bool causal)
-      : TileScheduler(p, row_blocks, streams, chunk_of(p, row_blocks, streams, causal),
+  __host__ __device__ __forceinline__ bool in_chunks() const {
+    if constexpr (kCanFold) {
+      if (chunk.value > 0) [[unlikely]]
+        return true;
+      return false;
+    } else {
+      return Order == TileOrder::kLongestFirst;
+    }
+  }
+
+  __host__ TileScheduler(Problem const& p, int row_blocks, int streams)
+      : TileScheduler(row_blocks, streams, chunk_of(p, row_blocks, streams), p.heads_q,
                       min(streams * row_blocks, p.num_sms)) {}
 
-  __host__ TileScheduler(Problem const& p, int row_blocks, int streams, int chunk, int grid)
-      : row_blocks(row_blocks), heads(p.heads_q), streams(streams), grid(grid), chunk(chunk),
+  __host__ TileScheduler(int row_blocks, int streams, int chunk, int heads, int grid)
+      : row_blocks(row_blocks), heads(heads), streams(streams), grid(grid), chunk(chunk),
         chunk_tiles(chunk * row_blocks), last_chunk(chunk > 0 ? streams % chunk : 0),
         half(row_blocks / 2), pairs(streams * (row_blocks / 2) / max(grid, 1)),
         more_pairs(streams * (row_blocks / 2) % max(grid, 1)) {}
 
-  static __host__ int chunk_of(Problem const& p, int row_blocks, int streams, bool causal) {
+  static __host__ int chunk_of(Problem const& p, int row_blocks, int streams) {
+    if (Order == TileOrder::kHeadByHead) return 0;
     bool const many = int64_t(streams) * row_blocks >= 3 * int64_t(p.num_sms);
-    if (many) return causal && !CanFold ? min(streams, p.num_sms / 2) : 0;
-    return causal ? streams : 0;
+    if (many) return kCanFold ? 0 : min(streams, max(p.num_sms / 2, 1));
+    return streams;
   }
 };
 

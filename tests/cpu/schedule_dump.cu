@@ -19,9 +19,9 @@
 
 namespace hf_flashattn {
 
-template <bool Fold>
+template <sm90::TileOrder Order>
 void print_tiles(Problem const& p, int block_m) {
-  sm90::TileScheduler<Fold> const scheduler(p, block_m, p.causal);
+  sm90::TileScheduler<Order> const scheduler(p, block_m);
   for (int cta = 0; cta < scheduler.grid; ++cta) {
     sm90::Work work;
     for (int step = 0; scheduler.next(step, work, cta);)
@@ -149,7 +149,10 @@ void serve() {
       read = std::scanf("%d %d %d %d %d %d %d", &p.seqlen_q, &p.heads_q, &p.batch, &p.num_sms,
                         &block_m, &causal, &fold);
       p.causal = causal;
-      if (read == 7) fold ? print_tiles<true>(p, block_m) : print_tiles<false>(p, block_m);
+      if (read != 7) continue;
+      if (!p.causal) print_tiles<sm90::TileOrder::kHeadByHead>(p, block_m);
+      else if (fold) print_tiles<sm90::TileOrder::kFolded>(p, block_m);
+      else print_tiles<sm90::TileOrder::kLongestFirst>(p, block_m);
     } else if (std::strcmp(kind, "list") == 0) {
       int units = 0;
       int32_t const offsets[1] = {0};

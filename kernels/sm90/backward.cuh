@@ -5,6 +5,7 @@
 //   2 consumers      64 keys each, for every row block:
 //                      S^T = K Q^T and dP^T = V dO^T, P^T and dS^T in registers,
 //                      dV += P^T dO, dK += dS^T Q from registers, dQ = dS K through shared memory
+//                    without dQ (KeysOnlyPolicy) each for itself, whose keys not all rows may see
 //   writer warp      adds each dQ of a row block to its fp32 sums in global memory
 //   2 more warps     turn sums that are complete into dQ, where their memory is recycled;
 //                      deterministic, the first is a second writer
@@ -131,13 +132,18 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   if (threadIdx.x == 0) init_barriers(s, p.deterministic);
   __syncthreads();
   wait_for_previous_kernel();
+  // Not before: the kernel for dQ needs what comes from the one before this.
+  if constexpr (!P::kMakesDq) launch_dependents();
 
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
-    if (warp == 0) produce(p, workspace, maps, order, s);
-    else if (warp == 1 || (warp == 2 && p.deterministic)) write_dq(p, workspace, s, warp - 1);
-    else if (workspace.recycled > 0) round_dq(p, workspace, s, warp - 2);
+    if (warp == 0) {
+      produce(p, workspace, maps, order, s);
+    } else if constexpr (P::kMakesDq) {
+      if (warp == 1 || (warp == 2 && p.deterministic)) write_dq(p, workspace, s, warp - 1);
+      else if (workspace.recycled > 0) round_dq(p, workspace, s, warp - 2);
+    }
   } else {
     grow_registers<P::Registers::kConsumer>();
     consume(p, s);

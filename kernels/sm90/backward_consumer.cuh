@@ -65,9 +65,9 @@ __device__ __forceinline__ void to_probabilities(float (&scores)[N], float const
   }
 }
 
-// By every thread that read LSE and delta, once dS is in shared memory: an arrival does not wait
-// for loads that are still on their way, and behind the additions to dQ they take long enough for
-// the producer to overwrite what they read (seen at head dim 256).
+// By every thread that read LSE and delta, once dS is in shared memory or in a product: an arrival
+// does not wait for loads that are still on their way, and behind the additions to dQ they take
+// long enough for the producer to overwrite what they read (seen at head dim 256).
 __device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arrive(); }
 
 // Random words of a row block.
@@ -116,6 +116,35 @@ struct KeyGradients {
   float dk[P::kHeadDim / 2], dv[P::kHeadDim / 2];
 };
 
+// The row blocks of which a consumer makes scores. Together for dQ; each for itself those that see
+// its own 64 keys, up to the same last one.
+template <class P>
+__device__ __forceinline__ auto own_rows(Problem const& p, KeyWork<P> const& work, int first_key) {
+  if constexpr (P::kMakesDq) {
+    return work.rows;
+  } else {
+    RowBlocks<P::kBlockM, 64> own(work.sequence, P::kCausal, first_key);
+    if (own.count <= 0) own.first = work.rows.first + work.rows.count;
+    if (p.key_bits != nullptr && own.keys_whole)
+      own.keys_whole = KeyBits(p, work.sequence.index).template has_all<64>(first_key);
+    return own;
+  }
+}
+
+// Hands back a row block that sees no key of this consumer. Only once it is full: two arrivals
+// must not come in one phase.
+template <class P>
+__device__ __forceinline__ void pass_over(BackwardSmem<P>& s,
+                                          PipelineState<P::kStages> const& pipe) {
+  int const stage = pipe.stage();
+  s.statistics_full[stage].wait(pipe.parity());
+  s.q_full[stage].wait(pipe.parity());
+  s.dout_full[stage].wait(pipe.parity());
+  release_statistics(s.statistics_empty[stage]);
+  release(s.q_empty[stage]);
+  release(s.dout_empty[stage]);
+}
+
 // All row blocks of all heads of the group.
 template <class P>
 __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams const& p,
@@ -128,14 +157,17 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   ByteRule const rule(problem);
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
   FirstRows const first_rows(problem, work.sequence, P::kCausal, warp_key + lane.group);
+  auto const rows = own_rows(problem, work, work.first_key + warpgroup * 64);
   s.k_full.wait(keys_phase);
   s.v_full.wait(keys_phase);
 
-  for (int head = work.first_head; head < work.first_head + work.group; ++head)
-    for (int block = work.rows.first; block < work.rows.first + work.rows.count;
-         ++block, pipe.next()) {
+  for (int head = work.first_head; head < work.first_head + work.group; ++head) {
+    int block = work.rows.first;
+    if constexpr (!P::kMakesDq)
+      for (; block < rows.first; ++block, pipe.next()) pass_over(s, pipe);
+    for (; block < work.rows.first + work.rows.count; ++block, pipe.next()) {
       int const stage = pipe.stage();
-      float scores[kScores], dp[kScores], dq[P::kPartColumns / 2];
+      float scores[kScores], dp[kScores];
       uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];
       RowBlockDropout<P> dropout;
       auto const draw_at = [&](Draw moment) {
@@ -156,42 +188,55 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
 
       wgmma_wait<1>();
       pin_registers(scores);
-      if (work.rows.needs_mask(block)) first_rows.mask(scores, block * P::kBlockM, lane.quad);
+      if (rows.needs_mask(block)) first_rows.mask(scores, block * P::kBlockM, lane.quad);
       to_probabilities(scores, s.statistics[stage].lse, scale_log2, lane.quad);
       wgmma_wait<0>();
       pin_registers(dp);
       to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, rule,
                      lane.quad, problem.batch);
 
-      // dS is double buffered: the other consumer may still read the previous one.
-      store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16);
-      issue_update<P>(grad.dv, p_operand, s.dout[stage]);
-      fence_proxy_async();
-      barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
-      release_statistics(s.statistics_empty[stage]);
-      issue_dq<P>(dq, s, stage, warpgroup);
-      issue_update<P>(grad.dk, ds_operand, s.q[stage]);
+      if constexpr (P::kMakesDq) {
+        float dq[P::kPartColumns / 2];
+        // dS is double buffered: the other consumer may still read the previous one.
+        store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16);
+        issue_update<P>(grad.dv, p_operand, s.dout[stage]);
+        fence_proxy_async();
+        barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
+        release_statistics(s.statistics_empty[stage]);
+        issue_dq<P>(dq, s, stage, warpgroup);
+        issue_update<P>(grad.dk, ds_operand, s.q[stage]);
 
-      wgmma_wait<2>();
-      pin_registers(grad.dv);
-      pin_registers(p_operand);
-      release(s.dout_empty[stage]);
-      wgmma_wait<1>();
-      pin_registers(dq);
-      barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
+        wgmma_wait<2>();
+        pin_registers(grad.dv);
+        pin_registers(p_operand);
+        release(s.dout_empty[stage]);
+        wgmma_wait<1>();
+        pin_registers(dq);
+        barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
 #pragma unroll
-      for (int i = 0; i < P::kPartColumns / 8; ++i)
-        store_shared_16b(
-            smem_address(s.dq[warpgroup] +
-                         (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
-            make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
-      fence_proxy_async();
-      barrier_arrive(kQueryGradientFull + warpgroup + 2 * stage, kWarpgroupThreads + kWarpThreads);
+        for (int i = 0; i < P::kPartColumns / 8; ++i)
+          store_shared_16b(
+              smem_address(s.dq.parts[warpgroup] +
+                           (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
+              make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+        fence_proxy_async();
+        barrier_arrive(kQueryGradientFull + warpgroup + 2 * stage,
+                       kWarpgroupThreads + kWarpThreads);
+      } else {
+        issue_update<P>(grad.dv, p_operand, s.dout[stage]);
+        issue_update<P>(grad.dk, ds_operand, s.q[stage]);
+        wgmma_wait<1>();
+        pin_registers(grad.dv);
+        pin_registers(p_operand);
+        release_statistics(s.statistics_empty[stage]);
+        release(s.dout_empty[stage]);
+      }
       wgmma_wait<0>();
       pin_registers(grad.dk);
       pin_registers(ds_operand);
       release(s.q_empty[stage]);
     }
+  }
 }
 
 // Rounds 64 keys of dK or dV and writes them, 64 columns (or 32, where 64 do not divide them) at a
@@ -242,15 +287,16 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
       keys_phase ^= 1;
     }
     // The other consumer may still read the dS of the last row block, but not the one before it.
-    static_assert(P::kStages == 2, "the next stage is the one before the last");
-    auto const* const scratch = s.ds[pipe.stage()].data + warpgroup * 64 * 64;
+    static_assert(!P::kMakesDq || P::kStages == 2, "the next stage is the one before the last");
+    auto const* const scratch = s.ds[P::kMakesDq ? pipe.stage() : 0].data + warpgroup * 64 * 64;
     store_gradient(p.dv, work, grad.dv, P::kDropout ? kLiftedScale<typename P::Element> : 1.f,
                    scratch, warpgroup, lane, p.problem.head_dim);
     store_gradient(p.dk, work, grad.dk, p.problem.softmax_scale, scratch, warpgroup, lane,
                    p.problem.head_dim);
   }
   // The writer's last word, so that the barrier ends as it began.
-  barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
+  if constexpr (P::kMakesDq)
+    barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
 }
 
 }  // namespace hf_flashattn::sm90

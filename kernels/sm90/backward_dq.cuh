@@ -49,7 +49,7 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
           barrier_sync(full + part, kWarpgroupThreads + kWarpThreads);
           if (leader) {
             bulk_reduce_add(workspace.dq + sum * P::kHeadDim + part * kPartFloats,
-                            smem_address(s.dq[part]), kPartFloats * sizeof(float));
+                            smem_address(s.dq.parts[part]), kPartFloats * sizeof(float));
             bulk_commit();
           }
         }
@@ -79,7 +79,7 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
   constexpr int kPieces = P::kBlockM * P::kHeadDim / kFloats;
   constexpr int kPiecesOfPart = P::kPartColumns / 16;
   static_assert(kPieces >= kStages, "the first pieces are all of one row block");
-  DqPieces& buffers = s.dq_pieces[warp];
+  DqPieces& buffers = s.dq.pieces[warp];
   int const lane = threadIdx.x % kWarpThreads;
   float const scale = p.problem.softmax_scale;
   bool const right = lane % 2;

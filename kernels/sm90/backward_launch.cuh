@@ -65,18 +65,16 @@ Status set_up_backward(BackwardMaps& maps, BackwardParams const& p) {
   return status.ok() ? allow_shared_memory<Kernel>(p.problem.device, sizeof(Smem)) : status;
 }
 
-// Up to head dim 128: one kernel, and one to round sums of dQ that are not recycled.
+// One kernel, and one to round sums of dQ that are not recycled.
 template <class P>
 Status launch_backward(BackwardParams const& p) {
   using Smem = BackwardSmem<P>;
-  static_assert(P::kBlockN == kRecyclingKeys<P::kHeadDim>,
-                "the workspace is laid out for all policies of a head dim");
   BackwardMaps maps;
   Status status = set_up_backward<Smem, backward_kernel<P>>(maps, p);
   if (!status.ok()) return status;
   Problem const& problem = p.problem;
   auto const stream = static_cast<cudaStream_t>(problem.stream);
-  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, P::kBlockN);
+  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, summed_keys<P::kHeadDim>(problem));
   KeyTileOrder const order(p, P::kBlockM, P::kBlockN);
   status = preprocess<P>(p, workspace);
   if (!status.ok()) return status;
@@ -91,41 +89,58 @@ Status launch_backward(BackwardParams const& p) {
   return check(cudaGetLastError(), "launching the backward kernels");
 }
 
-// Above: a kernel for dK and dV, and one for dQ, which starts while the last CTAs of the first run.
+// dK and dV, and dQ by a kernel of its own, which starts while the last CTAs of the first run.
+// Nothing is summed in global memory, so this is always deterministic.
 template <class P, class QueryP>
-Status launch_wide_backward(BackwardParams const& p) {
-  using Smem = BackwardWideSmem<P>;
+Status launch_split_backward(BackwardParams p) {
+  constexpr bool kWide = P::kHeadDim > 128;
+  using Smem = std::conditional_t<kWide, BackwardWideSmem<P>, BackwardSmem<P>>;
   using QuerySmem = QueryGradientSmem<QueryP>;
+  constexpr auto kKernel = [] {
+    if constexpr (kWide) return backward_wide_kernel<P>;
+    else return backward_kernel<P>;
+  }();
+  p.deterministic = false;  // no turns
   BackwardMaps maps, query_maps;
-  Status status = set_up_backward<Smem, backward_wide_kernel<P>>(maps, p);
+  Status status = set_up_backward<Smem, kKernel>(maps, p);
   if (status.ok())
     status = set_up_backward<QuerySmem, query_gradient_kernel<QueryP>>(query_maps, p);
   if (!status.ok()) return status;
   Problem const& problem = p.problem;
   auto const stream = static_cast<cudaStream_t>(problem.stream);
-  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, 0);
+  char const* const what = "launching the backward kernels";
+  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, summed_keys<P::kHeadDim>(problem));
   TileScheduler<QueryP::kTileOrder> const scheduler(problem, QueryP::kBlockM);
   status = preprocess<P>(p, workspace);
   if (!status.ok()) return status;
-  dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
-  backward_wide_kernel<P><<<keys, P::kThreads, sizeof(Smem), stream>>>(p, workspace, maps);
-  status = check(cudaGetLastError(), "launching the backward kernels");
+  if constexpr (kWide) {
+    dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
+    kKernel<<<keys, P::kThreads, sizeof(Smem), stream>>>(p, workspace, maps);
+    status = check(cudaGetLastError(), what);
+  } else {
+    KeyTileOrder const order(p, P::kBlockM, P::kBlockN);
+    status = check(launch_overlapped(kKernel, min(order.tiles(), problem.num_sms), P::kThreads,
+                                     sizeof(Smem), stream, p, workspace, maps, order),
+                   what);
+  }
   if (!status.ok()) return status;
   return check(launch_overlapped(query_gradient_kernel<QueryP>, scheduler.grid, QueryP::kThreads,
                                  sizeof(QuerySmem), stream, p, workspace, query_maps, scheduler),
-               "launching the backward kernels");
+               what);
 }
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 Status backward(BackwardParams const& p) {
   using P = BackwardPolicy<HeadDim, Type, Causal, Dropout>;
-  if constexpr (HeadDim > 128) {
+  constexpr bool kWide = HeadDim > 128;
+  if constexpr (kWide || kSplitKeys<HeadDim, Causal> > 0) {
+    using Keys = std::conditional_t<kWide, P, KeysOnlyPolicy<P>>;
     using Query = QueryGradientPolicy<HeadDim, Type, Causal, Dropout>;
-    return p.problem.key_bits != nullptr ? launch_wide_backward<P, HoledPolicy<Query>>(p)
-                                         : launch_wide_backward<P, Query>(p);
-  } else {
-    return launch_backward<P>(p);
+    if (splits_backward<HeadDim>(p.problem))
+      return p.problem.key_bits != nullptr ? launch_split_backward<Keys, HoledPolicy<Query>>(p)
+                                           : launch_split_backward<Keys, Query>(p);
   }
+  if constexpr (!kWide) return launch_backward<P>(p);
 }
 
 }  // namespace hf_flashattn::sm90

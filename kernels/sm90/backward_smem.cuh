@@ -71,9 +71,17 @@ struct DqPieces {
 };
 constexpr int kRoundingWarps = 2;
 
+// What leaves the consumers for the writer, and comes back to be rounded.
+template <class P>
+struct DqBuffers {
+  alignas(128) float parts[P::kConsumers][64 * P::kPartColumns];  // (float4, thread) of each
+  DqPieces pieces[kRoundingWarps];
+};
+struct NoDq {};
+
 // The tiles are read by the consumer warps, the writer and, deterministic, a second writer.
 template <class P>
-constexpr int kBackwardTileReaders = 2 + P::kConsumers * 4;
+constexpr int kBackwardTileReaders = P::kConsumers * 4 + (P::kMakesDq ? 2 : 0);
 
 template <class P>
 struct BackwardSmem {
@@ -86,10 +94,10 @@ struct BackwardSmem {
   ValueTile v;
   RowTile q[P::kStages];
   RowTile dout[P::kStages];
-  // (key, row): dS^T. Between two tiles the one that nobody reads is scratch for dK and dV.
-  SmemTile<Element, P::kBlockN, P::kBlockM> ds[P::kStages];
-  alignas(128) float dq[P::kConsumers][64 * P::kPartColumns];  // (float4, thread) of each consumer
-  DqPieces dq_pieces[kRoundingWarps];
+  // (key, row): dS^T. Between two tiles the one that nobody reads is scratch for dK and dV; without
+  // dQ there is no other use for it.
+  SmemTile<Element, P::kBlockN, P::kBlockM> ds[P::kMakesDq ? P::kStages : 1];
+  [[no_unique_address]] std::conditional_t<P::kMakesDq, DqBuffers<P>, NoDq> dq;
   RowStatistics<P> statistics[P::kStages];
   TileHandover<kBackwardTileReaders<P>> tiles;
   Mbarrier k_full, v_full;
@@ -102,9 +110,10 @@ struct BackwardSmem {
 
 template <class P>
 __device__ void init_barriers(BackwardSmem<P>& s, bool deterministic) {
-  s.tiles.init(kBackwardTileReaders<P> - !deterministic);
-  for (DqPieces& pieces : s.dq_pieces)
-    for (Mbarrier& full : pieces.full) full.init(1);
+  s.tiles.init(kBackwardTileReaders<P> - (P::kMakesDq && !deterministic));
+  if constexpr (P::kMakesDq)
+    for (DqPieces& pieces : s.dq.pieces)
+      for (Mbarrier& full : pieces.full) full.init(1);
   s.k_full.init(1);
   s.v_full.init(1);
   s.keys_empty.init(P::kConsumers * 4);

@@ -178,6 +178,7 @@ struct BackwardTile {
   // d128 1.36 / 1.26 and 1.37 / 1.27; d32 and d96 by likeness.
   static constexpr Draw kDraw = HeadDim == 64 ? Draw::kBeforeScores : Draw::kUnderScores;
   static_assert(kDraw != Draw::kWithSoftmax, "the backward draws before or under S^T");
+  static constexpr bool kMakesDq = true;
   // dQ of a row block is BlockM x HeadDim; each consumer makes half of it, 64 rows high.
   static_assert(BlockM == 64 || BlockM == 128, "a part of dQ has 64 rows");
   static constexpr bool kSplitRows = BlockM == 128;
@@ -199,6 +200,16 @@ struct BackwardPolicy<96, Type, Causal, Dropout> : BackwardTile<96, Type, Causal
 template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<128, Type, Causal, Dropout> : BackwardTile<128, Type, Causal, Dropout, 64> {};
 
+// The same tiles where dQ has a kernel of its own: dS^T stays in registers, nobody needs the other
+// consumer, and nothing is summed in global memory. Without rounding warps consumers have 240
+// registers.
+template <class P>
+struct KeysOnlyPolicy : P {
+  using Registers = RegisterBudget<2>;
+  static constexpr bool kMakesDq = false;
+  static constexpr int kStages = 2;
+};
+
 // Wide heads: dK or dV of 64 keys fills half of a consumer's registers. One consumer accumulates
 // dV, the other dK, and each makes S^T and dP^T of every other block of 64 rows.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
@@ -219,9 +230,12 @@ struct BackwardPolicy<192, Type, Causal, Dropout> : BackwardWideTile<192, Type, 
 template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<256, Type, Causal, Dropout> : BackwardWideTile<256, Type, Causal, Dropout> {};
 
-// dQ of wide heads: a consumer thread holds HeadDim / 2 registers of dQ and 32 each of S and dP. At
-// 256 the rows, two stages of K and one of V take 224 of 227 KB: V is needed for dP alone, and the
-// next one comes while dQ += dS K and S of the next block are made.
+// dQ in a kernel of its own: a consumer thread holds HeadDim / 2 registers of dQ and 32 each of S
+// and dP. At 256 the rows, two stages of K and one of V take 224 of 227 KB: V is needed for dP
+// alone, and the next one comes while dQ += dS K and S of the next block are made. Up to 128 there
+// is room for the rows of two tiles, and sequences that are split there have tiles of a few blocks:
+// Q and dO of the next one come meanwhile. 128 keys would do with fewer reads of shared memory, but
+// take 224 registers, and of a causal sequence of 512 make a tenth more scores.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct QueryGradientPolicy {
   using Element = typename ElementOf<Type>::type;
@@ -232,7 +246,8 @@ struct QueryGradientPolicy {
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = 64;
-  static constexpr int kKeyStages = 2;
+  static constexpr int kRowStages = HeadDim > 128 ? 1 : 2;
+  static constexpr int kKeyStages = HeadDim > 128 ? 2 : 4;
   static constexpr int kValueStages = HeadDim > 192 ? 1 : 2;
   static constexpr TileOrder kTileOrder = Causal ? TileOrder::kFolded : TileOrder::kHeadByHead;
   static constexpr bool kHoles = false;
@@ -243,10 +258,28 @@ struct QueryGradientPolicy {
 template <int HeadDim>
 constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockM;
 
-// Keys of a tile whose dQ is summed in the workspace, and its memory recycled (see
-// common/workspace.cuh); 0 where dQ has a kernel of its own.
+// Up to how many keys a sequence, on average, dQ has a kernel of its own although the backward
+// could sum it; 0: never, and there are no such kernels. Two more products cost less there than
+// sums do: a short sequence has them added, read and zeroed for few scores each.
+template <int HeadDim, bool Causal>
+constexpr int kSplitKeys = HeadDim == 128 && Causal ? 512 : 0;
+
+// Whether the backward is split in two kernels, one for dK and dV and one for dQ. By sizes that the
+// host knows: the workspace depends on it.
 template <int HeadDim>
-constexpr int kRecyclingKeys =
-    HeadDim > 128 ? 0 : BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockN;
+inline bool splits_backward(Problem const& p) {
+  if (HeadDim > 128) return true;
+  int64_t const most = p.causal ? kSplitKeys<HeadDim, true> : kSplitKeys<HeadDim, false>;
+  if (most == 0) return false;
+  return p.cu_seqlens_k != nullptr ? p.total_k <= most * p.batch : p.seqlen_k <= most;
+}
+
+// Keys of a tile whose dQ is summed in the workspace, and its memory recycled (see
+// common/workspace.cuh); 0 where the backward is split.
+template <int HeadDim>
+inline int summed_keys(Problem const& p) {
+  using P = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>;
+  return splits_backward<HeadDim>(p) ? 0 : P::kBlockN;
+}
 
 }  // namespace hf_flashattn::sm90

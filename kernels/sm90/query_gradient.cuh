@@ -1,5 +1,5 @@
-// dQ of wide heads: a persistent, warp-specialised kernel of its own, whose rows stay while keys
-// stream past, so that no sums of dQ leave the registers.
+// dQ where the backward is split (wide heads; short sequences): a persistent, warp-specialised
+// kernel, whose rows stay while keys stream past, so that no sums of dQ leave the registers.
 //
 //   producer warp    Q and dO of a tile, then K and V blocks from the last to the first
 //   2 consumers      64 rows each: S = Q K^T, dP = dO V^T, dS in registers, dQ += dS K
@@ -19,10 +19,11 @@ struct QueryGradientSmem {
   using RowTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
   using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
   using ValueTile = KeyTile;
-  RowTile q, dout;
+  RowTile q[P::kRowStages], dout[P::kRowStages];
   KeyTile k[P::kKeyStages];
   KeyTile v[P::kValueStages];
-  Mbarrier q_full, q_empty, dout_full, dout_empty;  // empty: every consumer warp
+  Mbarrier q_full[P::kRowStages], q_empty[P::kRowStages];        // empty: every consumer warp
+  Mbarrier dout_full[P::kRowStages], dout_empty[P::kRowStages];  // the same
   Mbarrier k_full[P::kKeyStages], k_empty[P::kKeyStages];
   Mbarrier v_full[P::kValueStages], v_empty[P::kValueStages];
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
@@ -34,8 +35,12 @@ template <class P>
 __device__ void init_barriers(QueryGradientSmem<P>& s) {
   constexpr int kConsumerWarps = P::kConsumers * 4;
   s.staging.init(1);
-  for (Mbarrier* full : {&s.q_full, &s.dout_full}) full->init(1);
-  for (Mbarrier* empty : {&s.q_empty, &s.dout_empty}) empty->init(kConsumerWarps);
+  for (int stage = 0; stage < P::kRowStages; ++stage) {
+    s.q_full[stage].init(1);
+    s.dout_full[stage].init(1);
+    s.q_empty[stage].init(kConsumerWarps);
+    s.dout_empty[stage].init(kConsumerWarps);
+  }
   for (Mbarrier& full : s.k_full) full.init(1);
   for (Mbarrier& full : s.v_full) full.init(1);
   for (Mbarrier& empty : s.k_empty) empty.init(kKeyReleases<P>);
@@ -74,13 +79,15 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
   using Smem = QueryGradientSmem<P>;
   PipelineState<P::kKeyStages> k_pipe;
   PipelineState<P::kValueStages> v_pipe;
-  uint32_t staging_phase = 0, rows_phase = 0;
-  auto const load_rows = [&](CUtensorMap const& map, auto const& tile, Mbarrier& full,
-                             Mbarrier& empty, int row, int head, int batch) {
-    empty.wait(rows_phase ^ 1);
+  PipelineState<P::kRowStages> row_pipe;
+  uint32_t staging_phase = 0;
+  auto const load_rows = [&](CUtensorMap const& map, auto const& tiles, auto& full, auto& empty,
+                             int row, int head, int batch) {
+    int const stage = row_pipe.stage();
+    empty[stage].wait(row_pipe.parity() ^ 1);
     if (elect_one()) {
-      full.arrive_expect(Smem::RowTile::kBytes);
-      load_tile(map, full, tile, row, head, batch);
+      full[stage].arrive_expect(Smem::RowTile::kBytes);
+      load_tile(map, full[stage], tiles[stage], row, head, batch);
     }
     __syncwarp();
   };
@@ -105,7 +112,7 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
       load_tile_rows(maps.v, s.v_full[v_pipe.stage()], s.staging, staging_phase,
                      s.v[v_pipe.stage()], key_row, head_k, sequence.batch, keys);
     }
-    rows_phase ^= 1;
+    row_pipe.next();
   }
 }
 
@@ -153,7 +160,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
   ByteRule const rule(problem);
   PipelineState<P::kKeyStages> k_pipe;
   PipelineState<P::kValueStages> v_pipe;
-  uint32_t rows_phase = 0;
+  PipelineState<P::kRowStages> row_pipe;
   float dq[P::kHeadDim / 2], scores[kScores], dp[kScores];
   uint32_t operand[kScores / 8][4];
   ScoreDropout<P> dropout;
@@ -186,14 +193,15 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
         s.v_full[v_pipe.stage()].wait(v_pipe.parity());
         release(s.v_empty[v_pipe.stage()]);
       }
-      s.q_full.wait(rows_phase);
-      s.dout_full.wait(rows_phase);
-      rows_phase ^= 1;
+      int const rows = row_pipe.stage();
+      s.q_full[rows].wait(row_pipe.parity());
+      s.dout_full[rows].wait(row_pipe.parity());
+      row_pipe.next();
       for (; block >= first; --block) {
         s.k_full[k_pipe.stage()].wait(k_pipe.parity());
-        issue_product<P>(scores, s.q, warpgroup * 64, s.k[k_pipe.stage()]);
+        issue_product<P>(scores, s.q[rows], warpgroup * 64, s.k[k_pipe.stage()]);
         s.v_full[v_pipe.stage()].wait(v_pipe.parity());
-        issue_product<P>(dp, s.dout, warpgroup * 64, s.v[v_pipe.stage()]);
+        issue_product<P>(dp, s.dout[rows], warpgroup * 64, s.v[v_pipe.stage()]);
         wgmma_wait<1>();
         pin_registers(scores);
         pin_registers(dq);
@@ -223,8 +231,8 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
         k_pipe.next();
         v_pipe.next();
       }
-      release(s.q_empty);
-      release(s.dout_empty);
+      release(s.q_empty[rows]);
+      release(s.dout_empty[rows]);
       wgmma_wait<0>();
       pin_registers(dq);
       pin_registers(operand);

@@ -18,8 +18,8 @@ size_t forward_workspace_bytes(Problem const& p) {
 
 template <int HeadDim>
 size_t backward_workspace_bytes(BackwardParams const& params) {
-  return BackwardWorkspace(params, HeadDim, kBackwardBlockM<HeadDim>, kRecyclingKeys<HeadDim>)
-      .bytes();
+  int const block_n = summed_keys<HeadDim>(params.problem);
+  return BackwardWorkspace(params, HeadDim, kBackwardBlockM<HeadDim>, block_n).bytes();
 }
 
 template size_t backward_workspace_bytes<32>(BackwardParams const&);

@@ -72,19 +72,34 @@ template <class P>
 __device__ void produce(BackwardParams const& p, BackwardWorkspace const& workspace,
                         BackwardMaps const& maps, KeyTileOrder const& order, BackwardSmem<P>& s) {
   PipelineState<P::kStages> pipe;
-  uint32_t staging_phase = 0, keys_phase = 0;
+  PipelineState<P::kKeyStages> keys_pipe;
+  uint32_t staging_phase = 0;
   TileClaims<P> tiles(order, workspace, s);
   for (Work tile{}; tiles.next(p.problem, tile);) {
     KeyWork<P> const work(p, tile);
     if (work.rows.count <= 0) continue;
     Sequence const& sequence = work.sequence;
     int const key_row = sequence.first_k + work.first_key;
-    if (elect_one()) {
-      prefetch_tile(maps.k, s.k, key_row, work.head_k, sequence.batch);
-      prefetch_tile(maps.v, s.v, key_row, work.head_k, sequence.batch);
+    auto const load_keys = [&] {
+      int const stage = keys_pipe.stage();
+      LaneKeys<P::kBlockN> const keys(p.problem, sequence, work.first_key);
+      s.keys_empty[stage].wait(keys_pipe.parity() ^ 1);
+      keys_pipe.next();
+      load_tile_rows(maps.k, s.k_full[stage], s.staging, staging_phase, s.k[stage], key_row,
+                     work.head_k, sequence.batch, keys);
+      load_tile_rows(maps.v, s.v_full[stage], s.staging, staging_phase, s.v[stage], key_row,
+                     work.head_k, sequence.batch, keys);
+    };
+    bool keys_loaded = P::kKeyStages > 1;
+    if (keys_loaded) {
+      load_keys();
+    } else {
+      if (elect_one()) {
+        prefetch_tile(maps.k, s.k[0], key_row, work.head_k, sequence.batch);
+        prefetch_tile(maps.v, s.v[0], key_row, work.head_k, sequence.batch);
+      }
+      __syncwarp();
     }
-    __syncwarp();
-    bool keys_loaded = false;
     for (int head = work.first_head; head < work.first_head + work.group; ++head) {
       int64_t const first_slot = workspace.first_slot(sequence, head);
       for (int block = work.rows.first; block < work.rows.first + work.rows.count;
@@ -109,13 +124,7 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
         // The first rows have memory of their own, K and V wait for the last ones of the tile
         // before.
         keys_loaded = true;
-        LaneKeys<P::kBlockN> const keys(p.problem, sequence, work.first_key);
-        s.keys_empty.wait(keys_phase ^ 1);
-        keys_phase ^= 1;
-        load_tile_rows(maps.k, s.k_full, s.staging, staging_phase, s.k, key_row, work.head_k,
-                       sequence.batch, keys);
-        load_tile_rows(maps.v, s.v_full, s.staging, staging_phase, s.v, key_row, work.head_k,
-                       sequence.batch, keys);
+        load_keys();
       }
     }
   }

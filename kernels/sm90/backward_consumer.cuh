@@ -47,7 +47,7 @@ __device__ __forceinline__ void issue_dq(float (&dq)[N], Smem const& s, int stag
   for (int k = 0; k < P::kBlockN / 16; ++k)
     Wgmma<typename P::Element, P::kPartColumns>::template smem_smem<Major::kMN, Major::kMN>(
         dq, mn_major(s.ds[stage], P::kSplitRows ? part : 0, k),
-        mn_major(s.k, P::kSplitRows ? 0 : part, k), k > 0);
+        mn_major(s.k[0], P::kSplitRows ? 0 : part, k), k > 0);
   wgmma_commit();
 }
 
@@ -150,7 +150,8 @@ template <class P>
 __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams const& p,
                                            BackwardSmem<P>& s, KeyWork<P> const& work,
                                            uint2 origin_of_dropout, PipelineState<P::kStages>& pipe,
-                                           uint32_t keys_phase, int warpgroup, Lane const& lane) {
+                                           PipelineState<P::kKeyStages> const& keys_pipe,
+                                           int warpgroup, Lane const& lane) {
   constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
   Problem const& problem = p.problem;
   float const scale_log2 = problem.softmax_scale * kLog2e;
@@ -158,8 +159,9 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
   FirstRows const first_rows(problem, work.sequence, P::kCausal, warp_key + lane.group);
   auto const rows = own_rows(problem, work, work.first_key + warpgroup * 64);
-  s.k_full.wait(keys_phase);
-  s.v_full.wait(keys_phase);
+  int const keys = keys_pipe.stage();
+  s.k_full[keys].wait(keys_pipe.parity());
+  s.v_full[keys].wait(keys_pipe.parity());
 
   for (int head = work.first_head; head < work.first_head + work.group; ++head) {
     int block = work.rows.first;
@@ -180,9 +182,9 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
 
       draw_at(Draw::kBeforeScores);
       s.q_full[stage].wait(pipe.parity());
-      issue_product<P>(scores, s.k, warpgroup * 64, s.q[stage]);
+      issue_product<P>(scores, s.k[keys], warpgroup * 64, s.q[stage]);
       s.dout_full[stage].wait(pipe.parity());
-      issue_product<P>(dp, s.v, warpgroup * 64, s.dout[stage]);
+      issue_product<P>(dp, s.v[keys], warpgroup * 64, s.dout[stage]);
       draw_at(Draw::kUnderScores);
       s.statistics_full[stage].wait(pipe.parity());
 
@@ -271,7 +273,7 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
   PipelineState<P::kStages> pipe;
-  uint32_t keys_phase = 0;
+  PipelineState<P::kKeyStages> keys_pipe;
   KeyGradients<P> grad;
   uint2 origin_of_dropout{};
   if constexpr (P::kDropout) origin_of_dropout = dropout_origin(p.problem);
@@ -282,9 +284,9 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
     fill_zero(grad.dk);
     fill_zero(grad.dv);
     if (work.rows.count > 0) {
-      accumulate(grad, p, s, work, origin_of_dropout, pipe, keys_phase, warpgroup, lane);
-      release(s.keys_empty);
-      keys_phase ^= 1;
+      accumulate(grad, p, s, work, origin_of_dropout, pipe, keys_pipe, warpgroup, lane);
+      release(s.keys_empty[keys_pipe.stage()]);
+      keys_pipe.next();
     }
     // The other consumer may still read the dS of the last row block, but not the one before it.
     static_assert(!P::kMakesDq || P::kStages == 2, "the next stage is the one before the last");

@@ -92,7 +92,7 @@ Status launch_backward(BackwardParams const& p) {
 // dK and dV, and dQ by a kernel of its own, which starts while the last CTAs of the first run.
 // Nothing is summed in global memory, so this is always deterministic.
 template <class P, class QueryP>
-Status launch_split_backward(BackwardParams p) {
+Status launch_split_kernels(BackwardParams p) {
   constexpr bool kWide = P::kHeadDim > 128;
   using Smem = std::conditional_t<kWide, BackwardWideSmem<P>, BackwardSmem<P>>;
   using QuerySmem = QueryGradientSmem<QueryP>;
@@ -129,18 +129,24 @@ Status launch_split_backward(BackwardParams p) {
                what);
 }
 
+template <class P, class QueryP>
+Status launch_split_backward(BackwardParams const& p) {
+  return p.problem.key_bits != nullptr ? launch_split_kernels<P, HoledPolicy<QueryP>>(p)
+                                       : launch_split_kernels<P, QueryP>(p);
+}
+
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 Status backward(BackwardParams const& p) {
   using P = BackwardPolicy<HeadDim, Type, Causal, Dropout>;
-  constexpr bool kWide = HeadDim > 128;
-  if constexpr (kWide || kSplitKeys<HeadDim, Causal> > 0) {
-    using Keys = std::conditional_t<kWide, P, KeysOnlyPolicy<P>>;
-    using Query = QueryGradientPolicy<HeadDim, Type, Causal, Dropout>;
-    if (splits_backward<HeadDim>(p.problem))
-      return p.problem.key_bits != nullptr ? launch_split_backward<Keys, HoledPolicy<Query>>(p)
-                                           : launch_split_backward<Keys, Query>(p);
+  using Query = QueryGradientPolicy<HeadDim, Type, Causal, Dropout>;
+  if constexpr (HeadDim > 128) {
+    return launch_split_backward<P, Query>(p);
+  } else {
+    if constexpr (kSplitKeys<HeadDim, Causal> > 0)
+      if (splits_backward<HeadDim>(p.problem))
+        return launch_split_backward<KeysOnlyPolicy<P>, Query>(p);
+    return launch_backward<P>(p);
   }
-  if constexpr (!kWide) return launch_backward<P>(p);
 }
 
 }  // namespace hf_flashattn::sm90

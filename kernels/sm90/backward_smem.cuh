@@ -90,8 +90,8 @@ struct BackwardSmem {
   using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim, P::kPartColumns>;
   using ValueTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
   using RowTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
-  KeyTile k;
-  ValueTile v;
+  KeyTile k[P::kKeyStages];
+  ValueTile v[P::kKeyStages];
   RowTile q[P::kStages];
   RowTile dout[P::kStages];
   // (key, row): dS^T. Between two tiles the one that nobody reads is scratch for dK and dV; without
@@ -100,8 +100,8 @@ struct BackwardSmem {
   [[no_unique_address]] std::conditional_t<P::kMakesDq, DqBuffers<P>, NoDq> dq;
   RowStatistics<P> statistics[P::kStages];
   TileHandover<kBackwardTileReaders<P>> tiles;
-  Mbarrier k_full, v_full;
-  Mbarrier keys_empty;                                     // every consumer warp, done with K and V
+  Mbarrier k_full[P::kKeyStages], v_full[P::kKeyStages];
+  Mbarrier keys_empty[P::kKeyStages];                      // every consumer warp, done with K and V
   Mbarrier q_full[P::kStages], q_empty[P::kStages];        // empty: every consumer warp
   Mbarrier dout_full[P::kStages], dout_empty[P::kStages];  // the same
   Mbarrier statistics_full[P::kStages], statistics_empty[P::kStages];  // empty: consumer threads
@@ -114,9 +114,11 @@ __device__ void init_barriers(BackwardSmem<P>& s, bool deterministic) {
   if constexpr (P::kMakesDq)
     for (DqPieces& pieces : s.dq.pieces)
       for (Mbarrier& full : pieces.full) full.init(1);
-  s.k_full.init(1);
-  s.v_full.init(1);
-  s.keys_empty.init(P::kConsumers * 4);
+  for (int stage = 0; stage < P::kKeyStages; ++stage) {
+    s.k_full[stage].init(1);
+    s.v_full[stage].init(1);
+    s.keys_empty[stage].init(P::kConsumers * 4);
+  }
   s.staging.init(1);
   for (int stage = 0; stage < P::kStages; ++stage) {
     s.q_full[stage].init(1);

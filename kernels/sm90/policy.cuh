@@ -179,6 +179,7 @@ struct BackwardTile {
   static constexpr Draw kDraw = HeadDim == 64 ? Draw::kBeforeScores : Draw::kUnderScores;
   static_assert(kDraw != Draw::kWithSoftmax, "the backward draws before or under S^T");
   static constexpr bool kMakesDq = true;
+  static constexpr int kKeyStages = 1;  // tiles of K and V
   // dQ of a row block is BlockM x HeadDim; each consumer makes half of it, 64 rows high.
   static_assert(BlockM == 64 || BlockM == 128, "a part of dQ has 64 rows");
   static constexpr bool kSplitRows = BlockM == 128;
@@ -202,12 +203,14 @@ struct BackwardPolicy<128, Type, Causal, Dropout> : BackwardTile<128, Type, Caus
 
 // The same tiles where dQ has a kernel of its own: dS^T stays in registers, nobody needs the other
 // consumer, and nothing is summed in global memory. Without rounding warps consumers have 240
-// registers.
+// registers. The memory that dQ leaves is for K and V of the next tile, since tiles of short
+// sequences are few row blocks each: 208 KB at d128.
 template <class P>
 struct KeysOnlyPolicy : P {
   using Registers = RegisterBudget<2>;
   static constexpr bool kMakesDq = false;
   static constexpr int kStages = 2;
+  static constexpr int kKeyStages = 2;
 };
 
 // Wide heads: dK or dV of 64 keys fills half of a consumer's registers. One consumer accumulates

@@ -7,6 +7,7 @@
 //   sums BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC    see print_sums
 //   claims BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC TOTAL_Q
 //                                                          "stream,key block" of each tile in order
+//   split HEAD_DIM CAUSAL PACKED BATCH KEYS TOTAL_K DETERMINISTIC           see print_split
 //   costs ROWS KEYS CAUSAL                                 "cost,bucket" of each row block
 //   words KEYS KEY_START KEY_LEN WORD ...                  see print_words; words of key_bits
 #include <cstdio>
@@ -128,6 +129,17 @@ void print_sums(BackwardParams const& params, int block_m, int block_n) {
   std::printf("\n");
 }
 
+// "split,bytes,bytes of the statistics": whether dQ has a kernel of its own, and the backward's
+// workspace for as many rows as keys and one head.
+template <int HeadDim>
+void print_split(BackwardParams const& params) {
+  constexpr int kBlockM = sm90::kBackwardBlockM<HeadDim>;
+  int const block_n = sm90::summed_keys<HeadDim>(params.problem);
+  std::printf("%d,%zu,%zu\n", sm90::splits_backward<HeadDim>(params.problem),
+              BackwardWorkspace(params, HeadDim, kBlockM, block_n).bytes(),
+              BackwardWorkspace(params, HeadDim, kBlockM, 0).bytes());
+}
+
 void print_claims(BackwardParams const& params, int block_m, int block_n) {
   sm90::KeyTileOrder const order(params, block_m, block_n);
   for (int tile = 0; tile < order.tiles(); ++tile) {
@@ -189,6 +201,21 @@ void serve() {
       if (p.total_q > 0) p.cu_seqlens_q = offsets;
       if (read == 10)
         print_claims({.problem = p, .deterministic = deterministic != 0}, block_m, block_n);
+    } else if (std::strcmp(kind, "split") == 0) {
+      int packed = 0, deterministic = 0;
+      int32_t const offsets[1] = {0};
+      read = std::scanf("%d %d %d %d %d %d %d", &p.head_dim, &causal, &packed, &p.batch,
+                        &p.seqlen_k, &p.total_k, &deterministic);
+      p.causal = causal;
+      p.seqlen_q = p.seqlen_k;
+      p.total_q = p.total_k;
+      p.num_sms = 132;
+      if (packed) p.cu_seqlens_q = p.cu_seqlens_k = offsets;
+      BackwardParams const params = {.problem = p, .deterministic = deterministic != 0};
+      if (read != 7) continue;
+      if (p.head_dim == 64) print_split<64>(params);
+      else if (p.head_dim == 128) print_split<128>(params);
+      else print_split<256>(params);
     } else if (std::strcmp(kind, "costs") == 0) {
       read = std::scanf("%d %d %d", &p.seqlen_q, &p.seqlen_k, &causal);
       p.causal = causal;

@@ -132,6 +132,20 @@ def test_blocks_cover_what_is_seen_and_mask_what_is_not(dump):
         for title, tile in BACKWARD_TILES.items():
             backward = [x[2:].split(",") for x in answer if x.startswith(f"{title}:")]
             check_backward(case, tile, backward)
+        check_halves(answer)
+
+
+def check_halves(answer: list[str]):
+    """A consumer that makes no dQ starts where its own 64 keys of 128 are first seen, and ends with
+    the tile."""
+    whole, own = (
+        [tuple(map(int, x[2:].split(",")[:2])) for x in answer if x.startswith(f"{title}:")]
+        for title in "bw"
+    )
+    for number, (first, count) in enumerate(own):
+        tile_first, tile_count = whole[number // 2]
+        if count > 0:
+            assert first >= tile_first and first + count == tile_first + tile_count, answer
 
 
 def check_backward(case, tile: tuple[int, int], backward: list[list[str]]):
@@ -237,6 +251,31 @@ def test_sums_are_not_recycled_when_they_take_turns(dump):
     )
     assert int(facts.split(",")[0]) == 133
     assert taking_turns.split(",")[:2] == ["0", str(64 * 12 * 512)]
+
+
+def split(dump, *requests) -> list[tuple[bool, bool]]:
+    """Whether the backward is split, and whether its workspace has no sums. A request: head_dim,
+    causal, packed, batch, keys, total_k, deterministic."""
+    answers = dump([f"split {' '.join(map(str, request))}" for request in requests])
+    facts = [tuple(map(int, line.split(","))) for (line,) in answers]
+    return [(bool(is_split), total == statistics) for is_split, total, statistics in facts]
+
+
+def test_the_backward_is_split_where_causal_sequences_are_short_and_has_no_sums_then(dump):
+    most, cases = 512, {}
+    for deterministic, batch in itertools.product((0, 1), (1, 40)):
+        for keys in (1, most - 1, most, most + 1, 8 * most):
+            total = batch * keys
+            cases[128, 1, 0, batch, keys, total, deterministic] = keys <= most
+            cases[128, 0, 0, batch, keys, total, deterministic] = False
+            cases[64, 1, 0, batch, keys, total, deterministic] = False
+            cases[256, 0, 0, batch, keys, total, deterministic] = True
+        # Packed: by the mean, which max_seqlen does not change, rounded to neither side.
+        for total in (0, 1, most * batch, most * batch + 1):
+            cases[128, 1, 1, batch, 9 * most, total, deterministic] = total <= most * batch
+            cases[64, 1, 1, batch, 9 * most, total, deterministic] = False
+    for (case, want), got in zip(cases.items(), split(dump, *cases), strict=True):
+        assert got == (want, want), case
 
 
 def test_words_of_blocks_say_which_keys_are_seen_and_which_come_as_zeros(dump):

@@ -72,8 +72,18 @@ def cases() -> list[Case]:
     recycled += variants(
         Case(lengths=PACKED * 21, heads_q=16, heads_k=8), dim=(64, 96, 128), causal=(False, True)
     )
+    # d128 above 512 keys, where it has sums: causal sequences of fewer have none.
+    long = variants(
+        Case(batch=1, sq=530, sk=520, heads_k=1, dim=128, causal=True),
+        dropout_p=(0.0, 0.1),
+        deterministic=(False, True),
+        holes=(None, 0.2),
+    )
+    recycled += variants(
+        Case(batch=20, sq=70, sk=520, heads_q=16, heads_k=8, causal=True), dim=(104, 128)
+    )
     wide = variants(Case(lengths=PACKED, deterministic=True), dim=(136, 200), causal=(False, True))
-    return dense + partial + deterministic + packed + many + padded + holes + recycled + wide
+    return dense + partial + deterministic + packed + many + padded + holes + recycled + long + wide
 
 
 if __name__ == "__main__":

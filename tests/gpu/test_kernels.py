@@ -280,6 +280,90 @@ def test_deterministic_is_right(case):
     judge(make_problem(case))
 
 
+# Causal sequences of up to 512 keys at head dims 104 to 128 have a kernel for dQ, longer ones sums
+# (splits_backward in sm90/policy.cuh).
+SPLIT = Case(dim=128, causal=True)
+NEAR_512 = (
+    (1, 512), (512, 1), (65, 64), (64, 65), (129, 193), (449, 511), (512, 512), (700, 130),
+    (130, 500), (1500, 512), (513, 513), (300, 640),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sq,sk", NEAR_512)
+@parametrize(
+    variants(
+        replace(SPLIT, heads_q=4),
+        dim=(104, 128),
+        heads_k=(1, 4),
+        dtype=DTYPES,
+        dropout_p=(0.0, 0.1),
+    )
+)
+def test_backward_of_short_causal_sequences(case, sq, sk):
+    judge(make_problem(replace(case, sq=sq, sk=sk)))
+
+
+@pytest.mark.parametrize("sk", [430, 600])
+@parametrize(
+    [
+        case
+        for key_ranges, holes in ((None, None), (RANGES, None), (RANGES, 0.1), (None, 0.3))
+        for case in variants(
+            replace(SPLIT, batch=8, sq=500, heads_q=8, key_ranges=key_ranges, holes=holes),
+            heads_k=(2, 8),  # fewer and more tiles than SMs
+            dropout_p=(0.0, 0.1),
+            deterministic=(False, True),
+        )
+    ]
+)
+def test_hidden_keys_of_short_and_long_causal_sequences(case, sk):
+    judge(make_problem(replace(case, sk=sk)))
+
+
+# On average up to 512 keys: with one far above, many; then more.
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (*PACKED, (2000, 1900), (0, 700), (700, 0)),
+        random_lengths(50, seed=4),
+        ((512, 512),) * 9,
+        ((700, 700), (0, 0), (513, 600), (1, 1), (1300, 1290)),
+    ],
+    ids=("one-long", "many", "at-512", "long"),
+)
+@parametrize(
+    variants(
+        replace(SPLIT, heads_q=8),
+        dim=(104, 128),
+        heads_k=(2, 8),
+        dropout_p=(0.0, 0.1),
+        deterministic=(False, True),
+    )
+)
+def test_packed_short_and_long_causal_sequences(case, lengths):
+    judge(make_problem(replace(case, lengths=lengths)))
+
+
+@parametrize(
+    variants(
+        replace(SPLIT, heads_q=16, heads_k=4),
+        batch=(1, 20),
+        sq=(500,),
+        sk=(512,),
+        dropout_p=(0.0, 0.1),
+    )
+    + variants(replace(SPLIT, heads_q=8, lengths=random_lengths(40, seed=5)), heads_k=(2, 8))
+)
+def test_short_causal_sequences_repeat_bitwise(case):
+    """Nothing is summed across tiles, whether that is asked for or not."""
+    problem = make_problem(case)
+    first = run_kernel(problem)
+    for deterministic in (False, True) * 50:
+        problem.case = replace(case, deterministic=deterministic)
+        for name, result in run_kernel(problem).items():
+            assert torch.equal(first[name], result), name
+
+
 # The kernel for wide heads takes row blocks of 64 in pairs, over all heads that share a key head.
 @pytest.mark.parametrize("sq", [64, 128, 192, 239])
 @parametrize(
@@ -472,7 +556,7 @@ TURNS = (
     ),
     *variants(Case(batch=1, sq=9000, sk=9000, heads_q=1, heads_k=1, dim=256), causal=(False, True)),
     *variants(
-        Case(heads_q=4, heads_k=2, lengths=(*PACKED, (4000, 4100), *PACKED)),
+        Case(heads_q=4, heads_k=2, lengths=(*PACKED, (9000, 9100), *PACKED)),
         dim=(64, 128, 256),
         causal=(False, True),
     ),

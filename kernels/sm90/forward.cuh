@@ -188,6 +188,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   // made there too, under S, or already under the last O += P V.
   constexpr bool kStoreLate = P::kOutputPath == OutputPath::kOwnMemory;
   constexpr bool kFinishLate = kStoreLate && P::kConsumers == 3;
+  constexpr bool kClearEarly = P::kListed && !kStoreLate;
   constexpr bool kLocateLate = P::kListed && !P::kHoles;  // where they go: registers
   Problem const& problem = p.problem;
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
@@ -199,15 +200,15 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   PipelineState<P::kQueryStages, P::kListed> q_pipe;
   auto tiles = tiles_of_warp(s, scheduler);
   ConsumerTile<P> tile{};
-  float out[P::kHeadDim / 2], scores[kScores], rescale[2], normalise[2], lse[2];
+  float out[P::kHeadDim / 2], scores[kScores], rescale[2], normalise[2]{}, lse[2]{};
   uint32_t probabilities[kSteps][4];
   OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
   BlockDropout<P> dropout(problem, tile.work, s.dropout);
   struct {
     Work work;
     int row;
-  } done{{}, problem.seqlen_q};  // the last tile whose output was made; at first one without rows
-  OutputRows<P> rows;
+  } done{{}, problem.seqlen_q};  // if kFinishLate: the tile before; at first one without rows
+  OutputRows<P> rows{};
 
   auto const warp_row = [&] { return tile.own_row + lane.warp * 16; };
   auto const next_tile = [&] { return tile.next(p, tiles, warpgroup, lane); };
@@ -254,10 +255,9 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     dropout.apply(operand);
   };
   auto const locate_rows = [&] {
-    // Listed, the tile is still the one that is done, and no copy of it takes registers.
-    Work const& work = P::kListed ? tile.work : done.work;
+    Work const& work = kFinishLate ? done.work : tile.work;
     rows = OutputRows<P>(p, sequence_of<P>(problem, work.index), work,
-                         P::kListed ? warp_row() : done.row);
+                         kFinishLate ? done.row : warp_row());
   };
   auto const finish_rows = [&] {
     if constexpr (!kLocateLate) locate_rows();
@@ -302,10 +302,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     if constexpr (kFinishLate) finish_rows();
     wgmma_wait<0>();
     pin_registers(some);
-    if constexpr (P::kListed) {
-      tile.make_uniform();
-      fill_zero(out);
-    }
+    if constexpr (P::kListed) tile.make_uniform();
+    if constexpr (kClearEarly) fill_zero(out);
     draw_first(Draw::kWithSoftmax);
     if constexpr (!P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);
     mask_scores(some);
@@ -318,7 +316,6 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       for (int i = 0; i < 4; ++i) probabilities[k][i] = 0;
   };
   fill_zero(out);
-  if constexpr (kStoreLate && !kFinishLate) finish_rows();
   bool found = next_busy_tile(next_tile());
   while (found) {
     skip_blocks();
@@ -335,7 +332,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       first_block(scores);
     }
     if constexpr (kStoreLate) store_output(0);
-    if constexpr (!P::kListed) fill_zero(out);
+    if constexpr (!kClearEarly) fill_zero(out);
 
     while (--tile.block >= tile.first) {
       auto const previous = pipe;
@@ -379,8 +376,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     if constexpr (P::kOutputPath != OutputPath::kQueryMemory) release(s.q_empty[q_last]);
     s.v_full[last.stage()].wait(last.parity());
     issue_output(out, probabilities, s, last.stage());
-    done = {tile.work, warp_row()};
-    if constexpr (!kFinishLate) finish_rows();
+    if constexpr (kFinishLate) done = {tile.work, warp_row()};
+    else finish_rows();
     if constexpr (!P::kListed) found = next_tile();
     wgmma_wait<0>();
     pin_registers(out);

@@ -25,15 +25,17 @@ ROOT = Path(__file__).parents[1]
 # Files of the kernels before these, by the first digits of their SHA-256: a newer file has others.
 OLDER = {
     "ablation": "473045a7",
-    "attention_grid_more": "a7e02e54",
     "bert_large": "d071eee6",
     "bert_large_compiled_full": "a38b08f5",
     "bert_large_compiled_half": "7a9fe058",
     "bert_large_half": "8a11885f",
     "context": "daa7d05f",
     "context_start": "843a2e28",
+    "dropout_draws": "6c942cd2",
     "gpt2_grid_medium": "a993f337",
+    "gpt2_grid_medium_plain": "d37f6c45",
     "gpt2_grid_small": "b03978db",
+    "gpt2_grid_small_1k": "23c36140",
     "gpt2_grid_small_1k_4k": "c507e4a5",
     "gpt2_grid_small_8k": "38d2f1ea",
     "gpt2_grid_small_ends": "29d796af",
@@ -73,7 +75,7 @@ def speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Json]], str
 
     def cell(files: list[Json]) -> str | None:
         found: dict[int, list[str]] = defaultdict(list)
-        for entry in (entry for file in files for entry in file["models"]):
+        for card, entry in ((_card(file, files), e) for file in files for e in file["models"]):
             runs, length = entry["runs"], entry["shape"]["length"]
             if entry["name"] != model or entry["compile"] or OURS not in runs:
                 continue
@@ -89,7 +91,7 @@ def speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Json]], str
                     ratio = f"{theirs['median'] / ms:.2f}" if theirs else "out of memory"
                     parts.append(f"x {other} {ratio}")
                 label = "" if own == OURS else f" ({own.removeprefix(OURS + '_')})"
-                found[length].append(f"{shape}{label}: {ms:.1f} ms, {', '.join(parts)}")
+                found[length].append(f"{shape}{label}{card}: {ms:.1f} ms, {', '.join(parts)}")
         return _by_length(found, lengths)
 
     return cell
@@ -109,9 +111,10 @@ def compiled_speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Js
         of_files = [[e for e in file["models"] if e["name"] == model] for file in files]
         of_any = eager_steps([e for entries in of_files for e in entries])
         found: dict[int, list[str]] = defaultdict(list)
-        for entry, plain in (
-            (e, of_any | eager_steps(entries))  # the file's own run, where it has one
-            for entries in of_files
+        for entry, plain, card in (
+            # The file's own run, where it has one.
+            (e, of_any | eager_steps(entries), _card(file, files))
+            for file, entries in zip(files, of_files, strict=True)
             for e in entries
             if e["compile"]
         ):
@@ -122,7 +125,7 @@ def compiled_speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Js
             for own in (name for name in times if name.startswith(OURS)):
                 line = f"{shape['batch']} x {shape['length']}"
                 line += "" if own == OURS else f" ({own.removeprefix(OURS + '_')})"
-                line += f": {times[own]:.1f} ms"
+                line += f"{card}: {times[own]:.1f} ms"
                 for other in (name for name in runs if not name.startswith(OURS)):
                     got = f"{times[other] / times[own]:.2f}" if other in times else "out of memory"
                     line += f", x {other} {got}"
@@ -132,6 +135,12 @@ def compiled_speed(model: str, lengths: Sequence[int] = ()) -> Callable[[list[Js
         return _by_length(found, lengths)
 
     return cell
+
+
+def _card(file: Json, files: list[Json]) -> str:
+    """Which GPU, where the files of a row are not of the same."""
+    names = {each["device"]["name"] for each in files}
+    return "" if len(names) == 1 else f" on {file['device']['name'].split()[1]}"
 
 
 def _by_length(found: dict[int, list[str]], lengths: Sequence[int]) -> str | None:

@@ -70,8 +70,8 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "without overlap in a consumer": (
         Edit(
             "sm90/forward.cuh",
-            "      wgmma_wait<1>();\n      pin_registers(scores);\n      mask_scores();",
-            "      wgmma_wait<0>();\n      pin_registers(scores);\n      mask_scores();",
+            "      wgmma_wait<1>();\n      pin_registers(scores);\n      mask_scores(scores);",
+            "      wgmma_wait<0>();\n      pin_registers(scores);\n      mask_scores(scores);",
         ),
         Edit(
             "sm90/backward_consumer.cuh",

@@ -78,6 +78,11 @@ Status check(Problem const& p) {
     return failure("expected rng_state (seed, offset) on the device with dropout, got none");
   if ((p.cu_seqlens_q == nullptr) != (p.cu_seqlens_k == nullptr))
     return failure("expected both of cu_seqlens_q and cu_seqlens_k or neither, got one");
+  if (p.cu_seqlens_q != nullptr &&
+      (p.key_start != nullptr || p.key_len != nullptr || p.key_bits != nullptr))
+    return failure(
+        "expected no key_start, key_len or key_bits with cu_seqlens_q, which says the same of "
+        "packed keys, got some. Next step: leave them out");
   constexpr int kGridLimit = 65535;
   if (p.batch > kGridLimit || p.heads_q > kGridLimit)
     return failure(

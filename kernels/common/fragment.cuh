@@ -90,7 +90,7 @@ template <class T, int N>
 __device__ __forceinline__ void store_rows(Lane const& lane, float const (&acc)[N], float scale_low,
                                            float scale_high, T* global, int64_t stride, int rows,
                                            int columns) {
-  static_assert(N % 16 == 0, "units go in fours");
+  static_assert(N % 8 == 0, "units go in pairs");
   bool const odd = lane.quad % 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {  // rows g and g + 8

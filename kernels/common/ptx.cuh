@@ -23,7 +23,7 @@ __device__ __forceinline__ int anew(int value) {
   return value;
 }
 
-// The same of an address: it is not made again wherever it is used.
+// An address that stays in its registers, where ptxas would make it again at each use.
 template <class T>
 __device__ __forceinline__ T* kept(T* address) {
   asm volatile("" : "+l"(address));
@@ -203,15 +203,8 @@ __device__ __forceinline__ void store_shared_zero_16b(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
 }
 
-// One 16-byte store. Assigned through a pointer, four values that come out of assembly leave as
-// four stores of 4 bytes.
-__device__ __forceinline__ void store_global_16b(void* global, uint4 value) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
-}
-
-// The same under a condition that differs between lanes, without a branch.
+// One store of 16 bytes under a condition that differs between lanes, without a branch. Assigned
+// through a pointer, four values that come out of assembly leave as four stores of 4 bytes.
 __device__ __forceinline__ void store_global_16b_if(bool condition, void* global, uint4 value) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
@@ -219,6 +212,11 @@ __device__ __forceinline__ void store_global_16b_if(bool condition, void* global
       "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(uint32_t(condition))
       : "memory");
 }
+__device__ __forceinline__ void store_global_8b(void* global, uint32_t first, uint32_t second) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};\n" ::"l"(global), "r"(first), "r"(second)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_global_8b_if(bool condition, void* global, uint32_t first,
                                                    uint32_t second) {
   asm volatile(
@@ -226,11 +224,6 @@ __device__ __forceinline__ void store_global_8b_if(bool condition, void* global,
       "@p st.global.v2.u32 [%0], {%1, %2};\n}\n" ::"l"(global),
       "r"(first), "r"(second), "r"(uint32_t(condition))
       : "memory");
-}
-
-__device__ __forceinline__ void store_global_8b(void* global, uint32_t first, uint32_t second) {
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};\n" ::"l"(global), "r"(first), "r"(second)
-               : "memory");
 }
 
 // global[0 .. 3] += value, in the L2; nobody waits for it. 16-byte aligned.

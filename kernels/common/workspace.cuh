@@ -7,8 +7,8 @@
 // the memory of stream n - recycled, as much as the longest sequence takes, and the backward itself
 // rounds the sums to dQ. Deterministic sums, which take turns and are late, small problems, and
 // packed sequences most of which are far shorter than the longest keep sums for all, and a kernel
-// after the backward rounds them. Wide heads have none: their dQ never leaves the registers of one
-// CTA.
+// after the backward rounds them. Where the backward is split there are none: dQ never leaves the
+// registers of one CTA. Tiles of keys are claimed there all the same, but for wide heads.
 #pragma once
 
 #include "common/blocks.cuh"

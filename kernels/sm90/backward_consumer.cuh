@@ -159,9 +159,9 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
   FirstRows const first_rows(problem, work.sequence, P::kCausal, warp_key + lane.group);
   auto const rows = own_rows(problem, work, work.first_key + warpgroup * 64);
-  int const keys = keys_pipe.stage();
-  s.k_full[keys].wait(keys_pipe.parity());
-  s.v_full[keys].wait(keys_pipe.parity());
+  int const key_stage = keys_pipe.stage();
+  s.k_full[key_stage].wait(keys_pipe.parity());
+  s.v_full[key_stage].wait(keys_pipe.parity());
 
   for (int head = work.first_head; head < work.first_head + work.group; ++head) {
     int block = work.rows.first;
@@ -182,9 +182,9 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
 
       draw_at(Draw::kBeforeScores);
       s.q_full[stage].wait(pipe.parity());
-      issue_product<P>(scores, s.k[keys], warpgroup * 64, s.q[stage]);
+      issue_product<P>(scores, s.k[key_stage], warpgroup * 64, s.q[stage]);
       s.dout_full[stage].wait(pipe.parity());
-      issue_product<P>(dp, s.v[keys], warpgroup * 64, s.dout[stage]);
+      issue_product<P>(dp, s.v[key_stage], warpgroup * 64, s.dout[stage]);
       draw_at(Draw::kUnderScores);
       s.statistics_full[stage].wait(pipe.parity());
 

@@ -142,7 +142,7 @@ Status backward(BackwardParams const& p) {
   if constexpr (HeadDim > 128) {
     return launch_split_backward<P, Query>(p);
   } else {
-    if constexpr (kSplitKeys<HeadDim, Causal> > 0)
+    if constexpr (kSplitUpToKeys<HeadDim, Causal> > 0)
       if (splits_backward<HeadDim>(p.problem))
         return launch_split_backward<KeysOnlyPolicy<P>, Query>(p);
     return launch_backward<P>(p);

@@ -71,7 +71,9 @@ Status forward(ForwardParams const& p, void* workspace) {
   using Policy = ForwardPolicy<HeadDim, Type, Causal, Dropout>;
   if (p.problem.key_bits != nullptr)
     return launch_listed<HoledPolicy<ListedPolicy<Policy>>>(p, workspace);
-  return sm90::forward_workspace_bytes(p.problem) > 0
+  // Static kernels know nothing of packed batches (sequence_of).
+  bool const packed = p.problem.cu_seqlens_q != nullptr;
+  return packed || sm90::forward_workspace_bytes(p.problem) > 0
              ? launch_listed<ListedPolicy<Policy>>(p, workspace)
              : launch_static<Policy>(p);
 }

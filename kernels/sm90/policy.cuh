@@ -1,4 +1,4 @@
-// Tile shapes and register budgets per head dim and direction, and why.
+// Tile shapes, register budgets and orders per head dim and direction, and why.
 #pragma once
 
 #include <type_traits>
@@ -87,11 +87,7 @@ struct ForwardTile {
   static constexpr int kQueryStages =
       2 * HeadDim * (2 * kBlockM + 2 * kStages * kBlockN) + 1024 <= kSharedMemoryBytes ? 2 : 1;
   static constexpr OutputPath kOutputPath =
-      HeadDim > 128 ? OutputPath::kRegisters
-      : 2 * HeadDim * ((kQueryStages + 1) * kBlockM + 2 * kStages * kBlockN) + 1024 <=
-              kSharedMemoryBytes
-          ? OutputPath::kOwnMemory
-          : OutputPath::kQueryMemory;
+      HeadDim > 128 ? OutputPath::kRegisters : OutputPath::kOwnMemory;
   // Full / causal, over the better peer: d64 under S 1.92 / 1.84, before S 1.88 / 1.81, with the
   // softmax 1.77 / 1.75; d96 1.81 / 1.72, 1.78 / 1.71, 1.71 / 1.71. At d128, with more registers,
   // before S 1.94 / 1.90, under S 1.89 / 1.89. At d192 the others were within 1 %, at d256 they
@@ -118,8 +114,8 @@ struct ForwardTile {
 // A consumer thread holds BlockN / 2 registers of S, BlockN / 4 of P and HeadDim / 2 of O.
 // d32: as d64, where S and P are most of it.
 // d64: three consumers, because a row of O is only 32 registers; 128 keys keep S, P and O in 160.
-// d96: three consumers, of which O takes 48 registers: 112 keys make 132 in all (d64: 128). Masks
-// come for 32 columns, so 96 with dropout.
+// d96: three consumers, of which O takes 48 registers: 96 keys make 120 in all (d64: 128), and
+// masks come for 32 columns.
 // d128: two consumers of 240. 176 keys would fit and amortise a block's softmax over more of them,
 // but then a second Q tile does not: 128 keys were 8 % faster at S = 512, level to 3 % slower at
 // 16k.
@@ -216,7 +212,6 @@ template <class P>
 struct KeysOnlyPolicy : P {
   using Registers = RegisterBudget<2>;
   static constexpr bool kMakesDq = false;
-  static constexpr int kStages = 2;
   static constexpr int kKeyStages = 2;
 };
 
@@ -244,8 +239,9 @@ struct BackwardPolicy<256, Type, Causal, Dropout> : BackwardWideTile<256, Type, 
 // and dP. At 256 the rows, two stages of K and one of V take 224 of 227 KB: V is needed for dP
 // alone, and the next one comes while dQ += dS K and S of the next block are made. Up to 128 there
 // is room for the rows of two tiles, and sequences that are split there have tiles of a few blocks:
-// Q and dO of the next one come meanwhile. 128 keys would do with fewer reads of shared memory, but
-// take 224 registers, and of a causal sequence of 512 make a tenth more scores.
+// Q and dO of the next one come meanwhile, and K and V fill the rest. 128 keys would do with fewer
+// reads of shared memory, but take 224 registers, and of a causal sequence of 512 make a tenth more
+// scores.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct QueryGradientPolicy {
   using Element = typename ElementOf<Type>::type;
@@ -272,16 +268,18 @@ constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false,
 // could sum it; 0: never, and there are no such kernels. Two more products cost less there than
 // sums do: a short sequence has them added, read and zeroed for few scores each.
 template <int HeadDim, bool Causal>
-constexpr int kSplitKeys = HeadDim == 128 && Causal ? 512 : 0;
+constexpr int kSplitUpToKeys = HeadDim == 128 && Causal ? 512 : 0;
 
 // Whether the backward is split in two kernels, one for dK and dV and one for dQ. By sizes that the
 // host knows: the workspace depends on it.
 template <int HeadDim>
 inline bool splits_backward(Problem const& p) {
   if (HeadDim > 128) return true;
-  int64_t const most = p.causal ? kSplitKeys<HeadDim, true> : kSplitKeys<HeadDim, false>;
+  int64_t const most = p.causal ? kSplitUpToKeys<HeadDim, true> : kSplitUpToKeys<HeadDim, false>;
   if (most == 0) return false;
-  return p.cu_seqlens_k != nullptr ? p.total_k <= most * p.batch : p.seqlen_k <= most;
+  if (p.cu_seqlens_q == nullptr) return p.seqlen_k <= most;
+  // Beside short sequences a long one has most of the work.
+  return p.total_k <= most * p.batch && p.seqlen_k <= 2 * most;
 }
 
 // Keys of a tile whose dQ is summed in the workspace, and its memory recycled (see

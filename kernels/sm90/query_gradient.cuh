@@ -81,13 +81,13 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
   PipelineState<P::kValueStages> v_pipe;
   PipelineState<P::kRowStages> row_pipe;
   uint32_t staging_phase = 0;
-  auto const load_rows = [&](CUtensorMap const& map, auto const& tiles, auto& full, auto& empty,
+  auto const load_rows = [&](CUtensorMap const& map, auto const& stages, auto& full, auto& empty,
                              int row, int head, int batch) {
     int const stage = row_pipe.stage();
     empty[stage].wait(row_pipe.parity() ^ 1);
     if (elect_one()) {
       full[stage].arrive_expect(Smem::RowTile::kBytes);
-      load_tile(map, full[stage], tiles[stage], row, head, batch);
+      load_tile(map, full[stage], stages[stage], row, head, batch);
     }
     __syncwarp();
   };
@@ -193,15 +193,15 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
         s.v_full[v_pipe.stage()].wait(v_pipe.parity());
         release(s.v_empty[v_pipe.stage()]);
       }
-      int const rows = row_pipe.stage();
-      s.q_full[rows].wait(row_pipe.parity());
-      s.dout_full[rows].wait(row_pipe.parity());
+      int const row_stage = row_pipe.stage();
+      s.q_full[row_stage].wait(row_pipe.parity());
+      s.dout_full[row_stage].wait(row_pipe.parity());
       row_pipe.next();
       for (; block >= first; --block) {
         s.k_full[k_pipe.stage()].wait(k_pipe.parity());
-        issue_product<P>(scores, s.q[rows], warpgroup * 64, s.k[k_pipe.stage()]);
+        issue_product<P>(scores, s.q[row_stage], warpgroup * 64, s.k[k_pipe.stage()]);
         s.v_full[v_pipe.stage()].wait(v_pipe.parity());
-        issue_product<P>(dp, s.dout[rows], warpgroup * 64, s.v[v_pipe.stage()]);
+        issue_product<P>(dp, s.dout[row_stage], warpgroup * 64, s.v[v_pipe.stage()]);
         wgmma_wait<1>();
         pin_registers(scores);
         pin_registers(dq);
@@ -231,8 +231,8 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
         k_pipe.next();
         v_pipe.next();
       }
-      release(s.q_empty[rows]);
-      release(s.dout_empty[rows]);
+      release(s.q_empty[row_stage]);
+      release(s.dout_empty[row_stage]);
       wgmma_wait<0>();
       pin_registers(dq);
       pin_registers(operand);

@@ -37,7 +37,7 @@ void print_key_blocks(Problem const& p, Sequence const& s) {
     KeyBlocks<BlockM, BlockN> const blocks(s, p.causal, row);
     std::printf("f%dx%d:%d,%d,", BlockM, BlockN, blocks.first, blocks.count);
     for (int i = 0; i < blocks.count; ++i) std::printf("%d", blocks.needs_mask(blocks.first + i));
-    std::printf(" ");
+    std::printf(",%d ", blocks.end);
   }
 }
 
@@ -58,13 +58,16 @@ void print_row_blocks(Problem const& p, Sequence const& s, char const* title) {
   }
 }
 
-// Forward: "first,count,mask bits" of each block of rows, for several tiles. Backward: tiles of 128
-// rows x 128 keys as "a", of 64 x 128 as "b", those of wide heads, of 64 x 64, as "w".
+// Forward: "first,count,mask bits,end" of each block of rows, for several tiles. Backward: tiles of
+// 128 rows x 128 keys as "a", of 64 x 128 as "b", those of wide heads and of a consumer that makes
+// no dQ, of 64 x 64, as "w".
 void print_blocks(Problem const& p) {
   Sequence const s(p, 0);
   print_key_blocks<128, 128>(p, s);
   print_key_blocks<192, 96>(p, s);
   print_key_blocks<128, 80>(p, s);
+  print_key_blocks<64, 128>(p, s);
+  print_key_blocks<64, 80>(p, s);
   print_row_blocks<128, 128>(p, s, "a");
   print_row_blocks<64, 128>(p, s, "b");
   print_row_blocks<64, 64>(p, s, "w");
@@ -215,7 +218,7 @@ void serve() {
       if (read != 7) continue;
       if (p.head_dim == 64) print_split<64>(params);
       else if (p.head_dim == 128) print_split<128>(params);
-      else print_split<256>(params);
+      else if (p.head_dim == 256) print_split<256>(params);
     } else if (std::strcmp(kind, "costs") == 0) {
       read = std::scanf("%d %d %d", &p.seqlen_q, &p.seqlen_k, &causal);
       p.causal = causal;
@@ -234,7 +237,6 @@ void serve() {
       print_words<64>(p, s);
       print_words<80>(p, s);
       print_words<96>(p, s);
-      print_words<112>(p, s);
       print_words<128>(p, s);
       std::printf("\n");
     } else {

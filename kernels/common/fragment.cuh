@@ -75,7 +75,7 @@ __device__ __forceinline__ void store_rows(Tile const& tile, int first_row, floa
 #pragma unroll
   for (int i = 0; i < 16; i += kRowsAtOnce, global += kRowsAtOnce * stride) {
     int const row = first + i;
-    // Beyond the 16 rows, where that can be, there may be no memory.
+    // A sixth of a warp takes five rows at once (dq_convert at d96), and may end beyond its memory.
     int const there = 16 % kRowsAtOnce == 0 ? row : min(row, 15);
     uint4 const value =
         load_shared_16b(tile.address() + Tile::unit_offset(first_row + there, unit));

@@ -212,6 +212,7 @@ __device__ __forceinline__ void store_global_16b_if(bool condition, void* global
       "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(uint32_t(condition))
       : "memory");
 }
+
 __device__ __forceinline__ void store_global_8b(void* global, uint32_t first, uint32_t second) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};\n" ::"l"(global), "r"(first), "r"(second)
                : "memory");

@@ -69,12 +69,14 @@ Status set_up_backward(BackwardMaps& maps, BackwardParams const& p) {
 template <class P>
 Status launch_backward(BackwardParams const& p) {
   using Smem = BackwardSmem<P>;
+  static_assert(P::kBlockN == kSummedKeys<P::kHeadDim>,
+                "the workspace is laid out for all policies of a head dim");
   BackwardMaps maps;
   Status status = set_up_backward<Smem, backward_kernel<P>>(maps, p);
   if (!status.ok()) return status;
   Problem const& problem = p.problem;
   auto const stream = static_cast<cudaStream_t>(problem.stream);
-  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, summed_keys<P::kHeadDim>(problem));
+  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, P::kBlockN);
   KeyTileOrder const order(p, P::kBlockM, P::kBlockN);
   status = preprocess<P>(p, workspace);
   if (!status.ok()) return status;
@@ -109,7 +111,7 @@ Status launch_split_kernels(BackwardParams p) {
   Problem const& problem = p.problem;
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   char const* const what = "launching the backward kernels";
-  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, summed_keys<P::kHeadDim>(problem));
+  BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, 0);
   TileScheduler<QueryP::kTileOrder> const scheduler(problem, QueryP::kBlockM);
   status = preprocess<P>(p, workspace);
   if (!status.ok()) return status;

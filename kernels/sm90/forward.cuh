@@ -318,6 +318,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
 #pragma unroll
       for (int i = 0; i < 4; ++i) probabilities[k][i] = 0;
   };
+
   fill_zero(out);
   bool found = next_busy_tile(next_tile());
   while (found) {

@@ -285,9 +285,10 @@ inline bool splits_backward(Problem const& p) {
 // Keys of a tile whose dQ is summed in the workspace, and its memory recycled (see
 // common/workspace.cuh); 0 where the backward is split.
 template <int HeadDim>
+constexpr int kSummedKeys = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockN;
+template <int HeadDim>
 inline int summed_keys(Problem const& p) {
-  using P = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>;
-  return splits_backward<HeadDim>(p) ? 0 : P::kBlockN;
+  return splits_backward<HeadDim>(p) ? 0 : kSummedKeys<HeadDim>;
 }
 
 }  // namespace hf_flashattn::sm90

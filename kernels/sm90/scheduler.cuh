@@ -35,6 +35,7 @@ struct TileScheduler {
   __host__ __device__ __forceinline__ bool next(int& step, Work& work, int cta) const {
     // The two tiles of a folded pair count as two steps, so a CTA may end two steps later. A loop,
     // though only the last steps can be empty: without it ptxas spills in the kernel's main loop.
+    // Unlikely: so that the usual way through needs no jump, each of which waits for instructions.
     for (; step * grid < tiles() + (kCanFold ? 2 * grid : 0); ++step) {
       int stream, block;
       if (in_chunks()) {

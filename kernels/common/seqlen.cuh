@@ -47,6 +47,15 @@ struct Sequence {
     }
   }
 
+  // From parts that another thread has looked up.
+  __device__ __forceinline__ Sequence(Problem const& p, int index, int first_q, int length_q,
+                                      int first_k, int key_begin, int key_end)
+      : index(index), first_q(first_q), first_k(first_k), length_q(length_q), key_begin(key_begin),
+        key_end(key_end), packed(p.cu_seqlens_q != nullptr) {
+    batch = packed ? 0 : index;
+    length_k = packed ? key_end : p.seqlen_k;
+  }
+
   // Row r sees keys c <= r + diagonal() when causal.
   __host__ __device__ __forceinline__ int diagonal() const { return length_k - length_q; }
 

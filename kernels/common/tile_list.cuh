@@ -1,5 +1,6 @@
-// The forward's tiles where only the device knows how long the sequences are: packed batches, and
-// batches with key ranges. prep/list_tiles writes the list before the forward, on every call.
+// The tiles of the forward, and of dQ where it has a kernel of its own, where only the device knows
+// how long the sequences are: packed batches, and in the forward batches with key ranges.
+// prep/list_tiles writes the list before the kernel, on every call.
 #pragma once
 
 #include "common/blocks.cuh"
@@ -23,6 +24,7 @@ struct TileList {
   TileUnit* units;
   int capacity;  // of the list; offsets that let sequences overlap can ask for more
   int heads, chunk;
+  int grid;  // CTAs: at most one an SM, and no more than may find a tile
 
   // No policy has a smaller block than 64 rows, so that all of them share this bound.
   static __host__ int64_t max_units(Problem const& p, int block_m = 64) {
@@ -47,6 +49,7 @@ struct TileList {
     int64_t const possible = heads * int64_t(p.total_q / block_m) / (kTilesPerSm * p.num_sms);
     int const chunks = int(max(min(wanted, possible), int64_t{1}));
     chunk = int(ceil_div(ceil_div(heads, chunks), int(group)) * group);
+    grid = int(min(max_units(p, block_m) * p.heads_q, int64_t{p.num_sms}));
   }
 
   // Which unit and head tile number `tile` of `count` units times `heads` is.

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common/blocks.cuh"
+#include "common/tile_list.cuh"
 
 namespace hf_flashattn {
 
@@ -32,6 +33,8 @@ struct BackwardWorkspace {
   int32_t* added;    // per stream: tiles that have added all they make to its sums
   int32_t* rounded;  // per stream: row blocks whose dQ is written, and whose sums are 0 again
   int32_t* claimed;  // tiles, and row blocks to round, that CTAs have claimed
+  void* list;        // packed, where dQ has a kernel of its own: its tiles (common/tile_list.cuh)
+  size_t list_bytes;
 
   // block_n: keys of a tile; 0: without sums.
   __host__ BackwardWorkspace(BackwardParams const& params, int head_dim, int block_m, int block_n)
@@ -66,11 +69,15 @@ struct BackwardWorkspace {
     added = turn + sum_slots / block_m;
     rounded = added + streams;
     claimed = rounded + streams;
+    list_bytes = packed && block_n == 0 ? TileList::bytes(p) : 0;
+    list = static_cast<char*>(params.workspace) + list_offset();
   }
 
-  __host__ size_t bytes() const {
-    return (row_slots * 2 + sum_slots * head_dim) * sizeof(float) +
-           (sum_slots / block_m + 2 * streams + 2) * sizeof(int32_t);
+  __host__ size_t bytes() const { return list_offset() + list_bytes; }
+  __host__ size_t list_offset() const {
+    size_t const before = (row_slots * 2 + sum_slots * head_dim) * sizeof(float) +
+                          (sum_slots / block_m + 2 * streams + 2) * sizeof(int32_t);
+    return (before + 15) / 16 * 16;
   }
 
   __host__ __device__ __forceinline__ int group() const { return heads_q / heads_k; }

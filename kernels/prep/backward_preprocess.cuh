@@ -58,8 +58,35 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       wait_for_previous_kernel();  // nothing here needs it, but what comes after counts on both
     }
   }
+  // All loads are on their way before anything waits for one: a block has few rows, and lives about
+  // as long as they take.
+  constexpr int kPasses = BlockM / kRows;
+  static_assert(BlockM % kRows == 0);
+  int const lane = threadIdx.x % kLanes, thread_row = threadIdx.x / kLanes;
+  int const rows = s.length_q - first_row;
+  bool const in_head = lane * 8 < p.problem.head_dim;
+  uint4 out[kPasses], dout[kPasses];
+  float lse[kPasses];
+  auto const load_rows = [&](TensorView const& view, uint4(&values)[kPasses]) {
+    T const* const data =
+        row_pointer<T>(view, s, s.first_q, first_row + thread_row, blockIdx.y) + lane * 8;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass)
+      values[pass] = in_head && thread_row + pass * kRows < rows
+                         ? *reinterpret_cast<uint4 const*>(data + pass * kRows * view.stride_seq)
+                         : make_uint4(0, 0, 0, 0);
+  };
+  load_rows(p.out, out);
+  load_rows(p.dout, dout);
+  float const* const lse_rows = p.lse + lse_offset(p.problem, s, blockIdx.y) + first_row;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    int const row = thread_row + pass * kRows;
+    lse[pass] = lane == 0 && row < rows ? lse_rows[row] : -infinity();
+  }
+
   // Recycled sums are for later streams too, which may have more rows.
-  if (workspace.first_user(stream) && (first_row < s.length_q || workspace.recycled > 0)) {
+  if (workspace.first_user(stream) && (rows > 0 || workspace.recycled > 0)) {
     int64_t const sum = workspace.first_sum(s, blockIdx.y) + first_row;
     auto* accumulator = reinterpret_cast<float4*>(workspace.dq + sum * HeadDim);
 #pragma unroll
@@ -67,33 +94,22 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       accumulator[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     if (threadIdx.x == 0) workspace.turn[sum / BlockM] = 0;
   }
-  if (first_row >= s.length_q) return;
+  if (rows <= 0) return;
 
   int64_t const slot = workspace.first_slot(s, blockIdx.y) + first_row;
-  int64_t const lse_row = lse_offset(p.problem, s, blockIdx.y);
   uint32_t const threshold = p.problem.drop_threshold;
   float const lift = threshold > 0 ? dropout_lift(threshold) : 1.f;
-  int const lane = threadIdx.x % kLanes;
 #pragma unroll
-  for (int r = threadIdx.x / kLanes; r < BlockM; r += kRows) {
-    int const row = first_row + r;
-    bool const exists = row < s.length_q;
-    float delta = 0.f, lse = -infinity();
-    if (exists && lane * 8 < p.problem.head_dim) {
-      auto const at = [&](TensorView const& view) {
-        T const* const data = row_pointer<T>(view, s, s.first_q, row, blockIdx.y);
-        return *reinterpret_cast<uint4 const*>(data + lane * 8);
-      };
-      delta = dot_8<typename PairOf<T>::type>(at(p.out), at(p.dout));
-      lse = p.lse[lse_row + row];  // lane 0's counts
-    }
+  for (int pass = 0; pass < kPasses; ++pass) {
+    float delta = dot_8<typename PairOf<T>::type>(out[pass], dout[pass]);
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2)
       delta += __shfl_xor_sync(0xffffffff, delta, distance);
     if (lane != 0) continue;
-    bool const sees_keys = lse != -infinity();
-    workspace.lse_log2[slot + r] = sees_keys ? lse * kLog2e - log2f(lift) : infinity();
-    workspace.delta[slot + r] = sees_keys ? delta / lift : 0.f;
+    int const row = thread_row + pass * kRows;
+    bool const sees_keys = lse[pass] != -infinity();
+    workspace.lse_log2[slot + row] = sees_keys ? lse[pass] * kLog2e - log2f(lift) : infinity();
+    workspace.delta[slot + row] = sees_keys ? delta / lift : 0.f;
   }
 }
 

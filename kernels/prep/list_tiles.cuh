@@ -1,4 +1,4 @@
-// Before a forward whose sequence lengths only the device knows: the list of its tiles, and zeros
+// Before a kernel whose sequence lengths only the device knows: the list of its tiles, and zeros
 // for tokens of no sequence. One launch does both.
 #pragma once
 
@@ -67,14 +67,16 @@ __device__ void list_tiles(Problem const& p, TileList const& list) {
   });
 }
 
-// Grid: a block for the list, then those that clear the result, if it is packed.
+// Grid: a block for the list, then kListClearBlocks for each packed result.
 template <int BlockM, int BlockN>
 __global__ void __launch_bounds__(kListThreads)
     list_tiles_kernel(Problem const __grid_constant__ p, TileList const __grid_constant__ list,
-                      PackedResult const __grid_constant__ result) {
+                      PackedResults const __grid_constant__ results) {
   launch_dependents();
   if (blockIdx.x == 0) list_tiles<BlockM, BlockN>(p, list);
-  else clear_uncovered(result, p.batch, p.head_dim, blockIdx.x - 1, gridDim.x - 1);
+  else
+    clear_uncovered(results.result[(blockIdx.x - 1) / kListClearBlocks], p.batch, p.head_dim,
+                    (blockIdx.x - 1) % kListClearBlocks, kListClearBlocks);
 }
 
 }  // namespace hf_flashattn::prep

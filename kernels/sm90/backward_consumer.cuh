@@ -277,7 +277,7 @@ __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>
   KeyGradients<P> grad;
   uint2 origin_of_dropout{};
   if constexpr (P::kDropout) origin_of_dropout = dropout_origin(p.problem);
-  ListedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
+  ClaimedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
   for (Work tile; tiles.next(tile);) {
     KeyWork<P> work(p, tile);
     if constexpr (P::kDropout) work.make_uniform();

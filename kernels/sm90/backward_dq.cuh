@@ -25,7 +25,7 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
 
   if (writer == 0) allow_next();
   int stage = 0;
-  ListedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
+  ClaimedTiles<kBackwardTileReaders<P>> tiles{s.tiles};
   for (Work tile; tiles.next(tile);) {
     KeyWork<P> const work(p, tile);
     int const stream = workspace.stream(work.sequence, work.head_k);

@@ -4,6 +4,7 @@
 #include "prep/backward_preprocess.cuh"
 #include "prep/clear_uncovered.cuh"
 #include "prep/dq_convert.cuh"
+#include "prep/list_tiles.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/backward_wide.cuh"
 #include "sm90/launch.cuh"
@@ -27,19 +28,37 @@ Status make_maps(BackwardMaps& maps, BackwardParams const& p) {
   return status;
 }
 
-// Gradients of packed tokens that belong to no sequence.
-inline void clear_uncovered(BackwardParams const& p, cudaStream_t stream) {
+// Gradients of packed tokens, some of which may belong to no sequence.
+inline prep::PackedResults packed_gradients(BackwardParams const& p) {
   Problem const& problem = p.problem;
   int32_t const *const cu_q = problem.cu_seqlens_q, *const cu_k = problem.cu_seqlens_k;
-  prep::PackedResults const results = {{{p.dq, nullptr, cu_q, problem.total_q, problem.heads_q},
-                                        {p.dk, nullptr, cu_k, problem.total_k, problem.heads_k},
-                                        {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
-  prep::clear_uncovered_kernel<<<dim3(prep::kClearBlocks, 3), prep::kClearThreads, 0, stream>>>(
-      results, problem.batch, problem.head_dim);
+  return {{{p.dq, nullptr, cu_q, problem.total_q, problem.heads_q},
+           {p.dk, nullptr, cu_k, problem.total_k, problem.heads_k},
+           {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
 }
 
+// Zeros for those that do not, and the list of dQ's tiles, if it has a kernel of its own.
+template <class QueryP>
+void prepare_packed(BackwardParams const& p, BackwardWorkspace const& workspace,
+                    cudaStream_t stream) {
+  Problem const& problem = p.problem;
+  prep::PackedResults const results = packed_gradients(p);
+  if constexpr (QueryP::kListed) {
+    TileList const list(problem, QueryP::kBlockM, workspace.list);
+    prep::list_tiles_kernel<QueryP::kBlockM, QueryP::kBlockN>
+        <<<1 + 3 * prep::kListClearBlocks, prep::kListThreads, 0, stream>>>(problem, list, results);
+  } else {
+    prep::clear_uncovered_kernel<<<dim3(prep::kClearBlocks, 3), prep::kClearThreads, 0, stream>>>(
+        results, problem.batch, problem.head_dim);
+  }
+}
+
+struct NoQueryKernel {
+  static constexpr bool kListed = false;
+};
+
 // Before the backward proper.
-template <class P>
+template <class P, class QueryP = NoQueryKernel>
 Status preprocess(BackwardParams const& p, BackwardWorkspace const& workspace) {
   static_assert(P::kBlockM == kBackwardBlockM<P::kHeadDim>,
                 "the workspace is laid out for all policies of a head dim");
@@ -51,7 +70,7 @@ Status preprocess(BackwardParams const& p, BackwardWorkspace const& workspace) {
   dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
   char const* const what = "launching the kernels before the backward";
   if (problem.cu_seqlens_q != nullptr) {
-    clear_uncovered(p, stream);
+    prepare_packed<QueryP>(p, workspace, stream);
     return check(launch_overlapped(kernel, rows, kThreads, 0, stream, p, workspace), what);
   }
   kernel<<<rows, kThreads, 0, stream>>>(p, workspace);
@@ -112,8 +131,11 @@ Status launch_split_kernels(BackwardParams p) {
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   char const* const what = "launching the backward kernels";
   BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, 0);
-  TileScheduler<QueryP::kTileOrder> const scheduler(problem, QueryP::kBlockM);
-  status = preprocess<P>(p, workspace);
+  RowScheduler<QueryP> const scheduler = [&] {
+    if constexpr (QueryP::kListed) return TileList(problem, QueryP::kBlockM, workspace.list);
+    else return RowScheduler<QueryP>(problem, QueryP::kBlockM);
+  }();
+  status = preprocess<P, QueryP>(p, workspace);
   if (!status.ok()) return status;
   if constexpr (kWide) {
     dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
@@ -133,8 +155,10 @@ Status launch_split_kernels(BackwardParams p) {
 
 template <class P, class QueryP>
 Status launch_split_backward(BackwardParams const& p) {
-  return p.problem.key_bits != nullptr ? launch_split_kernels<P, HoledPolicy<QueryP>>(p)
-                                       : launch_split_kernels<P, QueryP>(p);
+  Problem const& problem = p.problem;
+  if (problem.key_bits != nullptr) return launch_split_kernels<P, HoledPolicy<QueryP>>(p);
+  return problem.cu_seqlens_q != nullptr ? launch_split_kernels<P, ListedQueryPolicy<QueryP>>(p)
+                                         : launch_split_kernels<P, QueryP>(p);
 }
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>

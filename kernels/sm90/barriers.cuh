@@ -7,8 +7,6 @@ enum ForwardBarrier : int {
   // + warpgroup: the warpgroup before it in the ring arrives when it has issued its products; this
   // warpgroup waits before it issues its own (ping-pong).
   kTensorCores = 1,  // 1, 2, 3
-  // + warpgroup: its four warps, around the reuse of its rows of Q for the output.
-  kOutput = 4,  // 4, 5, 6
 };
 
 enum BackwardBarrier : int {

@@ -23,21 +23,12 @@ struct ForwardMaps {
 };
 
 template <class P>
-using ForwardScheduler = std::conditional_t<P::kListed, TileList, TileScheduler<P::kTileOrder>>;
-
-// Listed tiles are read by the producer warp and the consumer warps.
-struct NoHandover {};
-template <class P>
-using ForwardHandover =
-    std::conditional_t<P::kListed, TileHandover<1 + P::kConsumers * 4>, NoHandover>;
-
-template <class P>
 struct ForwardSmem {
   using Element = typename P::Element;
   using QTile = SmemTile<Element, P::kBlockM, P::kHeadDim>;
   using KeyTile = SmemTile<Element, P::kBlockN, P::kHeadDim>;
   static constexpr bool kOwnOutput = P::kOutputPath == OutputPath::kOwnMemory;
-  QTile q[P::kQueryStages];  // then, if need be, the output of the same rows
+  QTile q[P::kQueryStages];
   KeyTile k[P::kStages];
   KeyTile v[P::kStages];
   [[no_unique_address]] std::conditional_t<kOwnOutput, QTile, NoHandover> out;
@@ -45,7 +36,7 @@ struct ForwardSmem {
   Mbarrier k_full[P::kStages], k_empty[P::kStages];
   Mbarrier v_full[P::kStages], v_empty[P::kStages];
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
-  ForwardHandover<P> tiles;
+  RowHandover<P> tiles;
   [[no_unique_address]] StageKeys<P, P::kStages> keys;
   [[no_unique_address]] SharedDropoutOrigin<P::kDropout && P::kListed> dropout;
 };
@@ -69,22 +60,15 @@ __device__ void init_barriers(ForwardSmem<P>& s) {
 }
 
 template <class P>
-__device__ __forceinline__ auto tiles_of_warp(ForwardSmem<P>& s,
-                                              ForwardScheduler<P> const& scheduler) {
-  if constexpr (P::kListed) return ListedTiles<1 + P::kConsumers * 4>{s.tiles};
-  else return StaticTiles<ForwardScheduler<P>>{scheduler};
-}
-
-template <class P>
 __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
-                        ForwardScheduler<P> const& scheduler) {
+                        RowScheduler<P> const& scheduler) {
   Problem const& problem = p.problem;
   PipelineState<P::kStages, P::kListed> pipe;
   PipelineState<P::kQueryStages, P::kListed> q_pipe;
   uint32_t staging_phase = 0;
   Work work;
-  for (auto tiles = tiles_of_warp(s, scheduler); tiles.next(work);) {
-    auto const sequence = sequence_of<P>(problem, work.index);
+  for (auto tiles = tiles_of_warp<P>(s.tiles, scheduler); tiles.next(work);) {
+    auto const sequence = sequence_of<P>(problem, tiles, work);
     int const first_row = work.block * P::kBlockM;
     if (first_row >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
@@ -181,7 +165,7 @@ __device__ __forceinline__ void skip_block(ForwardSmem<P>& s,
 
 template <class P>
 __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
-                        ForwardScheduler<P> const& scheduler) {
+                        RowScheduler<P> const& scheduler) {
   using Element = typename P::Element;
   constexpr int kScores = P::kBlockN / 2, kSteps = P::kBlockN / 16;
   // A tile's rows leave in the next one, after the softmax of its first block.
@@ -190,8 +174,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   // cuDNN's rate, not 1.25 / 1.24; d128 1.12 / 1.18, not 1.15 / 1.20.
   constexpr bool kFinishLate = kStoreLate && P::kConsumers == 3;
   static_assert(!(kFinishLate && P::kListed), "listed rows are located while they are the tile's");
-  // Orders that keep values of listed kernels out of memory around the loop.
-  constexpr bool kClearEarly = P::kListed && !kStoreLate;
+  // Keeps values of listed kernels out of memory around the loop.
   constexpr bool kLocateLate = P::kListed && !P::kHoles;
   Problem const& problem = p.problem;
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
@@ -201,7 +184,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
 
   PipelineState<P::kStages, P::kListed> pipe;
   PipelineState<P::kQueryStages, P::kListed> q_pipe;
-  auto tiles = tiles_of_warp(s, scheduler);
+  auto tiles = tiles_of_warp<P>(s.tiles, scheduler);
   ConsumerTile<P> tile{};
   float out[P::kHeadDim / 2], scores[kScores], rescale[2], normalise[2]{}, lse[2]{};
   uint32_t probabilities[kSteps][4];
@@ -240,11 +223,11 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   auto const mask_scores = [&](auto& some) {
     if constexpr (P::kHoles) mask_keys(some, s.keys.of[pipe.stage()], lane.quad);
     if (tile.needs_mask(problem))
-      mask_keys(some, tile.visible_keys(problem), P::kCausal, warp_row() + lane.group,
+      mask_keys(some, tile.visible_keys(problem, tiles), P::kCausal, warp_row() + lane.group,
                 tile.block * P::kBlockN, lane.quad);
   };
   auto const scores_again = [&](float (&values)[kScores], bool const(&rows)[2]) {
-    VisibleKeys const visible = tile.visible_keys(problem);
+    VisibleKeys const visible = tile.visible_keys(problem, tiles);
     int const first_key = tile.block * P::kBlockN, row = warp_row() + lane.group;
     warp_scores<Element>(values, rows, s.q[q_pipe.stage()], warpgroup * 64 + lane.warp * 16,
                          s.k[pipe.stage()], lane, [&](int half, int column) {
@@ -259,7 +242,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   };
   auto const locate_rows = [&] {
     Work const& work = kFinishLate ? done.work : tile.work;
-    rows = OutputRows<P>(p, sequence_of<P>(problem, work.index), work,
+    rows = OutputRows<P>(p, sequence_of<P>(problem, tiles, work), work,
                          kFinishLate ? done.row : warp_row());
   };
   auto const finish_rows = [&] {
@@ -271,27 +254,16 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       normalise[1] *= scale;
     }
   };
-  auto const store_output = [&](int q_stage) {
+  auto const store_output = [&] {
     // A row that sees no key gives 0, though V's NaN may have reached it as 0 * NaN.
     if (__any_sync(0xffffffff, normalise[0] == 0.f || normalise[1] == 0.f))
       clear_rows(out, normalise[0] == 0.f, normalise[1] == 0.f);
-    int const own_row = warpgroup * 64 + lane.warp * 16;
-    auto const store_through = [&](auto const& tile) {
-      store_rows(tile, own_row, out, normalise[0], normalise[1], rows.out, rows.stride, rows.count,
-                 problem.head_dim);
-    };
-    if constexpr (P::kOutputPath == OutputPath::kOwnMemory) {
-      store_through(s.out);
-    } else if constexpr (P::kOutputPath == OutputPath::kRegisters) {
+    if constexpr (P::kOutputPath == OutputPath::kOwnMemory)
+      store_rows(s.out, warpgroup * 64 + lane.warp * 16, out, normalise[0], normalise[1], rows.out,
+                 rows.stride, rows.count, problem.head_dim);
+    else
       store_rows(lane, out, normalise[0], normalise[1], rows.out, rows.stride, rows.count,
                  problem.head_dim);
-    } else {
-      // All four warps have finished reading Q.
-      barrier_sync(kOutput + warpgroup, kWarpgroupThreads);
-      store_through(s.q[q_stage]);
-      fence_proxy_async();
-      release(s.q_empty[q_stage]);
-    }
     rows.store_lse(lane, lse);
   };
 
@@ -306,7 +278,6 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     wgmma_wait<0>();
     pin_registers(some);
     if constexpr (P::kListed) tile.make_uniform();
-    if constexpr (kClearEarly) fill_zero(out);
     draw_first(Draw::kWithSoftmax);
     if constexpr (!P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);
     mask_scores(some);
@@ -335,8 +306,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     } else {
       first_block(scores);
     }
-    if constexpr (kStoreLate) store_output(0);
-    if constexpr (!kClearEarly) fill_zero(out);
+    if constexpr (kStoreLate) store_output();
+    fill_zero(out);
 
     while (--tile.block >= tile.first) {
       auto const previous = pipe;
@@ -376,7 +347,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     int const q_last = q_pipe.stage();
     pipe.next();
     q_pipe.next();
-    if constexpr (P::kOutputPath != OutputPath::kQueryMemory) release(s.q_empty[q_last]);
+    release(s.q_empty[q_last]);
     s.v_full[last.stage()].wait(last.parity());
     issue_output(out, probabilities, s, last.stage());
     if constexpr (kFinishLate) done = {tile.work, warp_row()};
@@ -386,12 +357,12 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     pin_registers(out);
     release(s.v_empty[last.stage()]);
     if constexpr (kLocateLate) locate_rows();
-    if constexpr (!kStoreLate) store_output(q_last);
+    if constexpr (!kStoreLate) store_output();
     if constexpr (P::kListed) found = next_tile();
     found = next_busy_tile(found);
   }
   if constexpr (kFinishLate) finish_rows();
-  if constexpr (kStoreLate) store_output(0);
+  if constexpr (kStoreLate) store_output();
   // The last pass of the ring is never taken: take it, so that the barriers end as they began.
   if (warpgroup == 0) turns.take();
 }
@@ -400,7 +371,7 @@ template <class P>
 __global__ void __launch_bounds__(P::kThreads, 1)
     forward_kernel(ForwardParams const __grid_constant__ p,
                    ForwardMaps const __grid_constant__ maps,
-                   ForwardScheduler<P> const __grid_constant__ scheduler) {
+                   RowScheduler<P> const __grid_constant__ scheduler) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<ForwardSmem<P>*>(smem_bytes);
   if (threadIdx.x == 0) {
@@ -413,7 +384,10 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
     if constexpr (P::kListed)
-      if (warp == 1 && elect_one()) claim_tiles(scheduler, s.tiles);
+      if (warp == 1 && elect_one()) {
+        wait_for_previous_kernel();  // the list
+        claim_tiles(p.problem, scheduler, s.tiles);
+      }
     if (warp == 0) {
       if (elect_one()) {
         prefetch_tensor_map(&maps.q);

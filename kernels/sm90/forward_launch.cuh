@@ -36,7 +36,7 @@ Status launch_static(ForwardParams const& p) {
   Status const status = set_up<P>(maps, p);
   if (!status.ok()) return status;
   Problem const& problem = p.problem;
-  ForwardScheduler<P> const scheduler(problem, P::kBlockM);
+  RowScheduler<P> const scheduler(problem, P::kBlockM);
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   forward_kernel<P>
       <<<scheduler.grid, P::kThreads, kForwardSmemBytes<P>, stream>>>(p, maps, scheduler);
@@ -52,17 +52,15 @@ Status launch_listed(ForwardParams const& p, void* workspace) {
   Problem const& problem = p.problem;
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   TileList const list(problem, P::kBlockM, workspace);
-  prep::PackedResult const result = {p.out, p.lse, problem.cu_seqlens_q, problem.total_q,
-                                     problem.heads_q};
+  prep::PackedResults const results = {
+      {{p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q}}};
   int const clear_blocks = problem.cu_seqlens_q != nullptr ? prep::kListClearBlocks : 0;
   prep::list_tiles_kernel<P::kBlockM, P::kBlockN>
-      <<<1 + clear_blocks, prep::kListThreads, 0, stream>>>(problem, list, result);
+      <<<1 + clear_blocks, prep::kListThreads, 0, stream>>>(problem, list, results);
   status = check(cudaGetLastError(), "launching the kernel that lists tiles");
   if (!status.ok()) return status;
-  int64_t const most_tiles = TileList::max_units(problem, P::kBlockM) * problem.heads_q;
-  int const grid = most_tiles < problem.num_sms ? int(most_tiles) : problem.num_sms;
-  return check(launch_overlapped(forward_kernel<P>, grid, P::kThreads, kForwardSmemBytes<P>, stream,
-                                 p, maps, list),
+  return check(launch_overlapped(forward_kernel<P>, list.grid, P::kThreads, kForwardSmemBytes<P>,
+                                 stream, p, maps, list),
                "launching the forward kernel");
 }
 

@@ -4,20 +4,13 @@
 
 #include "common/dropout.cuh"
 #include "common/fragment.cuh"
+#include "sm90/listed_tiles.cuh"
 #include "sm90/policy.cuh"
-#include "sm90/scheduler.cuh"
 
 namespace hf_flashattn::sm90 {
 
 template <class P>
 using ForwardKeyBlocks = KeyBlocks<P::kBlockM, P::kBlockN>;
-
-// Packed batches take the listed kernels without holes, and no other.
-template <class P>
-__device__ __forceinline__ Sequence sequence_of(Problem const& p, int index) {
-  if constexpr (P::kListed && !P::kHoles) return Sequence(p, index);
-  else return Sequence(p, index, false);
-}
 
 // A warp's dropout flags of one block; nothing at all without dropout.
 template <class P>
@@ -119,11 +112,10 @@ struct ConsumerTile {
   bool short_first;               // its rows see no key beyond kShortBlock in their first block
 
   // The next tile for which the producer loads Q; rows that see no key are written here.
-  template <class Tiles>
-  __device__ __forceinline__ bool next(ForwardParams const& p, Tiles& tiles, int warpgroup,
+  __device__ __forceinline__ bool next(ForwardParams const& p, TilesOfWarp<P>& tiles, int warpgroup,
                                        Lane const& lane) {
     while (tiles.next(work)) {
-      auto const sequence = sequence_of<P>(p.problem, work.index);
+      auto const sequence = sequence_of<P>(p.problem, tiles, work);
       int const first_row = work.block * P::kBlockM;
       if (P::kListed && first_row >= sequence.length_q) continue;
       ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
@@ -157,10 +149,12 @@ struct ConsumerTile {
   }
 
   // For masks. With holes BlockKeys say all but what is causal. Listed kernels have no registers to
-  // keep them in, full attention has few masks.
-  __device__ __forceinline__ VisibleKeys visible_keys(Problem const& p) const {
+  // keep them in, with dropout none for the way to the record; full attention has few masks.
+  __device__ __forceinline__ VisibleKeys visible_keys(Problem const& p,
+                                                      TilesOfWarp<P> const& tiles) const {
     if constexpr (P::kHoles) return VisibleKeys::up_to_diagonal(p);
-    else return kKeepVisible ? visible : VisibleKeys(sequence_of<P>(p, work.index));
+    else if constexpr (P::kListed && P::kDropout) return VisibleKeys(Sequence(p, work.index));
+    else return kKeepVisible ? visible : VisibleKeys(sequence_of<P>(p, tiles, work));
   }
 
   // Tells ptxas again what it loses track of across tiles. With dropout it then spills less, or not

@@ -1,5 +1,6 @@
-// Which tile a persistent CTA works on next: (row block, query head, sequence). TileScheduler where
-// the host knows all lengths; a list that CTAs claim tiles from where only the device does.
+// Which tile a persistent CTA works on next: TileScheduler, rows in static steps, where the host
+// knows all lengths (else listed_tiles.cuh); KeyTileOrder, the backward's blocks of keys, which are
+// claimed.
 #pragma once
 
 #include "common/divide.cuh"
@@ -157,16 +158,14 @@ struct StaticTiles {
   }
 };
 
-// Listed tiles: one thread claims them and hands each over to all warps that work on it. A slot is
-// free again when they have read it, which they do at the start of the tile, and only then is the
-// next tile claimed: a CTA never holds more than `kTileSlots` tiles that it has not begun, and the
-// claim's way through global memory passes under the tile before.
+// Tiles of the backward: the producer claims them and hands each over to all warps that work on it.
+// The slot is free again when they have read it, which they do at the start of the tile.
 constexpr int kTileSlots = 1;
 
 template <int Readers>
 struct TileHandover {
   alignas(16) int4 slot[kTileSlots];             // block (-1: no more tiles), head, index
-  Mbarrier full[kTileSlots], empty[kTileSlots];  // full: the claiming thread; empty: readers
+  Mbarrier full[kTileSlots], empty[kTileSlots];  // full: the producer; empty: readers
 
   __device__ __forceinline__ void init(int readers = Readers) {
     for (int i = 0; i < kTileSlots; ++i) {
@@ -176,33 +175,9 @@ struct TileHandover {
   }
 };
 
-// For one thread of the CTA.
-template <int Readers>
-__device__ void claim_tiles(TileList const& list, TileHandover<Readers>& handover) {
-  wait_for_previous_kernel();
-  int const units = load_from_l2(list.units_listed), tiles = units * list.heads;
-  PipelineState<kTileSlots> ring;
-  int tile = blockIdx.x;
-  while (true) {
-    int4 message = make_int4(-1, 0, 0, 0);
-    if (tile < tiles) {
-      int unit;
-      list.locate(tile, units, unit, message.y);
-      message.x = load_from_l2(&list.units[unit].row_block);
-      message.z = load_from_l2(&list.units[unit].index);
-    }
-    handover.slot[ring.stage()] = message;
-    handover.full[ring.stage()].arrive();
-    if (tile >= tiles) return;
-    ring.next();
-    handover.empty[ring.stage()].wait(ring.parity() ^ 1);
-    tile = gridDim.x + atomicAdd(list.claimed, 1);
-  }
-}
-
 // A warp's view of them.
 template <int Readers>
-struct ListedTiles {
+struct ClaimedTiles {
   TileHandover<Readers>& handover;
   PipelineState<kTileSlots> ring;
 

@@ -163,11 +163,17 @@ __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams
   s.k_full[key_stage].wait(keys_pipe.parity());
   s.v_full[key_stage].wait(keys_pipe.parity());
 
-  for (int head = work.first_head; head < work.first_head + work.group; ++head) {
+  // Without dQ a vote: the warp agrees anyway, and d64 with dropout spills less.
+  auto const more = [](int place, int end) {
+    return P::kMakesDq ? place < end : __any_sync(0xffffffff, place < end);
+  };
+  int const end_head = work.first_head + work.group;
+  int const end_block = work.rows.first + work.rows.count;
+  for (int head = work.first_head; more(head, end_head); ++head) {
     int block = work.rows.first;
     if constexpr (!P::kMakesDq)
       for (; block < rows.first; ++block, pipe.next()) pass_over(s, pipe);
-    for (; block < work.rows.first + work.rows.count; ++block, pipe.next()) {
+    for (; more(block, end_block); ++block, pipe.next()) {
       int const stage = pipe.stage();
       float scores[kScores], dp[kScores];
       uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];

@@ -272,11 +272,19 @@ struct ListedQueryPolicy : P {
 template <int HeadDim>
 constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false, false>::kBlockM;
 
-// Up to how many keys a sequence, on average, dQ has a kernel of its own although the backward
-// could sum it; 0: never, and there are no such kernels. Two more products cost less there than
-// sums do: a short sequence has them added, read and zeroed for few scores each.
+// Up to how many keys a sequence dQ has a kernel of its own although the backward could sum it; 0:
+// never, and there are no such kernels. Two more products cost less there than sums do: a short
+// sequence has them added, read and zeroed for few scores each. Split over summed, full / causal:
+//   S     d64          d96          d128
+//   128   1.29 / 1.32  1.37 / 1.38  1.41
+//   256   1.09 / 1.17  1.19 / 1.38  1.22
+//   384   0.93 / 1.05  1.05 / 1.24  1.10
+//   512   0.87 / 1.00  0.94 / 1.16  0.99 / 1.22
+// d32 loses.
 template <int HeadDim, bool Causal>
-constexpr int kSplitUpToKeys = HeadDim == 128 && Causal ? 512 : 0;
+constexpr int kSplitUpToKeys = HeadDim == 64                     ? (Causal ? 384 : 256)
+                               : HeadDim == 96 || HeadDim == 128 ? (Causal ? 512 : 384)
+                                                                 : 0;
 
 // Whether the backward is split in two kernels, one for dK and dV and one for dQ. By sizes that the
 // host knows: the workspace depends on it.
@@ -286,8 +294,9 @@ inline bool splits_backward(Problem const& p) {
   int64_t const most = p.causal ? kSplitUpToKeys<HeadDim, true> : kSplitUpToKeys<HeadDim, false>;
   if (most == 0) return false;
   if (p.cu_seqlens_q == nullptr) return p.seqlen_k <= most;
-  // Beside short sequences a long one has most of the work.
-  return p.total_k <= most * p.batch && p.seqlen_k <= 2 * most;
+  // Longer sequences have more of the work than of the number, a very long one beside short ones
+  // most of it. Lengths 128..512, with a mean of 317: d64 0.94 / 0.96, d128 1.03 / 1.10.
+  return 4 * int64_t{p.total_k} <= 3 * most * p.batch && p.seqlen_k <= 2 * most;
 }
 
 // Keys of a tile whose dQ is summed in the workspace, and its memory recycled (see

@@ -216,7 +216,9 @@ void serve() {
       if (packed) p.cu_seqlens_q = p.cu_seqlens_k = offsets;
       BackwardParams const params = {.problem = p, .deterministic = deterministic != 0};
       if (read != 7) continue;
-      if (p.head_dim == 64) print_split<64>(params);
+      if (p.head_dim == 32) print_split<32>(params);
+      else if (p.head_dim == 64) print_split<64>(params);
+      else if (p.head_dim == 96) print_split<96>(params);
       else if (p.head_dim == 128) print_split<128>(params);
       else if (p.head_dim == 256) print_split<256>(params);
     } else if (std::strcmp(kind, "costs") == 0) {

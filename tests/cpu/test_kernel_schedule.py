@@ -276,20 +276,26 @@ def split(dump, *requests) -> list[tuple[bool, bool]]:
     return [(bool(is_split), total == statistics) for is_split, total, statistics in facts]
 
 
-def test_the_backward_is_split_where_causal_sequences_are_short_and_has_no_sums_then(dump):
-    most, cases = 512, {}
-    for deterministic, batch in itertools.product((0, 1), (1, 40)):
-        for keys in (1, most - 1, most, most + 1, 8 * most):
-            total = batch * keys
-            cases[128, 1, 0, batch, keys, total, deterministic] = keys <= most
-            cases[128, 0, 0, batch, keys, total, deterministic] = False
-            cases[64, 1, 0, batch, keys, total, deterministic] = False
-            cases[256, 0, 0, batch, keys, total, deterministic] = True
-        # Packed: by the mean, rounded to neither side, unless one may be far longer.
-        for total in (0, 1, most * batch, most * batch + 1):
-            cases[128, 1, 1, batch, 2 * most, total, deterministic] = total <= most * batch
-            cases[128, 1, 1, batch, 2 * most + 1, total, deterministic] = False
-            cases[64, 1, 1, batch, 2 * most, total, deterministic] = False
+# Keys of full and of causal sequences; the GPU's tests have the same in judge.py.
+SPLIT_UP_TO = {32: (0, 0), 64: (256, 384), 96: (384, 512), 128: (384, 512)}
+
+
+def test_the_backward_is_split_where_sequences_are_short_and_has_no_sums_then(dump):
+    cases = {}
+    for deterministic, batch, dim, causal in itertools.product(
+        (0, 1), (1, 40), SPLIT_UP_TO, (0, 1)
+    ):
+        most = SPLIT_UP_TO[dim][causal]
+        for keys in {1, max(most, 2) - 1, max(most, 1), most + 1, 4096}:
+            cases[dim, causal, 0, batch, keys, batch * keys, deterministic] = 0 < keys <= most
+            cases[256, causal, 0, batch, keys, batch * keys, deterministic] = True
+        # Packed: by three quarters on average, rounded to neither side, unless one may be far
+        # longer.
+        limit = 3 * most * batch // 4
+        for total in (0, 1, limit, limit + 1):
+            mean_is_small = most > 0 and total <= limit
+            cases[dim, causal, 1, batch, 2 * most, total, deterministic] = mean_is_small
+            cases[dim, causal, 1, batch, 2 * most + 1, total, deterministic] = False
     for (case, want), got in zip(cases.items(), split(dump, *cases), strict=True):
         assert got == (want, want), case
 

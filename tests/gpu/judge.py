@@ -11,6 +11,7 @@ first yardstick alone such rows fail: dK of one key seen by 300 rows was off by 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,6 +25,9 @@ ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = tuple(ROUNDING)
 HEAD_DIMS = (8, 32, 40, 72, 80, 96, 104, 136, 160, 192, 200, 256)
 # Of 300 keys: (start, length), a row of the batch each.
+# Up to how many keys a sequence dQ has a kernel of its own and no sums, of full and of causal
+# attention (kSplitUpToKeys in sm90/policy.cuh); a kernel serves the head dims below its own too.
+SPLIT_UP_TO = {32: (0, 0), 64: (256, 384), 96: (384, 512), 128: (384, 512)}
 RANGES = ((0, 300), (0, 77), (150, 150), (299, 1), (0, 0), (120, 30), (0, 128), (128, 128))
 
 
@@ -194,12 +198,17 @@ WRONG_OFFSETS = (
 
 
 def run_wrong_offsets(offsets: tuple[int, int]) -> None:
-    q, k, v, dout = (torch.randn(100, 2, 64, device="cuda", dtype=torch.float16) for _ in range(4))
+    """In the kernels for dQ alone and, of more tokens, in those that sum it."""
     cu = torch.tensor([0, *offsets], device="cuda", dtype=torch.int32)
-    options = {"softmax_scale": 0.125, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
-    options |= {"max_seqlen_q": 100, "max_seqlen_k": 100}
-    out, lse = ops.forward(q, k, v, **options)
-    ops.backward(dout, q, k, v, out, lse, **options)
+    for dim, causal, tokens in itertools.product((64, 128, 256), (False, True), (100, 1100)):
+        q, k, v, dout = (
+            torch.randn(tokens, 2, dim, device="cuda", dtype=torch.float16) for _ in range(4)
+        )
+        options = {"softmax_scale": 0.125, "causal": causal}
+        options |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+        options |= {"max_seqlen_q": tokens, "max_seqlen_k": tokens}
+        out, lse = ops.forward(q, k, v, **options)
+        ops.backward(dout, q, k, v, out, lse, **options)
     torch.cuda.synchronize()
 
 
@@ -217,6 +226,11 @@ def run_wrong_bits(causal: bool, dim: int) -> None:
         problem.options[name] = problem.options[name].remainder(200).to(torch.int32)
     run_kernel(problem)
     torch.cuda.synchronize()
+
+
+def most_split_keys(case: Case) -> int:
+    kernel = next(dim for dim in SPLIT_UP_TO if case.dim <= dim)
+    return SPLIT_UP_TO[kernel][case.causal]
 
 
 def variants(case: Case, **choices) -> list[Case]:

@@ -9,6 +9,7 @@ would see no overrun of a tensor into its neighbour.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from judge import (
@@ -63,24 +64,25 @@ def cases() -> list[Case]:
         dropout_p=(0.0, 0.1),
         deterministic=(False, True),
     )
-    # More streams than the backward keeps sums of dQ for.
+    # Of more keys than have a kernel for dQ.
+    sums = variants(
+        Case(batch=1, sq=530, sk=520, heads_k=1), dim=(64, 96, 128), causal=(False, True)
+    )
+    long = [
+        replace(case, **choice)
+        for case in sums
+        for choice in ({}, {"dropout_p": 0.1}, {"deterministic": True}, {"holes": 0.2})
+    ]
+    # And more streams than the backward keeps sums for.
     recycled = variants(
-        Case(batch=40, sq=70, sk=130, heads_q=16, heads_k=8),
-        dim=(64, 96, 128),
+        Case(batch=20, sq=70, sk=520, heads_q=16, heads_k=8),
+        dim=(64, 96, 104, 128),
         causal=(False, True),
     )
     recycled += variants(
-        Case(lengths=PACKED * 21, heads_q=16, heads_k=8), dim=(64, 96, 128), causal=(False, True)
-    )
-    # d128 above 512 keys, where it has sums: causal sequences of fewer have none.
-    long = variants(
-        Case(batch=1, sq=530, sk=520, heads_k=1, dim=128, causal=True),
-        dropout_p=(0.0, 0.1),
-        deterministic=(False, True),
-        holes=(None, 0.2),
-    )
-    recycled += variants(
-        Case(batch=20, sq=70, sk=520, heads_q=16, heads_k=8, causal=True), dim=(104, 128)
+        Case(lengths=((70, 640), (0, 0), (1, 700)) * 7, heads_q=16, heads_k=8),
+        dim=(64, 96, 128),
+        causal=(False, True),
     )
     wide = variants(Case(lengths=PACKED, deterministic=True), dim=(136, 200), causal=(False, True))
     return dense + partial + deterministic + packed + many + padded + holes + recycled + long + wide

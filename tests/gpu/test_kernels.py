@@ -15,6 +15,7 @@ from judge import (
     Case,
     judge,
     make_problem,
+    most_split_keys,
     parametrize,
     poison,
     run_kernel,
@@ -280,81 +281,92 @@ def test_deterministic_is_right(case):
     judge(make_problem(case))
 
 
-# Causal sequences of up to 512 keys at head dims 104 to 128 have a kernel for dQ, longer ones sums
-# (splits_backward in sm90/policy.cuh).
-SPLIT = Case(dim=128, causal=True)
-NEAR_512 = (
-    (1, 512), (512, 1), (65, 64), (64, 65), (129, 193), (449, 511), (512, 512), (700, 130),
-    (130, 500), (1500, 512), (513, 513), (300, 640),
-)  # fmt: skip
+# Short sequences have a kernel for dQ, longer ones sums.
+SPLIT = variants(Case(), dim=(64, 72, 96, 104, 128), causal=(False, True))
 
 
-@pytest.mark.parametrize("sq,sk", NEAR_512)
-@parametrize(
-    variants(
-        replace(SPLIT, heads_q=4),
-        dim=(104, 128),
-        heads_k=(1, 4),
-        dtype=DTYPES,
-        dropout_p=(0.0, 0.1),
-    )
+@pytest.mark.parametrize(
+    "sq,over",
+    [(1, 0), (65, -1), (129, 1), (511, 0), (700, -130), (1500, 0), (512, 128), (513, 1)],
 )
-def test_backward_of_short_causal_sequences(case, sq, sk):
-    judge(make_problem(replace(case, sq=sq, sk=sk)))
+@parametrize([c for case in SPLIT for c in variants(replace(case, heads_q=4), heads_k=(1, 4))])
+def test_backward_of_about_as_many_keys_as_are_split(case, sq, over):
+    judge(make_problem(replace(case, sq=sq, sk=most_split_keys(case) + over)))
 
 
-@pytest.mark.parametrize("sk", [430, 600])
 @parametrize(
     [
-        case
-        for key_ranges, holes in ((None, None), (RANGES, None), (RANGES, 0.1), (None, 0.3))
-        for case in variants(
-            replace(SPLIT, batch=8, sq=500, heads_q=8, key_ranges=key_ranges, holes=holes),
-            heads_k=(2, 8),  # fewer and more tiles than SMs
-            dropout_p=(0.0, 0.1),
-            deterministic=(False, True),
+        c
+        for case in SPLIT
+        for c in variants(
+            replace(case, sq=330), dtype=DTYPES, dropout_p=(0.0, 0.1), sk=(1, 64, 199)
         )
     ]
 )
-def test_hidden_keys_of_short_and_long_causal_sequences(case, sk):
-    judge(make_problem(replace(case, sk=sk)))
+def test_backward_of_short_sequences(case):
+    judge(make_problem(case))
 
 
-# Up to 512 keys on average, but one sequence too long for the split; such as are split; more.
-@pytest.mark.parametrize(
-    "lengths",
+@pytest.mark.parametrize("over", [-60, 60])
+@parametrize(
     [
-        (*PACKED, (2000, 1900), (0, 700), (700, 0)),
-        random_lengths(50, seed=4),
-        ((512, 512),) * 9,
-        ((700, 700), (0, 0), (513, 600), (1, 1), (1300, 1290)),
-    ],
-    ids=("one-long", "many", "at-512", "long"),
+        c
+        for case in SPLIT
+        if case.dim % 32 == 0
+        for key_ranges, holes in ((None, None), (RANGES, None), (RANGES, 0.1), (None, 0.3))
+        for c in variants(
+            replace(case, batch=8, sq=500, heads_q=8, key_ranges=key_ranges, holes=holes),
+            heads_k=(2, 8),  # fewer and more tiles than SMs
+            dropout_p=(0.0, 0.1),
+        )
+    ]
 )
+def test_hidden_keys_of_short_and_long_sequences(case, over):
+    judge(make_problem(replace(case, sk=most_split_keys(case) + over)))
+
+
+def packed_about_the_limit(case):
+    """Batches that are split: many, at most three quarters of the limit on average, one of twice
+    the limit; and that are not: a longer one, more on average."""
+    most = most_split_keys(case)
+    short = ((100, 90), (1, 1), (0, 0), (64, 64), (0, 7), (5, 0), (130, 129))
+    return {
+        "many": random_lengths(50, seed=4),
+        "at the limit": ((most, 3 * most // 4),) * 9,
+        "one long": (*short, (700, 2 * most), *short),
+        "one too long": (*short, (2000, 2 * most + 1), *short),
+        "long": ((700, 700), (0, 0), (513, 600), (1, 1), (1300, 1290)),
+    }
+
+
+@pytest.mark.parametrize("lengths", packed_about_the_limit(SPLIT[0]))
 @parametrize(
-    variants(
-        replace(SPLIT, heads_q=8),
-        dim=(104, 128),
-        heads_k=(2, 8),
-        dropout_p=(0.0, 0.1),
-        deterministic=(False, True),
-    )
+    [
+        c
+        for case in SPLIT
+        if case.dim % 32 == 0
+        for c in variants(replace(case, heads_q=8), heads_k=(2, 8), dropout_p=(0.0, 0.1))
+    ]
 )
-def test_packed_short_and_long_causal_sequences(case, lengths):
-    judge(make_problem(replace(case, lengths=lengths)))
+def test_packed_short_and_long_sequences(case, lengths):
+    judge(make_problem(replace(case, lengths=packed_about_the_limit(case)[lengths])))
 
 
 @parametrize(
-    variants(
-        replace(SPLIT, heads_q=16, heads_k=4),
-        batch=(1, 20),
-        sq=(500,),
-        sk=(512,),
-        dropout_p=(0.0, 0.1),
-    )
-    + variants(replace(SPLIT, heads_q=8, lengths=random_lengths(40, seed=5)), heads_k=(2, 8))
+    [
+        c
+        for case in SPLIT
+        if case.dim % 32 == 0
+        for c in (
+            *variants(
+                replace(case, heads_q=16, heads_k=4, sq=500, sk=most_split_keys(case)),
+                batch=(1, 20),
+            ),
+            replace(case, heads_q=8, heads_k=2, lengths=random_lengths(40, seed=5)),
+        )
+    ]
 )
-def test_short_causal_sequences_repeat_bitwise(case):
+def test_short_sequences_repeat_bitwise(case):
     """Nothing is summed across tiles, whether that is asked for or not."""
     problem = make_problem(case)
     first = run_kernel(problem)
@@ -373,7 +385,9 @@ def test_wide_heads_with_odd_and_even_row_blocks(case, sq):
     judge(make_problem(replace(case, sq=sq)))
 
 
-@parametrize(variants(Case(batch=3, sq=300, sk=300), dim=(64, 128, 200), causal=(False, True)))
+@parametrize(
+    variants(Case(batch=3, sq=300), sk=(300, 600), dim=(64, 128, 200), causal=(False, True))
+)
 def test_poison_beyond_key_ranges(case):
     ranges = ((0, 77), (150, 150), (100, 40))
     problem = make_problem(Case(**{**case.__dict__, "key_ranges": ranges}))
@@ -386,10 +400,11 @@ def test_poison_beyond_key_ranges(case):
         torch.testing.assert_close(result, clean[name], rtol=0, atol=0 if name != "dq" else 1e-3)
 
 
+@pytest.mark.parametrize("last", [200, 1100])
 @parametrize(variants(Case(), dim=(64, 128, 200), causal=(False, True), deterministic=(True,)))
-def test_poison_between_packed_sequences(case):
+def test_poison_between_packed_sequences(case, last):
     """One sequence's results do not change when its neighbours become NaN and Inf."""
-    lengths = ((77, 90), (50, 60), (200, 201))
+    lengths = ((77, 90), (50, 60), (last, last + 1))
     problem = make_problem(Case(**{**case.__dict__, "lengths": lengths}))
     clean = run_kernel(problem)
     rows, keys = slice(77, 127), slice(90, 150)
@@ -406,10 +421,11 @@ def test_poison_between_packed_sequences(case):
         assert torch.equal(results[name][own], clean[name][own]), name
 
 
-@parametrize(variants(Case(sq=300, sk=200, causal=True), dim=(64, 128, 200)))
-def test_poison_in_rows_that_see_nothing(case):
+@pytest.mark.parametrize("sk", [200, 600])
+@parametrize(variants(Case(causal=True), dim=(64, 128, 200)))
+def test_poison_in_rows_that_see_nothing(case, sk):
     """Rows before the diagonal: 0 whatever Q, dO and the keys they do not see hold."""
-    problem = make_problem(case)
+    problem = make_problem(replace(case, sq=sk + 100, sk=sk))
     poison(problem.q, (slice(None), slice(0, 100)))
     poison(problem.dout, (slice(None), slice(0, 100)))
     results = run_kernel(problem)

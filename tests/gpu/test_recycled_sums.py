@@ -4,23 +4,29 @@ import random
 from dataclasses import replace
 
 import torch
-from judge import Case, judge, make_problem, parametrize, run_kernel, variants
+from judge import (
+    Case,
+    judge,
+    make_problem,
+    most_split_keys,
+    parametrize,
+    run_kernel,
+    variants,
+)
 
 # More streams (sequences x key heads) than the backward keeps sums of dQ for: their memory is
 # recycled. Sequences without keys are done at once, and must not disturb those before them.
 MANY = Case(batch=40, sq=300, sk=200, heads_q=16, heads_k=8)
 EMPTY = (0, 0)
-# Short causal sequences have no sums at head dims 104 to 128 (splits_backward in sm90/policy.cuh).
-LONGER = replace(MANY, batch=20, sq=600, sk=520, causal=True)
 
 
-def assert_sums(case, keys):
-    """keys: of a sequence on average."""
-    assert case.dim <= 96 or (case.dim <= 128 and (not case.causal or keys > 512))
+def with_sums(cases):
+    """Of so many keys that there are sums."""
+    return [replace(case, sk=max(case.sk, most_split_keys(case) + 8)) for case in cases]
 
 
 def assert_recycled(case):
-    assert_sums(case, case.sk)
+    assert case.sk > most_split_keys(case)
     key_blocks = -(-case.sk // 128)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     assert case.batch * case.heads_k > -(-4 * processors // key_blocks) + 1
@@ -37,9 +43,9 @@ def assert_same_again(problem, times):
 
 
 @parametrize(
-    variants(MANY, dim=(32, 40, 64, 96), causal=(False, True), dropout_p=(0.0, 0.1))
-    + variants(MANY, dim=(104, 128), dropout_p=(0.0, 0.1))
-    + variants(LONGER, dim=(104, 128), dropout_p=(0.0, 0.1))
+    with_sums(
+        variants(MANY, dim=(32, 40, 64, 96, 104, 128), causal=(False, True), dropout_p=(0.0, 0.1))
+    )
 )
 def test_recycled_sums(case):
     assert_recycled(case)
@@ -55,18 +61,7 @@ RANGES_OF_MANY = (
 
 
 @parametrize(
-    variants(MANY, dim=(64,), causal=(False, True), key_ranges=RANGES_OF_MANY)
-    + variants(MANY, dim=(128,), key_ranges=RANGES_OF_MANY)
-    + variants(
-        LONGER,
-        dim=(128,),
-        key_ranges=(
-            ((0, 520),) + (EMPTY,) * 19,
-            ((0, 520), EMPTY) * 10,
-            (EMPTY,) * 10 + ((160, 300),) * 10,
-            tuple((i, 520 - 26 * i) for i in range(20)),
-        ),
-    )
+    with_sums(variants(MANY, dim=(64, 128), causal=(False, True), key_ranges=RANGES_OF_MANY))
 )
 def test_recycled_sums_beside_sequences_without_keys(case):
     assert_recycled(case)
@@ -82,7 +77,7 @@ def drawn_lengths(count, longest):
 
 def assert_packed_recycled(case):
     rows, keys = zip(*case.lengths, strict=True)
-    assert_sums(case, sum(keys) / len(keys))
+    assert 4 * sum(keys) > 3 * most_split_keys(case) * len(keys)
     block = 128 if case.dim <= 64 else 64
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     key_blocks = -(-sum(keys) // (128 * len(keys)))
@@ -99,28 +94,24 @@ SHORT = variants(
     causal=(False, True),
     dropout_p=(0.0, 0.1),
     lengths=(
-        drawn_lengths(60, 300),
-        ((0, 0), (0, 128), (90, 0)) * 6 + ((200, 200),) * 70,
-        ((1, 1),) * 90,
+        drawn_lengths(40, 900),
+        ((0, 0), (0, 128), (90, 0)) * 2 + ((500, 500),) * 34,
     ),
 )
 
 
 @parametrize(
-    [case for case in SHORT if not (case.causal and case.dim == 128)]
+    SHORT
     + variants(
-        Case(heads_q=16, heads_k=8, dim=128, causal=True),
+        Case(heads_q=16, heads_k=8, dim=32, lengths=((1, 1),) * 90),
+        causal=(False, True),
         dropout_p=(0.0, 0.1),
-        lengths=(
-            drawn_lengths(30, 1500),
-            ((0, 0), (0, 128), (90, 0)) * 2 + ((700, 700),) * 24,
-        ),
     )
     + variants(
         Case(
             heads_q=16,
             heads_k=8,
-            lengths=(*((200, 150), (0, 0), (70, 0), (150, 200), (0, 90)) * 20, (0, 0)),
+            lengths=(*((600, 500), (0, 0), (210, 0), (500, 600), (0, 390)) * 10, (0, 0)),
         ),
         dim=(32, 64),
         causal=(False, True),
@@ -136,9 +127,8 @@ def test_recycled_sums_of_packed_sequences(case):
 
 
 @parametrize(
-    variants(replace(MANY, sq=1, sk=1, batch=80), dim=(64,), causal=(False, True))
-    + variants(replace(MANY, sq=1, sk=1, batch=80), dim=(128,))
-    + variants(replace(LONGER, sq=1), dim=(128,))
+    variants(replace(MANY, sq=1, sk=1, batch=80), dim=(32,), causal=(False, True))
+    + with_sums(variants(replace(MANY, sq=1), dim=(64, 128), causal=(False, True)))
 )
 def test_recycled_sums_of_one_row(case):
     assert_recycled(case)

@@ -27,12 +27,13 @@ struct TileRecord {
 template <int Readers>
 struct ListHandover {
   alignas(16) TileRecord slot[kListedSlots];
-  Mbarrier full[kListedSlots], empty[kListedSlots];  // full: the claiming thread; empty: readers
+  // full: the claiming thread; empty: every lane of the readers, as all of them read the record
+  Mbarrier full[kListedSlots], empty[kListedSlots];
 
   __device__ __forceinline__ void init() {
     for (int i = 0; i < kListedSlots; ++i) {
       full[i].init(1);
-      empty[i].init(Readers);
+      empty[i].init(Readers * kWarpThreads);
     }
   }
 };
@@ -72,7 +73,7 @@ struct ListedTiles {
   PipelineState<kListedSlots> ring{2 * kListedSlots - 1};  // of the tile that it works on
 
   __device__ __forceinline__ bool next(Work& work) {
-    release(handover.empty[ring.stage()]);
+    handover.empty[ring.stage()].arrive();
     ring.next();
     handover.full[ring.stage()].wait(ring.parity());
     int4 const message = handover.slot[ring.stage()].work;

@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 # Files of the kernels before these, by the first digits of their SHA-256: a newer file has others.
 OLDER = {
     "ablation": "473045a7",
+    "bert_accuracy_eager_padded": "9647c594",
+    "bert_accuracy_hf_flashattn_unpadded": "d96b4b12",
+    "bert_accuracy_sdpa_padded": "479893f3",
     "bert_large": "d071eee6",
     "bert_large_compiled_full": "a38b08f5",
     "bert_large_compiled_half": "7a9fe058",
@@ -33,17 +36,18 @@ OLDER = {
     "context_start": "843a2e28",
     "dropout_draws": "6c942cd2",
     "gpt2_grid_medium": "a993f337",
-    "gpt2_grid_medium_plain": "d37f6c45",
+    "gpt2_grid_medium_plain": "9d7825b9",
     "gpt2_grid_small": "b03978db",
-    "gpt2_grid_small_1k": "23c36140",
+    "gpt2_grid_small_1k": "9da1e856",
     "gpt2_grid_small_1k_4k": "c507e4a5",
+    "gpt2_grid_small_1k_h100": "29abf517",
     "gpt2_grid_small_8k": "38d2f1ea",
     "gpt2_grid_small_ends": "29d796af",
-    "host_overhead": "fbe894a8",
+    "host_overhead": "620ba454",
     "limits": "6ad4887f",
-    "memory": "eadb5f30",
+    "memory": "7e55fa1d",
     "scaling": "0d99a3d6",
-    "step_parts": "73c7c6f0",
+    "step_parts": "0f1c853c",
     "training_step": "8016142e",
 }
 RESULTS = ROOT / "benchmarks" / "results"

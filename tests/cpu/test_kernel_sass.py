@@ -41,15 +41,17 @@ def test_every_policy_is_instantiated(kernels, direction):
         for dim, dtype, causal, dropout in choices
     }
     if direction == "backward":
-        expected |= {
-            f"sm90::query_gradient_kernel<sm90::QueryGradientPolicy<{dim}, {rest}>>"
-            for dim in (192, 256)
-            for rest in map(", ".join, product(*choices_of_a_dim))
-        }
-        for dtype, dropout in product(*choices_of_a_dim[:2]):  # short causal sequences are split
-            rest = f"Policy<128, {dtype}, true, {dropout}>"
-            expected.add(f"sm90::query_gradient_kernel<sm90::QueryGradient{rest}>")
-            expected.add(f"sm90::backward_kernel<sm90::KeysOnlyPolicy<sm90::Backward{rest}>>")
+        for dim, *rest in product(HEAD_DIMS, *choices_of_a_dim):
+            policy = f"Policy<{dim}, {', '.join(rest)}>"
+            if 32 < dim <= 128:  # short sequences are split
+                expected.add(f"sm90::backward_kernel<sm90::KeysOnlyPolicy<sm90::Backward{policy}>>")
+            if dim > 32:
+                query = f"sm90::QueryGradient{policy}"
+                expected.add(f"sm90::query_gradient_kernel<{query}>")
+                expected |= {
+                    f"sm90::query_gradient_kernel<sm90::{of}<{query}>>"
+                    for of in ("ListedQueryPolicy", "HoledPolicy")
+                }
     else:
         expected |= {f"{n[:20]}<sm90::ListedPolicy<{n[21:-1]}>>" for n in expected}
     assert expected <= set(attention_kernels(kernels, direction))

@@ -1,6 +1,7 @@
 // The backward's workspace: per row and query head the log-sum-exp and delta = rowsum(dO * O); sums
 // of dQ in fp32, in row blocks of a fixed size so that every block is whole and aligned for bulk
-// copies; and the counters by which CTAs agree on who does what.
+// copies; the counters by which CTAs agree on who does what; and the list of dQ's tiles, if it has
+// a kernel of its own and sequences are packed.
 //
 // A stream is one key head of one sequence with the query heads that share it. Streams are worked
 // on one after the other, so sums are needed for a few of them at a time. Recycled, stream n has

@@ -37,6 +37,13 @@ inline prep::PackedResults packed_gradients(BackwardParams const& p) {
            {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
 }
 
+// Where the tiles of dQ come from.
+template <class QueryP>
+RowScheduler<QueryP> row_scheduler(Problem const& problem, BackwardWorkspace const& workspace) {
+  if constexpr (QueryP::kListed) return TileList(problem, QueryP::kBlockM, workspace.list);
+  else return RowScheduler<QueryP>(problem, QueryP::kBlockM);
+}
+
 // Zeros for those that do not, and the list of dQ's tiles, if it has a kernel of its own.
 template <class QueryP>
 void prepare_packed(BackwardParams const& p, BackwardWorkspace const& workspace,
@@ -44,7 +51,7 @@ void prepare_packed(BackwardParams const& p, BackwardWorkspace const& workspace,
   Problem const& problem = p.problem;
   prep::PackedResults const results = packed_gradients(p);
   if constexpr (QueryP::kListed) {
-    TileList const list(problem, QueryP::kBlockM, workspace.list);
+    auto const list = row_scheduler<QueryP>(problem, workspace);
     prep::list_tiles_kernel<QueryP::kBlockM, QueryP::kBlockN>
         <<<1 + 3 * prep::kListClearBlocks, prep::kListThreads, 0, stream>>>(problem, list, results);
   } else {
@@ -131,10 +138,7 @@ Status launch_split_kernels(BackwardParams p) {
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   char const* const what = "launching the backward kernels";
   BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, 0);
-  RowScheduler<QueryP> const scheduler = [&] {
-    if constexpr (QueryP::kListed) return TileList(problem, QueryP::kBlockM, workspace.list);
-    else return RowScheduler<QueryP>(problem, QueryP::kBlockM);
-  }();
+  RowScheduler<QueryP> const scheduler = row_scheduler<QueryP>(problem, workspace);
   status = preprocess<P, QueryP>(p, workspace);
   if (!status.ok()) return status;
   if constexpr (kWide) {

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
                          BackwardMaps const __grid_constant__ maps) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<BackwardWideSmem<P>*>(smem_bytes);
-  launch_dependents();
+  launch_dependents();  // at once: this kernel is not launched to overlap with those before it
   KeyWork<P> const work(p, Work{int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)});
   if (work.first_key >= work.sequence.length_k) return;
   if (threadIdx.x == 0) init_barriers(s);

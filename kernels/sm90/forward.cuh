@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     if constexpr (P::kListed)
       if (warp == 1 && elect_one()) {
         wait_for_previous_kernel();  // the list
-        claim_tiles(p.problem, scheduler, s.tiles);
+        claim_listed_tiles(p.problem, scheduler, s.tiles);
       }
     if (warp == 0) {
       if (elect_one()) {

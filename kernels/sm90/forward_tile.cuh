@@ -85,7 +85,7 @@ struct OutputRows {
     }
   }
 
-  // Rows that see no key. Q's memory may already belong to the next tile, so no scratch here.
+  // Rows that see no key.
   __device__ __forceinline__ void store_empty(Lane const& lane, int head_dim) const {
     float const none[2] = {-infinity(), -infinity()};
     store_lse(lane, none);

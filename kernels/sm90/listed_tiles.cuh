@@ -3,11 +3,13 @@
 //
 // Of a list one thread of the CTA claims tiles, looks up where their sequence lies, and hands both
 // over in shared memory to all warps that work on them. Its ways through global memory, one after
-// the other, pass under the tile before; nobody else has any.
+// the other, pass under the tile before. Nobody else has any, but for masks with dropout, and with
+// holes, for want of registers.
 #pragma once
 
 #include <type_traits>
 
+#include "common/tile_list.cuh"
 #include "sm90/scheduler.cuh"
 
 namespace hf_flashattn::sm90 {
@@ -40,8 +42,8 @@ struct ListHandover {
 
 // For one thread of the CTA, when the list is there.
 template <int Readers>
-__device__ void claim_tiles(Problem const& problem, TileList const& list,
-                            ListHandover<Readers>& handover) {
+__device__ void claim_listed_tiles(Problem const& problem, TileList const& list,
+                                   ListHandover<Readers>& handover) {
   int const units = load_from_l2(list.units_listed), tiles = units * list.heads;
   PipelineState<kListedSlots> ring, freed;
   int tile = blockIdx.x;
@@ -77,9 +79,7 @@ struct ListedTiles {
     ring.next();
     handover.full[ring.stage()].wait(ring.parity());
     int4 const message = handover.slot[ring.stage()].work;
-    // Shuffles and a vote, so that ptxas sees that the whole warp agrees and keeps uniform
-    // registers around the loop: without the vote the kernel spills into its main loop at d64.
-    work.block = warp_uniform(message.x);
+    work.block = warp_uniform(message.x);  // see ClaimedTiles
     work.head = warp_uniform(message.y);
     work.index = warp_uniform(message.z);
     return __any_sync(0xffffffff, message.x >= 0);

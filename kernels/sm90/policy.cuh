@@ -276,9 +276,9 @@ constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false,
 // never, and there are no such kernels. Two more products cost less there than sums do: a short
 // sequence has them added, read and zeroed for few scores each. Split over summed, full / causal:
 //   S     d64          d96          d128
-//   128   1.29 / 1.32  1.37 / 1.38  1.41
-//   256   1.09 / 1.17  1.19 / 1.38  1.22
-//   384   0.93 / 1.05  1.05 / 1.24  1.10
+//   128   1.29 / 1.32  1.37 / 1.38  1.41 / not timed
+//   256   1.09 / 1.17  1.19 / 1.38  1.22 / not timed
+//   384   0.93 / 1.05  1.05 / 1.24  1.10 / not timed
 //   512   0.87 / 1.00  0.94 / 1.16  0.99 / 1.22
 // d32 loses.
 template <int HeadDim, bool Causal>

@@ -282,8 +282,9 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
+    // The list is there: the kernel before lets this one start when it has waited for what made it.
     if constexpr (P::kListed)
-      if (warp == 1 && elect_one()) claim_tiles(p.problem, scheduler, s.tiles);
+      if (warp == 1 && elect_one()) claim_listed_tiles(p.problem, scheduler, s.tiles);
     if (warp == 0) produce(maps, s, tiles);
   } else {
     grow_registers<P::Registers::kConsumer>();

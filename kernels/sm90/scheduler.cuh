@@ -3,9 +3,9 @@
 // claimed.
 #pragma once
 
+#include "common/blocks.cuh"
 #include "common/divide.cuh"
 #include "common/mbarrier.cuh"
-#include "common/tile_list.cuh"
 #include "sm90/policy.cuh"
 
 namespace hf_flashattn::sm90 {

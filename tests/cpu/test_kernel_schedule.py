@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import random
+import re
+from pathlib import Path
 
 # Rows x keys of the backward's tiles: up to 64, up to 128 and above.
 BACKWARD_TILES = {"a": (128, 128), "b": (64, 128), "w": (64, 64)}
@@ -276,16 +279,17 @@ def split(dump, *requests) -> list[tuple[bool, bool]]:
     return [(bool(is_split), total == statistics) for is_split, total, statistics in facts]
 
 
-# Keys of full and of causal sequences; the GPU's tests have the same in judge.py.
-SPLIT_UP_TO = {32: (0, 0), 64: (256, 384), 96: (384, 512), 128: (384, 512)}
+def split_up_to() -> dict[int, tuple[int, int]]:
+    """The GPU tests' table, which cannot be imported without one."""
+    judge = (Path(__file__).parents[1] / "gpu" / "judge.py").read_text()
+    (table,) = re.findall(r"^SPLIT_UP_TO = (.*)$", judge, re.MULTILINE)
+    return ast.literal_eval(table)
 
 
 def test_the_backward_is_split_where_sequences_are_short_and_has_no_sums_then(dump):
-    cases = {}
-    for deterministic, batch, dim, causal in itertools.product(
-        (0, 1), (1, 40), SPLIT_UP_TO, (0, 1)
-    ):
-        most = SPLIT_UP_TO[dim][causal]
+    cases, table = {}, split_up_to()
+    for deterministic, batch, dim, causal in itertools.product((0, 1), (1, 40), table, (0, 1)):
+        most = table[dim][causal]
         for keys in {1, max(most, 2) - 1, max(most, 1), most + 1, 4096}:
             cases[dim, causal, 0, batch, keys, batch * keys, deterministic] = 0 < keys <= most
             cases[256, causal, 0, batch, keys, batch * keys, deterministic] = True

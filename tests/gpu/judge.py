@@ -24,10 +24,10 @@ from hf_flashattn.reference import attention_backward_reference, attention_refer
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = tuple(ROUNDING)
 HEAD_DIMS = (8, 32, 40, 72, 80, 96, 104, 136, 160, 192, 200, 256)
-# Of 300 keys: (start, length), a row of the batch each.
 # Up to how many keys a sequence dQ has a kernel of its own and no sums, of full and of causal
 # attention (kSplitUpToKeys in sm90/policy.cuh); a kernel serves the head dims below its own too.
 SPLIT_UP_TO = {32: (0, 0), 64: (256, 384), 96: (384, 512), 128: (384, 512)}
+# Of 300 keys: (start, length), a row of the batch each.
 RANGES = ((0, 300), (0, 77), (150, 150), (299, 1), (0, 0), (120, 30), (0, 128), (128, 128))
 
 
@@ -193,7 +193,8 @@ def judge(problem: Problem, results: Results | None = None) -> dict[str, float]:
 # cu_seqlens that lie about 100 tokens: results may be nonsense, accesses must stay inside.
 INT_MAX = 2**31 - 1
 WRONG_OFFSETS = (
-    (0, 300), (5, 1), (-7, 90), (0, 10), (5, -INT_MAX), (100, -INT_MAX), (INT_MAX, INT_MAX)
+    (0, 300), (0, 3000), (5, 1), (-7, 90), (0, 10), (5, -INT_MAX), (100, -INT_MAX),
+    (INT_MAX, INT_MAX),
 )  # fmt: skip
 
 

@@ -42,7 +42,12 @@ def cases() -> list[Case]:
         dim=KERNEL_HEAD_DIMS,
         causal=(False, True),
     )
-    packed = variants(Case(lengths=PACKED), dim=(40, 64, 96, 128, 192), causal=(False, True))
+    packed = variants(
+        Case(lengths=PACKED),
+        dim=(32, 40, 64, 96, 128, 192),
+        causal=(False, True),
+        dropout_p=(0.0, 0.1),
+    )
     padded = variants(
         Case(batch=3, sq=200, sk=200, key_ranges=RANGES),
         dim=(32, 64, 72, 128, 256),
@@ -80,7 +85,7 @@ def cases() -> list[Case]:
         causal=(False, True),
     )
     recycled += variants(
-        Case(lengths=((70, 640), (0, 0), (1, 700)) * 7, heads_q=16, heads_k=8),
+        Case(lengths=((70, 640), (0, 0), (1, 700)) * 12, heads_q=16, heads_k=8),
         dim=(64, 96, 128),
         causal=(False, True),
     )

@@ -61,6 +61,7 @@ def test_holes_in_key_ranges(case):
     judge(make_problem(case))
 
 
+@pytest.mark.parametrize("sk", [300, 600])
 @parametrize(
     variants(
         HOLES,
@@ -71,8 +72,9 @@ def test_holes_in_key_ranges(case):
         deterministic=(True,),
     )
 )
-def test_poison_in_holes(case):
+def test_poison_in_holes(case, sk):
     """Hidden K and V are neither read nor given a gradient, inside the blocks that are."""
+    case = replace(case, sk=sk)
     problem = make_problem(case)
     clean, hidden = run_kernel(problem), ~kept_keys(case)
     for name in ("dk", "dv"):
@@ -83,13 +85,13 @@ def test_poison_in_holes(case):
         assert torch.equal(result, clean[name]), name
 
 
-@parametrize(variants(Case(batch=3, sq=150, sk=200, causal=True), dim=(64, 128, 192, 256)))
+@parametrize(variants(Case(batch=3, sq=150, causal=True), sk=(200, 600), dim=(64, 128, 192, 256)))
 def test_bits_of_a_range_are_the_range(case):
     """Every result, bit by bit, whichever kernel runs."""
     ranges = ((0, 200), (70, 100), (199, 1))
     with_bits = make_problem(replace(case, key_ranges=ranges, holes=0.0, deterministic=True))
     plain = make_problem(replace(case, key_ranges=ranges, deterministic=True))
-    keys = torch.arange(200, device="cuda")
+    keys = torch.arange(case.sk, device="cuda")
     start, length = (plain.options[name][:, None] for name in ("key_start", "key_len"))
     bits = key_bits_of((keys >= start) & (keys < start + length))
     with_bits.options |= zip(("key_start", "key_len", "key_bits"), bits, strict=True)
@@ -98,7 +100,7 @@ def test_bits_of_a_range_are_the_range(case):
         assert torch.equal(got[name], result), name
 
 
-@parametrize(variants(replace(HOLES, heads_q=8, heads_k=8), dim=(64, 128, 256)))
+@parametrize(variants(replace(HOLES, heads_q=8, heads_k=8), sk=(300, 600), dim=(64, 128, 256)))
 def test_holes_in_a_graph_with_other_masks(case):
     """A replay reads the mask as it is then; what is made of it is made in the graph."""
     problem = make_problem(replace(case, causal=True, deterministic=True))

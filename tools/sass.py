@@ -2,6 +2,7 @@
 
     python tools/sass.py [LIBRARY]        # default: the library of this checkout, built if need be
     python tools/sass.py --loops LIBRARY  # what once around each hot loop executes, by pipe
+    python tools/sass.py --same A B       # which kernels of two libraries differ; exit code 1: some
 
 LIBRARY: anything that cuobjdump reads, also the .o or .cubin of one unit.
 
@@ -57,9 +58,13 @@ TARGET = re.compile(r"0x([0-9a-f]+)")
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    conditional: bool
+    predicate: str  # "@!P0", or nothing
     opcode: str  # with its modifiers: HGMMA.64x128x16.F32
     operands: str
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.predicate)
 
     @property
     def name(self) -> str:
@@ -104,7 +109,8 @@ def parse(text: str) -> dict[str, list[Instruction]]:
             body = kernels.setdefault(function.group(1), [])
         elif found := INSTRUCTION.match(line):
             address, condition, opcode, operands = found.groups()
-            body.append(Instruction(int(address, 16), bool(condition), opcode, operands))
+            predicate = (condition or "").strip()
+            body.append(Instruction(int(address, 16), predicate, opcode, operands))
     return kernels
 
 
@@ -254,10 +260,34 @@ def print_loops(kernels: dict[str, list[Instruction]]) -> None:
             print(f"{len(lap):>6}{row}  {short_name(name)}")
 
 
+def differences(before: dict[str, list[Instruction]], after: dict[str, list[Instruction]]) -> list:
+    """(mangled name, what of it): kernels that are not instruction by instruction the same."""
+    found = []
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before or name not in after:
+            found.append((name, "only in the first" if name in before else "only in the second"))
+        elif before[name] != after[name]:
+            lengths = f"{len(before[name])} and {len(after[name])} instructions"
+            found.append((name, lengths))
+    return found
+
+
+def print_differences(first: Path, second: Path) -> int:
+    before, after = disassemble(first), disassemble(second)
+    found = differences(before, after)
+    names = demangled([name for name, _ in found])
+    print(f"{len(before.keys() | after.keys()) - len(found)} kernels are the same")
+    for mangled, what in found:
+        print(f"{what:>32}  {short_name(names[mangled])}")
+    return 1 if found else 0
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--loops"]:
         print_loops(disassemble(Path(sys.argv[2])))
         return 0
+    if sys.argv[1:2] == ["--same"]:
+        return print_differences(Path(sys.argv[2]), Path(sys.argv[3]))
     if len(sys.argv) > 1:
         library = Path(sys.argv[1])
     else:

@@ -97,6 +97,16 @@ def test_hot_spills_are_those_of_the_innermost_loop_with_hgmma():
     assert sass.hot_spills(body_of(OUTER_AND_INNER.format(inner="0x60"))) == 2
 
 
+def test_differences_are_kernels_that_are_not_the_same_in_every_instruction():
+    first = {"k": body_of(OUTER_AND_INNER), "gone": []}
+    other = OUTER_AND_INNER.replace("@!P0", " @P0")
+    second = {"k": body_of(other), "new": []}
+    what = dict(sass.differences(first, second))
+    assert what.keys() == {"k", "gone", "new"}
+    assert (what["gone"], what["new"]) == ("only in the first", "only in the second")
+    assert sass.differences(first, {**first, "k": body_of(OUTER_AND_INNER)}) == []
+
+
 def test_spills_on_a_rare_branch_are_cold():
     text = """
         /*0000*/                   BSSY B0, 0x40 ;

@@ -260,7 +260,9 @@ def print_loops(kernels: dict[str, list[Instruction]]) -> None:
             print(f"{len(lap):>6}{row}  {short_name(name)}")
 
 
-def differences(before: dict[str, list[Instruction]], after: dict[str, list[Instruction]]) -> list:
+def differences(
+    before: dict[str, list[Instruction]], after: dict[str, list[Instruction]]
+) -> list[tuple[str, str]]:
     """(mangled name, what of it): kernels that are not instruction by instruction the same."""
     found = []
     for name in sorted(before.keys() | after.keys()):

@@ -28,15 +28,6 @@ Status make_maps(BackwardMaps& maps, BackwardParams const& p) {
   return status;
 }
 
-// Gradients of packed tokens, some of which may belong to no sequence.
-inline prep::PackedResults packed_gradients(BackwardParams const& p) {
-  Problem const& problem = p.problem;
-  int32_t const *const cu_q = problem.cu_seqlens_q, *const cu_k = problem.cu_seqlens_k;
-  return {{{p.dq, nullptr, cu_q, problem.total_q, problem.heads_q},
-           {p.dk, nullptr, cu_k, problem.total_k, problem.heads_k},
-           {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
-}
-
 // Where the tiles of dQ come from.
 template <class QueryP>
 RowScheduler<QueryP> row_scheduler(Problem const& problem, BackwardWorkspace const& workspace) {
@@ -44,12 +35,16 @@ RowScheduler<QueryP> row_scheduler(Problem const& problem, BackwardWorkspace con
   else return RowScheduler<QueryP>(problem, QueryP::kBlockM);
 }
 
-// Zeros for those that do not, and the list of dQ's tiles, if it has a kernel of its own.
+// Zeros for the gradients of packed tokens that belong to no sequence, and the list of dQ's tiles,
+// if it has a kernel of its own.
 template <class QueryP>
 void prepare_packed(BackwardParams const& p, BackwardWorkspace const& workspace,
                     cudaStream_t stream) {
   Problem const& problem = p.problem;
-  prep::PackedResults const results = packed_gradients(p);
+  int32_t const *const cu_q = problem.cu_seqlens_q, *const cu_k = problem.cu_seqlens_k;
+  prep::PackedResults const results = {{{p.dq, nullptr, cu_q, problem.total_q, problem.heads_q},
+                                        {p.dk, nullptr, cu_k, problem.total_k, problem.heads_k},
+                                        {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
   if constexpr (QueryP::kListed) {
     auto const list = row_scheduler<QueryP>(problem, workspace);
     prep::list_tiles_kernel<QueryP::kBlockM, QueryP::kBlockN>

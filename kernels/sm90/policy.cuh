@@ -143,8 +143,8 @@ struct ForwardPolicy<256, Type, Causal, Dropout> : ForwardTile<256, Type, Causal
 template <class P>
 struct ListedPolicy : P {
   static constexpr bool kListed = true;
-  // Rows of d64 in registers, over through Q's memory: 1.02 / 1.05 at lengths 128..512 (full /
-  // causal); through memory of their own 0.88 / 1.01, d128 1.05.
+  // Lengths 128..512, forward full / causal, TFLOP/s: d64 in registers 231 / 121, through memory of
+  // their own, with spills, 200 / 116 (packed_variants.json). d128 has registers for the latter.
   static constexpr OutputPath kOutputPath =
       P::kOutputPath == OutputPath::kOwnMemory && P::kConsumers == 3 ? OutputPath::kRegisters
                                                                      : P::kOutputPath;
@@ -280,7 +280,7 @@ constexpr int kBackwardBlockM = BackwardPolicy<HeadDim, DType::kBFloat16, false,
 //   256   1.09 / 1.17  1.19 / 1.38  1.22 / not timed
 //   384   0.93 / 1.05  1.05 / 1.24  1.10 / not timed
 //   512   0.87 / 1.00  0.94 / 1.16  0.99 / 1.22
-// d32 loses.
+// d32 gains 1.08 / 1.05 at 128 and nothing from 192 on.
 template <int HeadDim, bool Causal>
 constexpr int kSplitUpToKeys = HeadDim == 64                     ? (Causal ? 384 : 256)
                                : HeadDim == 96 || HeadDim == 128 ? (Causal ? 512 : 384)
@@ -295,7 +295,8 @@ inline bool splits_backward(Problem const& p) {
   if (most == 0) return false;
   if (p.cu_seqlens_q == nullptr) return p.seqlen_k <= most;
   // Longer sequences have more of the work than of the number, a very long one beside short ones
-  // most of it. Lengths 128..512, with a mean of 317: d64 0.94 / 0.96, d128 1.03 / 1.10.
+  // most of it. Split over summed at lengths 128..512, with a mean of 317: d64 0.94 / 0.96, d128
+  // full 1.03.
   return 4 * int64_t{p.total_k} <= 3 * most * p.batch && p.seqlen_k <= 2 * most;
 }
 

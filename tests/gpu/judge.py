@@ -12,6 +12,7 @@ first yardstick alone such rows fail: dK of one key seen by 300 rows was off by 
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass, replace
 
 import pytest
@@ -29,6 +30,8 @@ HEAD_DIMS = (8, 32, 40, 72, 80, 96, 104, 136, 160, 192, 200, 256)
 SPLIT_UP_TO = {32: (0, 0), 64: (256, 384), 96: (384, 512), 128: (384, 512)}
 # Of 300 keys: (start, length), a row of the batch each.
 RANGES = ((0, 300), (0, 77), (150, 150), (299, 1), (0, 0), (120, 30), (0, 128), (128, 128))
+# Lengths of packed sequences, pairs (rows, keys).
+PACKED = ((100, 100), (1, 1), (0, 0), (513, 513), (64, 64), (0, 7), (5, 0), (130, 129))
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,17 @@ def run_wrong_bits(causal: bool, dim: int) -> None:
 def most_split_keys(case: Case) -> int:
     kernel = next(dim for dim in SPLIT_UP_TO if case.dim <= dim)
     return SPLIT_UP_TO[kernel][case.causal]
+
+
+def random_lengths(count, seed=0):
+    """Pairs (rows, keys): empty sequences, single tokens, and the edges of row and key blocks."""
+    draw = random.Random(seed)
+    edges = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 300, 385)
+    pairs = []
+    for _ in range(count):
+        rows = draw.choice((draw.choice(edges), draw.randint(0, 500)))
+        pairs.append((rows, draw.choice((rows, rows, draw.choice(edges)))))
+    return tuple(pairs)
 
 
 def variants(case: Case, **choices) -> list[Case]:

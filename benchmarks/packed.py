@@ -55,33 +55,42 @@ def random_tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Ten
     return [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4)]
 
 
-def options(dim: int, causal: bool, **others) -> dict:
-    return {"softmax_scale": dim**-0.5, "causal": causal, **others}
+def options(dim: int, causal: bool, dropout: float, **others) -> dict:
+    chosen = {"softmax_scale": dim**-0.5, "causal": causal, **others}
+    if dropout > 0:
+        chosen |= {"dropout_p": dropout, "rng_state": torch.tensor([1, 2], device="cuda")}
+    return chosen
 
 
-def packed(lengths: list[int], dim: int, causal: bool, dtype: torch.dtype) -> Problem:
+def packed(
+    lengths: list[int], dim: int, causal: bool, dropout: float, dtype: torch.dtype
+) -> Problem:
     total = sum(lengths)
     offsets = [0, *itertools.accumulate(lengths)]
     cu = torch.tensor(offsets, dtype=torch.int32, device="cuda")
     sizes = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
     flops = 4.0 * HIDDEN * sum(n * n for n in lengths) * (0.5 if causal else 1.0)
     tensors = random_tensors((total, HIDDEN // dim, dim), dtype)
-    chosen = options(dim, causal, cu_seqlens_q=cu, cu_seqlens_k=cu, **sizes)
+    chosen = options(dim, causal, dropout, cu_seqlens_q=cu, cu_seqlens_k=cu, **sizes)
     return Problem(*tensors, chosen, flops)
 
 
-def padded(lengths: list[int], longest: int, dim: int, dtype: torch.dtype) -> Problem:
+def padded(
+    lengths: list[int], longest: int, dim: int, dropout: float, dtype: torch.dtype
+) -> Problem:
     key_len = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     tensors = random_tensors((len(lengths), longest, HIDDEN // dim, dim), dtype)
     flops = 4.0 * HIDDEN * longest * sum(lengths)
-    return Problem(*tensors, options(dim, False, key_len=key_len), flops)
+    return Problem(*tensors, options(dim, False, dropout, key_len=key_len), flops)
 
 
-def dense(seqlen: int, tokens: int, dim: int, causal: bool, dtype: torch.dtype) -> Problem:
+def dense(
+    seqlen: int, tokens: int, dim: int, causal: bool, dropout: float, dtype: torch.dtype
+) -> Problem:
     batch = max(1, round(tokens / seqlen))
     tensors = random_tensors((batch, seqlen, HIDDEN // dim, dim), dtype)
     flops = 4.0 * HIDDEN * batch * seqlen * seqlen * (0.5 if causal else 1.0)
-    return Problem(*tensors, options(dim, causal), flops)
+    return Problem(*tensors, options(dim, causal, dropout), flops)
 
 
 def measure(draw: str, dim: int, causal: bool, args, flush: torch.Tensor) -> list[dict]:
@@ -91,12 +100,12 @@ def measure(draw: str, dim: int, causal: bool, args, flush: torch.Tensor) -> lis
     same = round(sum(n * n for n in lengths) / sum(lengths))
     dtype = DTYPES[args.dtype]
     problems = {
-        "packed": packed(lengths, dim, causal, dtype),
-        "same_work": dense(same, sum(lengths), dim, causal, dtype),
-        "longest": dense(high, sum(lengths), dim, causal, dtype),
+        "packed": packed(lengths, dim, causal, args.dropout, dtype),
+        "same_work": dense(same, sum(lengths), dim, causal, args.dropout, dtype),
+        "longest": dense(high, sum(lengths), dim, causal, args.dropout, dtype),
     }
     if with_padding and not causal:
-        problems["padded"] = padded(lengths, high, dim, dtype)
+        problems["padded"] = padded(lengths, high, dim, args.dropout, dtype)
     rows = []
     for direction in args.directions:
         timed = {name: problem.timed(direction) for name, problem in problems.items()}
@@ -129,6 +138,7 @@ def main() -> None:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--causal", type=int, nargs="+", choices=(0, 1), default=[0, 1])
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -150,6 +160,7 @@ def main() -> None:
         "cuda": torch.version.cuda,
         "protocol": __doc__,
         "dtype": args.dtype,
+        "dropout": args.dropout,
         "repeats": args.repeats,
         "seed": args.seed,
         "rows": rows,

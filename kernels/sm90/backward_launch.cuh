@@ -32,7 +32,7 @@ Status make_maps(BackwardMaps& maps, BackwardParams const& p) {
 template <class QueryP>
 RowScheduler<QueryP> row_scheduler(Problem const& problem, BackwardWorkspace const& workspace) {
   if constexpr (QueryP::kListed) return TileList(problem, QueryP::kBlockM, workspace.list);
-  else return RowScheduler<QueryP>(problem, QueryP::kBlockM);
+  else return RowScheduler<QueryP>(problem, QueryP::kBlockM, QueryP::kFoldedFrom);
 }
 
 // Zeros for the gradients of packed tokens that belong to no sequence, and the list of dQ's tiles,

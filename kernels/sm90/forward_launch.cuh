@@ -36,7 +36,7 @@ Status launch_static(ForwardParams const& p) {
   Status const status = set_up<P>(maps, p);
   if (!status.ok()) return status;
   Problem const& problem = p.problem;
-  RowScheduler<P> const scheduler(problem, P::kBlockM);
+  RowScheduler<P> const scheduler(problem, P::kBlockM, P::kFoldedFrom);
   auto const stream = static_cast<cudaStream_t>(problem.stream);
   forward_kernel<P>
       <<<scheduler.grid, P::kThreads, kForwardSmemBytes<P>, stream>>>(p, maps, scheduler);
@@ -71,9 +71,12 @@ Status forward(ForwardParams const& p, void* workspace) {
     return launch_listed<HoledPolicy<ListedPolicy<Policy>>>(p, workspace);
   // Static kernels know nothing of packed batches (sequence_of).
   bool const packed = p.problem.cu_seqlens_q != nullptr;
-  return packed || sm90::forward_workspace_bytes(p.problem) > 0
-             ? launch_listed<ListedPolicy<Policy>>(p, workspace)
-             : launch_static<Policy>(p);
+  if (packed || sm90::forward_workspace_bytes(p.problem) > 0)
+    return launch_listed<ListedPolicy<Policy>>(p, workspace);
+  if constexpr (kLowRate<Policy> > 0)
+    if (prefers_low_tiles<Policy>(p.problem))
+      return launch_static<LowForwardPolicy<HeadDim, Type, Causal, Dropout>>(p);
+  return launch_static<Policy>(p);
 }
 
 }  // namespace hf_flashattn::sm90

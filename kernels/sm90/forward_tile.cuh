@@ -20,7 +20,7 @@ struct BlockDropout {
   int row = 0, head = 0;
   SharedDropoutOrigin<P::kDropout && P::kListed> const& origin;
   DropoutLane<Down::kRows> lane;
-  DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2> line;
+  DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 4> line;
 
   __device__ __forceinline__
   BlockDropout(Problem const& problem, Work const& work,

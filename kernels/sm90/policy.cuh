@@ -45,9 +45,14 @@ enum class TileOrder {
   kLongestFirst,
   // Head by head, but row blocks go in pairs of one length, the longest with the shortest; of an
   // odd number the middle ones, half a pair, come last. For causal attention where K and V are
-  // large (d128), if there are many tiles; else longest first.
+  // large (d128), if there are many tiles and row blocks (kFoldedFrom); else longest first.
   kFolded,
 };
+
+// Row blocks from which a folded order pays. A third of the tiles of three row blocks are middle
+// ones, and whoever has a pair more has one of those more too: d128 at S = 384 249 TFLOP/s, 278 in
+// chunks; five row blocks 371 and 365.
+constexpr int kFoldedRowBlocks = 4;
 
 // How a tile's rows get from the accumulators to global memory.
 enum class OutputPath {
@@ -102,19 +107,23 @@ struct ForwardTile {
   static constexpr TileOrder kTileOrder = !Causal         ? TileOrder::kHeadByHead
                                           : HeadDim < 128 ? TileOrder::kLongestFirst
                                                           : TileOrder::kFolded;
+  // With dropout chunks also gain 5 and 1 to 4 % at S = 512 and 1k of d128, and lose 2 and 3 % at
+  // 2k and 4k, at d192 from 512 on.
+  static constexpr int kFoldedFrom = HeadDim == 128 && Dropout ? 9 : kFoldedRowBlocks;
   // Tiles in the order of TileScheduler; ListedPolicy takes them from a list.
   static constexpr bool kListed = false;
   static constexpr bool kHoles = false;  // HoledPolicy: keys inside their range may be hidden
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(BlockN % 16 == 0, "O += P V takes 16 keys at a time");
-  static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
+  static_assert(!Dropout || BlockN % 64 == 0, "dropout masks come for 64 columns at a time");
 };
 
 // A consumer thread holds BlockN / 2 registers of S, BlockN / 4 of P and HeadDim / 2 of O.
 // d32: as d64, where S and P are most of it.
 // d64: three consumers, because a row of O is only 32 registers; 128 keys keep S, P and O in 160.
-// d96: three consumers, of which O takes 48 registers: 96 keys make 120 in all (d64: 128), and
-// masks come for 32 columns.
+// d96: three consumers, of which O takes 48 registers: 96 keys make 120 in all (d64: 128). With
+// dropout two, of 128 keys, as the words of a call are for 64: 1.25 times as fast at S = 512, 1.02
+// at 4k, level at 16k.
 // d128: two consumers of 240. 176 keys would fit and amortise a block's softmax over more of them,
 // but then a second Q tile does not: 128 keys were 8 % faster at S = 512, level to 3 % slower at
 // 16k.
@@ -128,7 +137,8 @@ struct ForwardPolicy<32, Type, Causal, Dropout> : ForwardTile<32, Type, Causal, 
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<64, Type, Causal, Dropout> : ForwardTile<64, Type, Causal, Dropout, 3, 128> {};
 template <DType Type, bool Causal, bool Dropout>
-struct ForwardPolicy<96, Type, Causal, Dropout> : ForwardTile<96, Type, Causal, Dropout, 3, 96> {};
+struct ForwardPolicy<96, Type, Causal, Dropout>
+    : ForwardTile<96, Type, Causal, Dropout, Dropout ? 2 : 3, Dropout ? 128 : 96> {};
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<128, Type, Causal, Dropout> : ForwardTile<128, Type, Causal, Dropout, 2, 128> {
 };
@@ -138,6 +148,30 @@ struct ForwardPolicy<192, Type, Causal, Dropout>
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<256, Type, Causal, Dropout> : ForwardTile<256, Type, Causal, Dropout, 2, 64> {
 };
+
+// Tiles of two consumers instead of three, for lengths that leave many rows of the last tile empty.
+template <int HeadDim, DType Type, bool Causal, bool Dropout>
+struct LowForwardPolicy : ForwardTile<HeadDim, Type, Causal, Dropout, 2, 128> {};
+
+// The rate a row of low tiles in percent of that of full high ones; 0: there are none. By length,
+// low over high, full / causal:
+//   S     rows, low : high   d32          d64          d96
+//   128   128 : 192          0.91 / 1.11  1.02 / 1.11  1.02 / 1.06
+//   256   256 : 384          1.16 / 1.05  1.25 / 1.10  1.44 / 1.14
+//   320   384 : 384          0.76 / 0.87  0.83 / 0.90  0.95 / 0.99
+//   512   512 : 576          0.87 / 0.92  0.94 / 0.96  1.14 / 1.06
+//   640   640 : 768          0.94 / 1.14  0.99 / 1.14  1.15 / 1.23
+//   4096  4096 : 4224        not timed    0.83 / 0.90  0.96 / 1.00
+template <class P>
+constexpr int kLowRate = P::kConsumers == 2 ? 0 : P::kHeadDim == 96 ? 90 : 85;
+
+template <class P>
+inline bool prefers_low_tiles(Problem const& p) {
+  int const low_rows = ceil_div(p.seqlen_q, 128) * 128, rows = ceil_div(p.seqlen_q, P::kBlockM) * P::kBlockM;
+  // One tile a sequence either way: d32 gains nothing there.
+  if (P::kHeadDim == 32 && !P::kCausal && low_rows == 128) return false;
+  return int64_t{low_rows} * 100 <= int64_t{rows} * kLowRate<P>;
+}
 
 // The same kernel for sequences whose lengths only the device knows: see common/tile_list.cuh.
 template <class P>
@@ -256,6 +290,7 @@ struct QueryGradientPolicy {
   static constexpr int kKeyStages = HeadDim > 128 ? 2 : 4;
   static constexpr int kValueStages = HeadDim > 192 ? 1 : 2;
   static constexpr TileOrder kTileOrder = Causal ? TileOrder::kFolded : TileOrder::kHeadByHead;
+  static constexpr int kFoldedFrom = kFoldedRowBlocks;
   static constexpr bool kListed = false;
   static constexpr bool kHoles = false;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;

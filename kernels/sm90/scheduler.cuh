@@ -27,8 +27,9 @@ struct TileScheduler {
   Divisor half;
   int pairs, more_pairs;
 
-  __host__ TileScheduler(Problem const& p, int block_m)
-      : TileScheduler(p, ceil_div(p.seqlen_q, block_m), p.heads_q * p.batch) {}
+  // folded_from: fewer row blocks than this go in chunks though the order is kFolded.
+  __host__ TileScheduler(Problem const& p, int block_m, int folded_from)
+      : TileScheduler(p, ceil_div(p.seqlen_q, block_m), p.heads_q * p.batch, folded_from) {}
 
   __host__ __device__ int tiles() const { return streams * row_blocks.value; }
 
@@ -84,8 +85,8 @@ struct TileScheduler {
     }
   }
 
-  __host__ TileScheduler(Problem const& p, int row_blocks, int streams)
-      : TileScheduler(row_blocks, streams, chunk_of(p, row_blocks, streams), p.heads_q,
+  __host__ TileScheduler(Problem const& p, int row_blocks, int streams, int folded_from)
+      : TileScheduler(row_blocks, streams, chunk_of(p, row_blocks, streams, folded_from), p.heads_q,
                       min(streams * row_blocks, p.num_sms)) {}
 
   __host__ TileScheduler(int row_blocks, int streams, int chunk, int heads, int grid)
@@ -94,10 +95,12 @@ struct TileScheduler {
         half(row_blocks / 2), pairs(streams * (row_blocks / 2) / max(grid, 1)),
         more_pairs(streams * (row_blocks / 2) % max(grid, 1)) {}
 
-  static __host__ int chunk_of(Problem const& p, int row_blocks, int streams) {
+  static __host__ int chunk_of(Problem const& p, int row_blocks, int streams, int folded_from) {
     if (Order == TileOrder::kHeadByHead) return 0;
     bool const many = int64_t(streams) * row_blocks >= 3 * int64_t(p.num_sms);
-    if (many) return kCanFold ? 0 : min(streams, max(p.num_sms / 2, 1));
+    // Two row blocks are one pair a stream: nothing is left over, in whatever order.
+    bool const folds = kCanFold && (row_blocks <= 2 || row_blocks >= folded_from);
+    if (many) return folds ? 0 : min(streams, max(p.num_sms / 2, 1));
     return streams;
   }
 };

@@ -1,7 +1,9 @@
 // The schedules of the kernels, run on the host: what test_kernel_schedule.py checks.
 //
 // stdin, a request a line, answered by a line:
-//   tiles SEQLEN_Q HEADS BATCH SMS BLOCK_M CAUSAL FOLD     "row_block,head,index" of each tile
+//   tiles SEQLEN_Q HEADS BATCH SMS BLOCK_M CAUSAL FOLDED_FROM    "row_block,head,index" of each
+//                                                          tile; FOLDED_FROM 0: never folded
+//   low HEAD_DIM CAUSAL DROPOUT ROWS                       1 where the forward takes low tiles
 //   blocks ROWS KEYS CAUSAL KEY_START KEY_LEN              see print_blocks
 //   list UNITS HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS  heads a chunk, "unit,head" of each tile
 //   sums BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC    see print_sums
@@ -21,8 +23,8 @@
 namespace hf_flashattn {
 
 template <sm90::TileOrder Order>
-void print_tiles(Problem const& p, int block_m) {
-  sm90::TileScheduler<Order> const scheduler(p, block_m);
+void print_tiles(Problem const& p, int block_m, int folded_from) {
+  sm90::TileScheduler<Order> const scheduler(p, block_m, folded_from);
   for (int cta = 0; cta < scheduler.grid; ++cta) {
     sm90::Work work;
     for (int step = 0; scheduler.next(step, work, cta);)
@@ -143,6 +145,21 @@ void print_split(BackwardParams const& params) {
               BackwardWorkspace(params, HeadDim, kBlockM, 0).bytes());
 }
 
+template <int HeadDim, bool Causal, bool Dropout>
+bool takes_low_tiles(Problem const& p) {
+  using Policy = sm90::ForwardPolicy<HeadDim, DType::kFloat16, Causal, Dropout>;
+  return sm90::kLowRate<Policy> > 0 && sm90::prefers_low_tiles<Policy>(p);
+}
+
+template <int HeadDim>
+void print_low(Problem const& p, bool dropout) {
+  bool const low = p.causal ? dropout ? takes_low_tiles<HeadDim, true, true>(p)
+                                      : takes_low_tiles<HeadDim, true, false>(p)
+                   : dropout ? takes_low_tiles<HeadDim, false, true>(p)
+                             : takes_low_tiles<HeadDim, false, false>(p);
+  std::printf("%d\n", low);
+}
+
 void print_claims(BackwardParams const& params, int block_m, int block_n) {
   sm90::KeyTileOrder const order(params, block_m, block_n);
   for (int tile = 0; tile < order.tiles(); ++tile) {
@@ -165,9 +182,9 @@ void serve() {
                         &block_m, &causal, &fold);
       p.causal = causal;
       if (read != 7) continue;
-      if (!p.causal) print_tiles<sm90::TileOrder::kHeadByHead>(p, block_m);
-      else if (fold) print_tiles<sm90::TileOrder::kFolded>(p, block_m);
-      else print_tiles<sm90::TileOrder::kLongestFirst>(p, block_m);
+      if (!p.causal) print_tiles<sm90::TileOrder::kHeadByHead>(p, block_m, fold);
+      else if (fold) print_tiles<sm90::TileOrder::kFolded>(p, block_m, fold);
+      else print_tiles<sm90::TileOrder::kLongestFirst>(p, block_m, fold);
     } else if (std::strcmp(kind, "list") == 0) {
       int units = 0;
       int32_t const offsets[1] = {0};
@@ -221,6 +238,15 @@ void serve() {
       else if (p.head_dim == 96) print_split<96>(params);
       else if (p.head_dim == 128) print_split<128>(params);
       else if (p.head_dim == 256) print_split<256>(params);
+    } else if (std::strcmp(kind, "low") == 0) {
+      int dropout = 0;
+      read = std::scanf("%d %d %d %d", &p.head_dim, &causal, &dropout, &p.seqlen_q);
+      p.causal = causal;
+      if (read != 4) continue;
+      if (p.head_dim == 32) print_low<32>(p, dropout);
+      else if (p.head_dim == 64) print_low<64>(p, dropout);
+      else if (p.head_dim == 96) print_low<96>(p, dropout);
+      else if (p.head_dim == 128) print_low<128>(p, dropout);
     } else if (std::strcmp(kind, "costs") == 0) {
       read = std::scanf("%d %d %d", &p.seqlen_q, &p.seqlen_k, &causal);
       p.causal = causal;

@@ -16,17 +16,51 @@ FORWARD_TILES = ((128, 128), (192, 96), (128, 80), (64, 128), (64, 80))
 def test_every_tile_once(dump):
     cases = list(
         itertools.product(
-            (1, 64, 500, 1024, 8000), (1, 12), (1, 3, 32), (1, 7, 132), (128, 192),
-            ((0, 0), (1, 0), (1, 1)),
+            (1, 64, 250, 384, 500, 1024, 8000), (1, 12), (1, 3, 32), (1, 7, 132), (128, 192),
+            ((0, 0), (1, 0), (1, 4), (1, 9)),
         )
     )  # fmt: skip
     requests = [
-        f"tiles {seqlen} {heads} {batch} {sms} {block_m} {causal} {fold}"
-        for seqlen, heads, batch, sms, block_m, (causal, fold) in cases
+        f"tiles {seqlen} {heads} {batch} {sms} {block_m} {causal} {folded_from}"
+        for seqlen, heads, batch, sms, block_m, (causal, folded_from) in cases
     ]
     for (seqlen, heads, batch, _, block_m, *_), tiles in zip(cases, dump(requests), strict=True):
         want = itertools.product(range(-(-seqlen // block_m)), range(heads), range(batch))
         assert sorted(tiles) == sorted(",".join(map(str, tile)) for tile in want)
+
+
+def test_folded_unless_there_are_few_row_blocks(dump):
+    def folds(row_blocks: int, folded_from: int) -> bool:
+        """Whether the first CTA begins with a pair, the longest and the shortest of a stream."""
+        (tiles,) = dump([f"tiles {128 * row_blocks} 200 1 132 128 1 {folded_from}"])
+        first, second = (int(tile.split(",")[0]) for tile in tiles[:2])
+        return (first, second) == (row_blocks - 1, 0)
+
+    counts = (2, 3, 5, 6, 7, 8, 9, 10)  # of four both orders begin alike
+    assert [n for n in counts if not folds(n, folded_from=4)] == [3]
+    assert [n for n in counts if not folds(n, folded_from=9)] == [3, 5, 6, 7, 8]
+
+
+def test_low_tiles_where_high_ones_would_leave_rows_empty(dump):
+    lengths = (1, 64, 128, 129, 192, 193, 256, 257, 384, 385, 448, 512, 577, 640, 641, 1024, 4096)
+    kernels = list(itertools.product((32, 64, 96, 128), (0, 1), (0, 1)))
+    answers = dump([f"low {dim} {c} {p} {n}" for dim, c, p in kernels for n in lengths])
+    taken = {
+        kernel: {n for n, (low,) in zip(lengths, answers[i * len(lengths) :], strict=False)
+                 if low == "1"}
+        for i, kernel in enumerate(kernels)
+    }  # fmt: skip
+    short = {1, 64, 128}
+    usual = short | {193, 256, 577, 640}
+    for (dim, causal, dropout), got in taken.items():
+        want = {
+            32: usual if causal else usual - short,
+            64: usual,
+            # With dropout all tiles are low.
+            96: set() if dropout else usual | {385, 448, 512, 1024},
+            128: set(),
+        }[dim]
+        assert got == want, f"d{dim} causal={causal} dropout={dropout}"
 
 
 def listed(dump, *requests) -> list[tuple[int, list[tuple[int, int]]]]:

@@ -59,6 +59,26 @@ def test_head_dims_grouped(case):
     judge(make_problem(case))
 
 
+# Tiles of 128 rows at 100, 250 and 600, of 192 at 300 (kLowRate in sm90/policy.cuh).
+@pytest.mark.parametrize("rows", [100, 250, 300, 600])
+@parametrize(
+    variants(Case(), dim=(32, 64, 96), causal=(False, True), dropout_p=(0.0, 0.1), dtype=DTYPES)
+)
+def test_low_and_high_tiles(case, rows):
+    judge(make_problem(replace(case, sq=rows, sk=rows + 30)))
+
+
+# Enough tiles for every order: in chunks at 384, with dropout at 640 too (kFoldedFrom).
+@pytest.mark.parametrize("rows", [256, 384, 640])
+@parametrize(
+    variants(
+        Case(batch=9, heads_q=16, heads_k=16, causal=True), dim=(128, 192), dropout_p=(0.0, 0.1)
+    )
+)
+def test_orders_of_causal_tiles(case, rows):
+    judge(make_problem(replace(case, sq=rows, sk=rows)))
+
+
 @pytest.mark.parametrize("p", [0.001, 0.25, 0.5, 0.75, 0.999])
 def test_dropout_probabilities(p):
     judge(make_problem(Case(sq=200, sk=200, dropout_p=p)))

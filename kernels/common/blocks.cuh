@@ -10,6 +10,16 @@ namespace hf_flashattn {
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Rows by which tiles of BlockM rows begin before the sequence, so that it is the first one that
+// lacks rows, not the last: of a causal sequence the first sees the fewest keys. In whole groups of
+// 64, a consumer's: no group has rows on both sides of row 0. Only for three groups: two lack at
+// most one, and lengths are multiples of 128 rather.
+template <int BlockM>
+__host__ __device__ __forceinline__ int rows_ahead(int length, bool causal) {
+  if (BlockM != 192 || !causal) return 0;
+  return (BlockM - 1 - (length + BlockM - 1) % BlockM) / 64 * 64;
+}
+
 // The key blocks of rows first_row .. first_row + BlockM - 1.
 template <int BlockM, int BlockN>
 struct KeyBlocks {

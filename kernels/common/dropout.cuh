@@ -166,12 +166,15 @@ struct DropoutLane {
 };
 
 // This lane's elements in a line of squares, 16 rows by 16 * Squares columns (kRows), or the same
-// transposed (kKeys). The line begins with a tile.
+// transposed (kKeys). The line begins with a tile, but for one of 6 squares, which may begin in the
+// middle of one.
 template <Down D, int Squares>
 struct DropoutLine {
-  static constexpr int kTiles = Squares / 4;
-  static_assert(Squares == 4 || Squares == 8, "two lanes make the calls of two tiles");
+  static constexpr bool kWholeTiles = Squares % 4 == 0;
+  static constexpr int kTiles = (Squares + 3) / 4;
+  static_assert(kTiles <= 2 && Squares % 2 == 0, "two lanes make the calls of two tiles");
   uint32_t words[kTiles][2];  // of neighbouring elements
+  int first;                  // square of its tile
   uint32_t multipliers[4];
 
   // head: its index among those of all batches; row, column: of the first element of the line.
@@ -187,6 +190,7 @@ struct DropoutLine {
   __device__ __forceinline__ void draw_words(DropoutLane<D> const& lane, uint32_t head, Index row,
                                              Index column) {
     constexpr bool kRows = D == Down::kRows;
+    first = kWholeTiles ? 0 : (kRows ? column : row) / 16 % 4;
     uint32_t const next = kTiles > 1 && lane.odd;
     uint4 const counter{lane.call, lane.origin.x ^ (row / kTile + (kRows ? 0 : next)), head,
                         lane.origin.y ^ (column / kTile + (kRows ? next : 0))};
@@ -210,11 +214,15 @@ struct DropoutLine {
     int const other = across / 16 % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      multipliers[i] = D == Down::kRows ? kMultipliers[other][i] : kMultipliers[i][other];
+      multipliers[i] = D == Down::kRows ? kMultipliers[other][(first + i) % 4]
+                                        : kMultipliers[(first + i) % 4][other];
   }
 
   __device__ __forceinline__ DropoutSquare square(int i) const {
-    return {words[i / 4], multipliers[i % 4]};
+    if (kWholeTiles || i / 2 != 1) return {words[i / 4], multipliers[i % 4]};
+    uint32_t const of_second[2] = {first ? words[kTiles - 1][0] : words[0][0],
+                                   first ? words[kTiles - 1][1] : words[0][1]};
+    return {of_second, multipliers[i % 4]};
   }
 
  private:

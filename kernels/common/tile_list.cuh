@@ -65,9 +65,10 @@ struct TileList {
 // tile's consumers have no rows, but not in proportion. Only the order matters.
 template <int BlockM, int BlockN>
 __host__ __device__ __forceinline__ int unit_cost(Sequence const& s, bool causal, int row_block) {
-  int const first_row = row_block * BlockM;
+  int const first_row = row_block * BlockM - rows_ahead<BlockM>(s.length_q, causal);
   KeyBlocks<BlockM, BlockN> const blocks(s, causal, first_row);
-  int const consumers = ceil_div(min(s.length_q - first_row, BlockM), 64);
+  int const rows = min(s.length_q, first_row + BlockM) - max(first_row, 0);
+  int const consumers = ceil_div(rows, 64);
   return 6 + max(blocks.count, 0) * (2 * consumers + 3);
 }
 

@@ -72,7 +72,7 @@ __device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arri
 
 // Random words of a row block.
 template <class P>
-using RowBlockDropout = DropoutLine<Down::kKeys, P::kDropout ? P::kBlockM / 16 : 4>;
+using RowBlockDropout = DropoutLine<Down::kKeys, P::kDropout ? P::kBlockM / 16 : 2>;
 
 // From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (mask * dP^T - delta).
 // With dropout the statistics are such that P^T is too large and delta too small by the factor

@@ -69,7 +69,7 @@ __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, Forward
   Work work;
   for (auto tiles = tiles_of_warp<P>(s.tiles, scheduler); tiles.next(work);) {
     auto const sequence = sequence_of<P>(problem, tiles, work);
-    int const first_row = work.block * P::kBlockM;
+    int const first_row = first_row_of<P>(sequence, work);
     if (first_row >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
     if (blocks.count <= 0) continue;

@@ -20,7 +20,7 @@ struct BlockDropout {
   int row = 0, head = 0;
   SharedDropoutOrigin<P::kDropout && P::kListed> const& origin;
   DropoutLane<Down::kRows> lane;
-  DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 4> line;
+  DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2> line;
 
   __device__ __forceinline__
   BlockDropout(Problem const& problem, Work const& work,
@@ -60,6 +60,12 @@ struct BlockDropout {
     }
   }
 };
+
+// With holes tiles begin with the sequence: their kernels have no register for anything else.
+template <class P>
+__device__ __forceinline__ int first_row_of(Sequence const& s, Work const& work) {
+  return work.block * P::kBlockM - rows_ahead<P::kBlockM>(s.length_q, P::kCausal && !P::kHoles);
+}
 
 // Where the output and LSE of a warp's 16 rows go; rows beyond the sequence are not written.
 template <class P>
@@ -108,7 +114,7 @@ struct ConsumerTile {
   KeyBlocks<64, P::kBlockN> own;  // the blocks that they see
   int first, block;               // those that the producer loads, from `block` down
   VisibleKeys visible;            // if kKeepVisible
-  bool idle;                      // the sequence ends before these rows
+  bool idle;                      // these rows are before or behind the sequence
   bool short_first;               // its rows see no key beyond kShortBlock in their first block
 
   // The next tile for which the producer loads Q; rows that see no key are written here.
@@ -116,18 +122,19 @@ struct ConsumerTile {
                                        Lane const& lane) {
     while (tiles.next(work)) {
       auto const sequence = sequence_of<P>(p.problem, tiles, work);
-      int const first_row = work.block * P::kBlockM;
+      int const first_row = first_row_of<P>(sequence, work);
       if (P::kListed && first_row >= sequence.length_q) continue;
       ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
       own_row = first_row + warpgroup * 64;
+      idle = uint32_t(own_row) >= uint32_t(sequence.length_q);
       if (blocks.count <= 0) [[unlikely]] {
-        OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
-            .store_empty(lane, p.problem.head_dim);
+        if (!idle)
+          OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
+              .store_empty(lane, p.problem.head_dim);
         continue;
       }
       own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, own_row);
       if constexpr (kKeepVisible) visible = VisibleKeys(sequence);
-      idle = own_row >= sequence.length_q;
       first = blocks.first;
       block = blocks.last();
       short_first = P::kShortBlock > 0 && own.end - last() * P::kBlockN <= P::kShortBlock;

@@ -115,15 +115,14 @@ struct ForwardTile {
   static constexpr bool kHoles = false;  // HoledPolicy: keys inside their range may be hidden
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(BlockN % 16 == 0, "O += P V takes 16 keys at a time");
-  static_assert(!Dropout || BlockN % 64 == 0, "dropout masks come for 64 columns at a time");
+  static_assert(!Dropout || BlockN % 32 == 0, "dropout masks come for 32 columns at a time");
 };
 
 // A consumer thread holds BlockN / 2 registers of S, BlockN / 4 of P and HeadDim / 2 of O.
 // d32: as d64, where S and P are most of it.
 // d64: three consumers, because a row of O is only 32 registers; 128 keys keep S, P and O in 160.
-// d96: three consumers, of which O takes 48 registers: 96 keys make 120 in all (d64: 128). With
-// dropout two, of 128 keys, as the words of a call are for 64: 1.25 times as fast at S = 512, 1.02
-// at 4k, level at 16k.
+// d96: three consumers, of which O takes 48 registers: 96 keys make 120 in all (d64: 128), and
+// masks come for 32 columns.
 // d128: two consumers of 240. 176 keys would fit and amortise a block's softmax over more of them,
 // but then a second Q tile does not: 128 keys were 8 % faster at S = 512, level to 3 % slower at
 // 16k.
@@ -137,8 +136,7 @@ struct ForwardPolicy<32, Type, Causal, Dropout> : ForwardTile<32, Type, Causal, 
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<64, Type, Causal, Dropout> : ForwardTile<64, Type, Causal, Dropout, 3, 128> {};
 template <DType Type, bool Causal, bool Dropout>
-struct ForwardPolicy<96, Type, Causal, Dropout>
-    : ForwardTile<96, Type, Causal, Dropout, Dropout ? 2 : 3, Dropout ? 128 : 96> {};
+struct ForwardPolicy<96, Type, Causal, Dropout> : ForwardTile<96, Type, Causal, Dropout, 3, 96> {};
 template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<128, Type, Causal, Dropout> : ForwardTile<128, Type, Causal, Dropout, 2, 128> {
 };
@@ -149,28 +147,37 @@ template <DType Type, bool Causal, bool Dropout>
 struct ForwardPolicy<256, Type, Causal, Dropout> : ForwardTile<256, Type, Causal, Dropout, 2, 64> {
 };
 
-// Tiles of two consumers instead of three, for lengths that leave many rows of the last tile empty.
+// Low tiles, of two consumers instead of three: for lengths that leave many rows of the last high
+// one empty, where the host knows them. In packed batches they lost at every head dim: lengths
+// 128..512, full / causal, d64 0.90 / 1.00, d96 0.94 / 0.97 (dropout 0.93 / 0.98, 0.96 / 0.91).
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct LowForwardPolicy : ForwardTile<HeadDim, Type, Causal, Dropout, 2, 128> {};
 
-// The rate a row of low tiles in percent of that of full high ones; 0: there are none. By length,
-// low over high, full / causal:
-//   S     rows, low : high   d32          d64          d96
-//   128   128 : 192          0.91 / 1.11  1.02 / 1.11  1.02 / 1.06
-//   256   256 : 384          1.16 / 1.05  1.25 / 1.10  1.44 / 1.14
-//   320   384 : 384          0.76 / 0.87  0.83 / 0.90  0.95 / 0.99
-//   512   512 : 576          0.87 / 0.92  0.94 / 0.96  1.14 / 1.06
-//   640   640 : 768          0.94 / 1.14  0.99 / 1.14  1.15 / 1.23
-//   4096  4096 : 4224        not timed    0.83 / 0.90  0.96 / 1.00
+// From what share of the high tiles' rows on, in percent, low tiles are not worth it any more; 0:
+// there are none. By length, low over high, full / causal:
+//   S     rows, low : high   d32          d64          d96          d96, dropout
+//   128   128 : 192          0.91 / 1.11  1.02 / 1.11  1.02 / 1.06  1.33 / 1.14
+//   256   256 : 384          1.16 / 1.05  1.25 / 1.10  1.44 / 1.14  1.62 / 1.16
+//   320   384 : 384          0.76 / 0.87  0.83 / 0.90  0.95 / 0.99  1.01 / 1.00
+//   512   512 : 576          0.87 / 0.92  0.94 / 0.96  1.14 / 1.06  1.25 / 1.00
+//   640   640 : 768          0.94 / 1.14  0.99 / 1.14  1.15 / 1.23  1.25 / 1.25
+//   4096  4096 : 4224        not timed    0.83 / 0.90  0.96 / 1.00  1.02 / 1.03
+//   16384 16384 : 16512      not timed    not timed    0.93 / 0.95  1.01 / 0.99
+// With dropout d96 takes low ones unless they have more rows: the words of a call are for 64
+// columns, and blocks of 96 keys use three quarters of them.
 template <class P>
-constexpr int kLowRate = P::kConsumers == 2 ? 0 : P::kHeadDim == 96 ? 90 : 85;
+constexpr int kLowRowsPercent = P::kConsumers == 2 ? 0
+                                : P::kHeadDim < 96 ? 85
+                                : P::kDropout      ? 100
+                                                   : 90;
 
 template <class P>
 inline bool prefers_low_tiles(Problem const& p) {
-  int const low_rows = ceil_div(p.seqlen_q, 128) * 128, rows = ceil_div(p.seqlen_q, P::kBlockM) * P::kBlockM;
+  int const low_rows = ceil_div(p.seqlen_q, 128) * 128;
+  int const rows = ceil_div(p.seqlen_q, P::kBlockM) * P::kBlockM;
   // One tile a sequence either way: d32 gains nothing there.
   if (P::kHeadDim == 32 && !P::kCausal && low_rows == 128) return false;
-  return int64_t{low_rows} * 100 <= int64_t{rows} * kLowRate<P>;
+  return int64_t{low_rows} * 100 <= int64_t{rows} * kLowRowsPercent<P>;
 }
 
 // The same kernel for sequences whose lengths only the device knows: see common/tile_list.cuh.

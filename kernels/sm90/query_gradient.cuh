@@ -131,7 +131,7 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
 
 // Random words of a block's scores.
 template <class P>
-using ScoreDropout = DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 4>;
+using ScoreDropout = DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2>;
 
 // From S and dP of a block: dS = P (mask * dP - delta) with P = exp2(scale_log2 * S - LSE), 16
 // bits. The statistics of dropout are as common/dropout.cuh (dropout_lift) says.

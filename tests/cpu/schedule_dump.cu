@@ -3,6 +3,7 @@
 // stdin, a request a line, answered by a line:
 //   tiles SEQLEN_Q HEADS BATCH SMS BLOCK_M CAUSAL FOLDED_FROM    "row_block,head,index" of each
 //                                                          tile; FOLDED_FROM 0: never folded
+//   ahead LENGTH                                           rows_ahead: causal, full, low tiles
 //   low HEAD_DIM CAUSAL DROPOUT ROWS                       1 where the forward takes low tiles
 //   blocks ROWS KEYS CAUSAL KEY_START KEY_LEN              see print_blocks
 //   list UNITS HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS  heads a chunk, "unit,head" of each tile
@@ -148,7 +149,7 @@ void print_split(BackwardParams const& params) {
 template <int HeadDim, bool Causal, bool Dropout>
 bool takes_low_tiles(Problem const& p) {
   using Policy = sm90::ForwardPolicy<HeadDim, DType::kFloat16, Causal, Dropout>;
-  return sm90::kLowRate<Policy> > 0 && sm90::prefers_low_tiles<Policy>(p);
+  return sm90::kLowRowsPercent<Policy> > 0 && sm90::prefers_low_tiles<Policy>(p);
 }
 
 template <int HeadDim>
@@ -238,6 +239,11 @@ void serve() {
       else if (p.head_dim == 96) print_split<96>(params);
       else if (p.head_dim == 128) print_split<128>(params);
       else if (p.head_dim == 256) print_split<256>(params);
+    } else if (std::strcmp(kind, "ahead") == 0) {
+      int length = 0;
+      if (std::scanf("%d", &length) != 1) continue;
+      std::printf("%d %d %d\n", rows_ahead<192>(length, true), rows_ahead<192>(length, false),
+                  rows_ahead<128>(length, true));
     } else if (std::strcmp(kind, "low") == 0) {
       int dropout = 0;
       read = std::scanf("%d %d %d %d", &p.head_dim, &causal, &dropout, &p.seqlen_q);

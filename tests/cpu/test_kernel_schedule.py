@@ -56,11 +56,19 @@ def test_low_tiles_where_high_ones_would_leave_rows_empty(dump):
         want = {
             32: usual if causal else usual - short,
             64: usual,
-            # With dropout all tiles are low.
-            96: set() if dropout else usual | {385, 448, 512, 1024},
+            96: set(lengths) - {129, 192} if dropout else usual | {385, 448, 512, 1024},
             128: set(),
         }[dim]
         assert got == want, f"d{dim} causal={causal} dropout={dropout}"
+
+
+def test_causal_tiles_of_three_groups_begin_ahead_of_the_sequence(dump):
+    lengths = (1, 63, 64, 65, 128, 129, 192, 193, 256, 320, 321, 384, 512, 1000, 1024, 4096)
+    for length, answer in zip(lengths, dump([f"ahead {n}" for n in lengths]), strict=True):
+        causal, full, low = map(int, answer)
+        assert (full, low) == (0, 0)
+        empty = -length % 192
+        assert causal == empty - empty % 64, f"{length} rows"
 
 
 def listed(dump, *requests) -> list[tuple[int, list[tuple[int, int]]]]:

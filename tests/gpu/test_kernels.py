@@ -59,7 +59,7 @@ def test_head_dims_grouped(case):
     judge(make_problem(case))
 
 
-# Tiles of 128 rows at 100, 250 and 600, of 192 at 300 (kLowRate in sm90/policy.cuh).
+# Tiles of 128 rows at 100, 250 and 600, of 192 at 300 (kLowRowsPercent in sm90/policy.cuh).
 @pytest.mark.parametrize("rows", [100, 250, 300, 600])
 @parametrize(
     variants(Case(), dim=(32, 64, 96), causal=(False, True), dropout_p=(0.0, 0.1), dtype=DTYPES)

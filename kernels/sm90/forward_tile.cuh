@@ -63,8 +63,10 @@ struct BlockDropout {
 
 // With holes tiles begin with the sequence: their kernels have no register for anything else.
 template <class P>
+constexpr bool kMayBeAhead = kRowsAhead<P::kBlockM> && P::kCausal && !P::kHoles;
+template <class P>
 __device__ __forceinline__ int first_row_of(Sequence const& s, Work const& work) {
-  return work.block * P::kBlockM - rows_ahead<P::kBlockM>(s.length_q, P::kCausal && !P::kHoles);
+  return work.block * P::kBlockM - rows_ahead<P::kBlockM>(s.length_q, kMayBeAhead<P>);
 }
 
 // Where the output and LSE of a warp's 16 rows go; rows beyond the sequence are not written.
@@ -126,15 +128,15 @@ struct ConsumerTile {
       if (P::kListed && first_row >= sequence.length_q) continue;
       ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
       own_row = first_row + warpgroup * 64;
-      idle = uint32_t(own_row) >= uint32_t(sequence.length_q);
       if (blocks.count <= 0) [[unlikely]] {
-        if (!idle)
+        if (!kMayBeAhead<P> || own_row >= 0)
           OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
               .store_empty(lane, p.problem.head_dim);
         continue;
       }
       own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, own_row);
       if constexpr (kKeepVisible) visible = VisibleKeys(sequence);
+      idle = own_row >= sequence.length_q || (kMayBeAhead<P> && own_row < 0);
       first = blocks.first;
       block = blocks.last();
       short_first = P::kShortBlock > 0 && own.end - last() * P::kBlockN <= P::kShortBlock;

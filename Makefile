@@ -74,7 +74,7 @@ gpu-check:  ## on a Hopper GPU: correctness, sanitizers, benchmark grid (JSON=fi
 results:  ## on a Hopper GPU: the JSON files in benchmarks/results, the plot and README's tables
 	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --head-dims 64 128 256 --deterministic --json $(RESULTS)/attention_grid.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --head-dims 32 96 192 --dropouts 0 --json $(RESULTS)/attention_grid_more.json
-	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --head-dims 64 96 128 --seqlens 128 192 256 384 --deterministic --json $(RESULTS)/attention_grid_short.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/attention_grid.py --head-dims 32 64 96 128 --seqlens 128 192 256 384 --deterministic --json $(RESULTS)/attention_grid_short.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/limits.py --json $(RESULTS)/limits.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/host_overhead.py --json $(RESULTS)/host_overhead.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/packed.py --json $(RESULTS)/packed.json

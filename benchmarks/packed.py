@@ -1,6 +1,7 @@
 """Rates of packed and of key-padded batches against dense ones, in one run on one GPU.
 
     python benchmarks/packed.py --json benchmarks/results/packed.json
+    python benchmarks/packed.py --dropout 0.1 --json benchmarks/results/packed_dropout.json
     python benchmarks/packed.py --head-dims 64 --directions forward --repeats 20
 
 Protocol: lengths drawn uniformly with a fixed seed, hidden 1024 (16 heads of 64 or 8 of 128),

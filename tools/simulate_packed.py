@@ -57,12 +57,14 @@ def ceil_div(a: int, b: int) -> int:
 
 def make_tile(shape: Shape, length: int, causal: bool, where: tuple[int, int, int]) -> Tile:
     first = where[-1] * shape.rows
+    if causal and shape.consumers == 3:  # the first tile lacks rows, not the last
+        first -= -length % shape.rows // 64 * 64
     if first >= length:
         return Tile(*where, MISSING_US)
     # Each consumer does the blocks its own rows see; the tile's blocks are those of the last one.
     ends = [min(first + 64 * (i + 1), length) for i in range(shape.consumers)]
     own = [
-        ceil_div(end if causal else length, KEYS) if first + 64 * i < length else 0
+        ceil_div(end if causal else length, KEYS) if 0 <= first + 64 * i < length else 0
         for i, end in enumerate(ends)
     ]
     cost = shape.fixed

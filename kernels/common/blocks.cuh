@@ -12,13 +12,13 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 
 // Rows by which tiles of BlockM rows begin before the sequence, so that it is the first one that
 // lacks rows, not the last: of a causal sequence the first sees the fewest keys. In whole groups of
-// 64, a consumer's: no group has rows on both sides of row 0. For tiles of three groups alone: of
-// two one lacks at most, and lengths are multiples of 128 rather.
+// 64, a consumer's: no group has rows on both sides of row 0. For tiles of three groups, 192 rows,
+// alone: of two one lacks at most, and lengths are multiples of 128 rather.
 template <int BlockM>
-constexpr bool kRowsAhead = BlockM == 192;
+constexpr bool kCanBeAhead = BlockM == 192;
 template <int BlockM>
 __host__ __device__ __forceinline__ int rows_ahead(int length, bool causal) {
-  if (!kRowsAhead<BlockM> || !causal) return 0;
+  if (!kCanBeAhead<BlockM> || !causal) return 0;
   return (BlockM - 1 - (length + BlockM - 1) % BlockM) / 64 * 64;
 }
 

@@ -62,7 +62,8 @@ struct TileList {
 };
 
 // What a unit costs, in sixths of a tile's fixed part: a key block costs less when some of the
-// tile's consumers have no rows, but not in proportion. Only the order matters.
+// tile's consumers have no rows, but not in proportion. Only the order matters, so that nobody
+// minds that causal tiles of kernels with holes never begin ahead of the sequence.
 template <int BlockM, int BlockN>
 __host__ __device__ __forceinline__ int unit_cost(Sequence const& s, bool causal, int row_block) {
   int const first_row = row_block * BlockM - rows_ahead<BlockM>(s.length_q, causal);

@@ -63,13 +63,14 @@ struct BlockDropout {
 
 // With holes tiles begin with the sequence: their kernels have no register for anything else.
 template <class P>
-constexpr bool kMayBeAhead = kRowsAhead<P::kBlockM> && P::kCausal && !P::kHoles;
+constexpr bool kMayBeAhead = kCanBeAhead<P::kBlockM> && P::kCausal && !P::kHoles;
 template <class P>
 __device__ __forceinline__ int first_row_of(Sequence const& s, Work const& work) {
   return work.block * P::kBlockM - rows_ahead<P::kBlockM>(s.length_q, kMayBeAhead<P>);
 }
 
-// Where the output and LSE of a warp's 16 rows go; rows beyond the sequence are not written.
+// Where the output and LSE of a warp's 16 rows go; rows beyond the sequence are not written. None
+// may lie before it: the caller sees to that.
 template <class P>
 struct OutputRows {
   typename P::Element* out;

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "common/blocks.cuh"
 #include "common/ptx.cuh"
 #include "params.h"
 
@@ -49,9 +50,9 @@ enum class TileOrder {
   kFolded,
 };
 
-// Row blocks from which a folded order pays. A third of the tiles of three row blocks are middle
-// ones, and whoever has a pair more has one of those more too: d128 at S = 384 249 TFLOP/s, 278 in
-// chunks; five row blocks 371 and 365.
+// Row blocks from which a folded order pays, but for two, which are one pair. A third of the tiles
+// of three are middle ones, and whoever has a pair more has one of those more too. d128, folded and
+// in chunks, TFLOP/s: forward at S = 384 249, 278, at 640 371, 365; backward 235, 239 and 279, 279.
 constexpr int kFoldedRowBlocks = 4;
 
 // How a tile's rows get from the accumulators to global memory.
@@ -93,9 +94,10 @@ struct ForwardTile {
   static constexpr OutputPath kOutputPath =
       HeadDim > 128 ? OutputPath::kRegisters : OutputPath::kOwnMemory;
   // Full / causal, over the better peer: d64 under S 1.92 / 1.84, before S 1.88 / 1.81, with the
-  // softmax 1.77 / 1.75; d96 1.81 / 1.72, 1.78 / 1.71, 1.71 / 1.71. At d128, with more registers,
-  // before S 1.94 / 1.90, under S 1.89 / 1.89. At d192 the others were within 1 %, at d256 they
-  // lost 1 to 4 %, at d32 they gave between +1 and -4 %.
+  // softmax 1.77 / 1.75; d96 1.81 / 1.72, 1.78 / 1.71, 1.71 / 1.71 with three consumers, with two
+  // before S 0.96 / 1.00 of the rate under S. At d128 before S 1.94 / 1.90, under S 1.89 / 1.89. At
+  // d192 the others were within 1 %, at d256 they lost 1 to 4 %, at d32 they gave between +1 and
+  // -4 %.
   static constexpr Draw kDraw = HeadDim == 64 || HeadDim == 96 ? Draw::kUnderScores
                                 : HeadDim == 128               ? Draw::kBeforeScores
                                                                : Draw::kWithSoftmax;
@@ -148,35 +150,40 @@ struct ForwardPolicy<256, Type, Causal, Dropout> : ForwardTile<256, Type, Causal
 };
 
 // Low tiles, of two consumers instead of three: for lengths that leave many rows of the last high
-// one empty, where the host knows them. In packed batches they lost at every head dim: lengths
-// 128..512, full / causal, d64 0.90 / 1.00, d96 0.94 / 0.97 (dropout 0.93 / 0.98, 0.96 / 0.91).
+// one empty, where the host knows them. In packed batches of 128..512 they lost, full / causal: d32
+// 0.85 / 0.92, d64 0.90 / 1.00, d96 0.94 / 0.97; with dropout 0.95 / 0.98, 0.93 / 0.98, 0.96 /
+// 0.91.
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 struct LowForwardPolicy : ForwardTile<HeadDim, Type, Causal, Dropout, 2, 128> {};
 
-// From what share of the high tiles' rows on, in percent, low tiles are not worth it any more; 0:
-// there are none. By length, low over high, full / causal:
+// Up to what share of the high tiles' rows, in percent, low tiles are taken; 0: there are none. By
+// length, low over high, full / causal (the causal ones before high tiles began ahead of the
+// sequence, which made them 3 to 4 % faster where they lack rows):
 //   S     rows, low : high   d32          d64          d96          d96, dropout
 //   128   128 : 192          0.91 / 1.11  1.02 / 1.11  1.02 / 1.06  1.33 / 1.14
 //   256   256 : 384          1.16 / 1.05  1.25 / 1.10  1.44 / 1.14  1.62 / 1.16
 //   320   384 : 384          0.76 / 0.87  0.83 / 0.90  0.95 / 0.99  1.01 / 1.00
 //   512   512 : 576          0.87 / 0.92  0.94 / 0.96  1.14 / 1.06  1.25 / 1.00
 //   640   640 : 768          0.94 / 1.14  0.99 / 1.14  1.15 / 1.23  1.25 / 1.25
+//   1024  1024 : 1152        not timed    not timed    1.10 / 1.07  1.18 / 1.06
 //   4096  4096 : 4224        not timed    0.83 / 0.90  0.96 / 1.00  1.02 / 1.03
 //   16384 16384 : 16512      not timed    not timed    0.93 / 0.95  1.01 / 0.99
-// With dropout d96 takes low ones unless they have more rows: the words of a call are for 64
-// columns, and blocks of 96 keys use three quarters of them.
+// With dropout d32 and d64 gain 3 to 8 % more than that at 256 and 640. d96 takes low tiles unless
+// they have more rows: the words of a call are for 64 columns, and blocks of 96 keys use three
+// quarters of them.
 template <class P>
-constexpr int kLowRowsPercent = P::kConsumers == 2 ? 0
-                                : P::kHeadDim < 96 ? 85
-                                : P::kDropout      ? 100
-                                                   : 90;
+constexpr int kLowRowsPercent = P::kConsumers == 2          ? 0
+                                : P::kHeadDim == 96         ? (P::kDropout ? 100 : 90)
+                                : P::kCausal || P::kDropout ? 85
+                                                            : 80;
 
 template <class P>
 inline bool prefers_low_tiles(Problem const& p) {
-  int const low_rows = ceil_div(p.seqlen_q, 128) * 128;
+  constexpr int kLowRows = 2 * 64;
+  int const low_rows = ceil_div(p.seqlen_q, kLowRows) * kLowRows;
   int const rows = ceil_div(p.seqlen_q, P::kBlockM) * P::kBlockM;
   // One tile a sequence either way: d32 gains nothing there.
-  if (P::kHeadDim == 32 && !P::kCausal && low_rows == 128) return false;
+  if (P::kHeadDim == 32 && !P::kCausal && low_rows == kLowRows) return false;
   return int64_t{low_rows} * 100 <= int64_t{rows} * kLowRowsPercent<P>;
 }
 

@@ -36,11 +36,11 @@ void print_tiles(Problem const& p, int block_m, int folded_from) {
 
 template <int BlockM, int BlockN>
 void print_key_blocks(Problem const& p, Sequence const& s) {
-  for (int row = 0; row < s.length_q; row += BlockM) {
+  for (int row = -rows_ahead<BlockM>(s.length_q, p.causal); row < s.length_q; row += BlockM) {
     KeyBlocks<BlockM, BlockN> const blocks(s, p.causal, row);
     std::printf("f%dx%d:%d,%d,", BlockM, BlockN, blocks.first, blocks.count);
     for (int i = 0; i < blocks.count; ++i) std::printf("%d", blocks.needs_mask(blocks.first + i));
-    std::printf(",%d ", blocks.end);
+    std::printf(",%d,%d ", blocks.end, row);
   }
 }
 
@@ -154,8 +154,8 @@ bool takes_low_tiles(Problem const& p) {
 
 template <int HeadDim>
 void print_low(Problem const& p, bool dropout) {
-  bool const low = p.causal ? dropout ? takes_low_tiles<HeadDim, true, true>(p)
-                                      : takes_low_tiles<HeadDim, true, false>(p)
+  bool const low = p.causal  ? dropout ? takes_low_tiles<HeadDim, true, true>(p)
+                                       : takes_low_tiles<HeadDim, true, false>(p)
                    : dropout ? takes_low_tiles<HeadDim, false, true>(p)
                              : takes_low_tiles<HeadDim, false, false>(p);
   std::printf("%d\n", low);
@@ -178,14 +178,14 @@ void serve() {
     p.batch = p.heads_q = p.heads_k = 1;
     int causal = 0, read = 0;
     if (std::strcmp(kind, "tiles") == 0) {
-      int block_m = 0, fold = 0;
+      int block_m = 0, folded_from = 0;
       read = std::scanf("%d %d %d %d %d %d %d", &p.seqlen_q, &p.heads_q, &p.batch, &p.num_sms,
-                        &block_m, &causal, &fold);
+                        &block_m, &causal, &folded_from);
       p.causal = causal;
       if (read != 7) continue;
-      if (!p.causal) print_tiles<sm90::TileOrder::kHeadByHead>(p, block_m, fold);
-      else if (fold) print_tiles<sm90::TileOrder::kFolded>(p, block_m, fold);
-      else print_tiles<sm90::TileOrder::kLongestFirst>(p, block_m, fold);
+      if (!p.causal) print_tiles<sm90::TileOrder::kHeadByHead>(p, block_m, folded_from);
+      else if (folded_from > 0) print_tiles<sm90::TileOrder::kFolded>(p, block_m, folded_from);
+      else print_tiles<sm90::TileOrder::kLongestFirst>(p, block_m, folded_from);
     } else if (std::strcmp(kind, "list") == 0) {
       int units = 0;
       int32_t const offsets[1] = {0};

@@ -36,6 +36,17 @@ def cases() -> list[Case]:
         dropout_p=(0.0, 0.1),
         dtype=(torch.float16, torch.bfloat16),
     )
+    # Tiles of 192 rows, and causal ones that begin 128 rows ahead.
+    dense += variants(
+        Case(batch=1, sq=150, sk=260),
+        dim=(32, 64, 96),
+        causal=(False, True),
+        dropout_p=(0.0, 0.1),
+        dtype=(torch.float16, torch.bfloat16),
+    )
+    dense += variants(
+        Case(batch=1, sq=1216, sk=1216, causal=True), dim=(32, 64, 96), dropout_p=(0.0, 0.1)
+    )
     partial = variants(Case(batch=1, sq=200, sk=260), dim=(8, 40, 72, 104, 136, 200))
     deterministic = variants(
         Case(batch=1, sq=300, sk=300, deterministic=True),

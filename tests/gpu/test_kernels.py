@@ -59,8 +59,9 @@ def test_head_dims_grouped(case):
     judge(make_problem(case))
 
 
-# Tiles of 128 rows at 100, 250 and 600, of 192 at 300 (kLowRowsPercent in sm90/policy.cuh).
-@pytest.mark.parametrize("rows", [100, 250, 300, 600])
+# Tiles of 128 or of 192 rows (kLowRowsPercent in sm90/policy.cuh): of 192 at 150, but for d96 with
+# dropout at 300 and 1216 too; causal ones begin 128 rows ahead at 1216.
+@pytest.mark.parametrize("rows", [100, 150, 250, 300, 600, 1216])
 @parametrize(
     variants(Case(), dim=(32, 64, 96), causal=(False, True), dropout_p=(0.0, 0.1), dtype=DTYPES)
 )
@@ -72,7 +73,7 @@ def test_low_and_high_tiles(case, rows):
 @pytest.mark.parametrize("rows", [256, 384, 640])
 @parametrize(
     variants(
-        Case(batch=9, heads_q=16, heads_k=16, causal=True), dim=(128, 192), dropout_p=(0.0, 0.1)
+        Case(batch=13, heads_q=16, heads_k=16, causal=True), dim=(128, 192), dropout_p=(0.0, 0.1)
     )
 )
 def test_orders_of_causal_tiles(case, rows):

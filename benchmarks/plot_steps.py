@@ -35,7 +35,8 @@ def draw(outcomes: Sequence[dict[str, Any]], path: Path) -> None:
         {(model["name"], model["shape"]["length"]) for model in models},
         key=lambda place: (names.index(place[0]), place[1]),
     )
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    size = (max(6.0, 1.2 * len(places)), 7.5)
+    figure, axes = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
     for axis, compiled in zip(axes, TITLES, strict=True):
         chosen = [model for model in models if model["compile"] == compiled]
         runs = {(model["name"], model["shape"]["length"]): model["runs"] for model in chosen}
@@ -52,9 +53,8 @@ def draw(outcomes: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.bar_label(drawn, fmt="%.0f", fontsize=8)
         labels = [f"{name}\n{in_k(length)}" for name, length in places]
         axis.set_xticks(range(len(places)), labels)
-        axis.set(title=TITLES[compiled])
+        axis.set(title=TITLES[compiled], ylabel="thousand tokens a second")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("thousand tokens a second")
     axes[0].legend(frameon=False)
     tokens = {model["shape"]["batch"] * model["shape"]["length"] for model in models}
     device = outcomes[0]["device"]["name"]

@@ -168,9 +168,9 @@ struct LowForwardPolicy : ForwardTile<HeadDim, Type, Causal, Dropout, 2, 128> {}
 //   1024  1024 : 1152        not timed    not timed    1.10 / 1.07  1.18 / 1.06
 //   4096  4096 : 4224        not timed    0.83 / 0.90  0.96 / 1.00  1.02 / 1.03
 //   16384 16384 : 16512      not timed    not timed    0.93 / 0.95  1.01 / 0.99
-// With dropout d32 gains 4 to 10 % more than that at 256 and 640, d64 between -3 and +6 %. d96 takes
-// low tiles unless they have more rows: the words of a call are for 64 columns, and blocks of 96
-// keys use three quarters of them.
+// With dropout d32 gains 4 to 10 % more than that at 256 and 640, d64 between -3 and +6 %. d96
+// takes low tiles unless they have more rows: the words of a call are for 64 columns, and blocks of
+// 96 keys use three quarters of them.
 template <class P>
 constexpr int kLowRowsPercent = P::kConsumers == 2          ? 0
                                 : P::kHeadDim == 96         ? (P::kDropout ? 100 : 90)

@@ -78,6 +78,7 @@ results:  ## on a Hopper GPU: the JSON files in benchmarks/results, the plot and
 	PYTHONPATH=. $(GPU_PY) benchmarks/limits.py --json $(RESULTS)/limits.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/host_overhead.py --json $(RESULTS)/host_overhead.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/packed.py --json $(RESULTS)/packed.json
+	PYTHONPATH=. $(GPU_PY) benchmarks/packed.py --dropout 0.1 --json $(RESULTS)/packed_dropout.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --steps 30 --overlay-steps 300 --json $(RESULTS)/training_step.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --models gpt2 --contexts 512,1024,2048,4096,8192 --compile both --tokens 16384 --json $(RESULTS)/gpt2_grid_small.json
 	PYTHONPATH=. $(GPU_PY) benchmarks/training_step.py --models gpt2-medium --contexts 512,1024,2048,4096,8192 --compile both --tokens 16384 --json $(RESULTS)/gpt2_grid_medium.json

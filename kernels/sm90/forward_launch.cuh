@@ -73,9 +73,10 @@ Status forward(ForwardParams const& p, void* workspace) {
   bool const packed = p.problem.cu_seqlens_q != nullptr;
   if (packed || sm90::forward_workspace_bytes(p.problem) > 0)
     return launch_listed<ListedPolicy<Policy>>(p, workspace);
-  if constexpr (kLowRowsPercent<Policy> > 0)
-    if (prefers_low_tiles<Policy>(p.problem))
-      return launch_static<LowForwardPolicy<HeadDim, Type, Causal, Dropout>>(p);
+  if constexpr (kLowRowsPercent<Policy> > 0) {
+    using Low = LowForwardPolicy<HeadDim, Type, Causal, Dropout>;
+    if (prefers_low_tiles<Policy, Low>(p.problem)) return launch_static<Low>(p);
+  }
   return launch_static<Policy>(p);
 }
 

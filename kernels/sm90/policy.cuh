@@ -177,14 +177,13 @@ constexpr int kLowRowsPercent = P::kConsumers == 2          ? 0
                                 : P::kCausal || P::kDropout ? 85
                                                             : 80;
 
-template <class P>
+template <class High, class Low>
 inline bool prefers_low_tiles(Problem const& p) {
-  constexpr int kLowRows = 2 * 64;
-  int const low_rows = ceil_div(p.seqlen_q, kLowRows) * kLowRows;
-  int const rows = ceil_div(p.seqlen_q, P::kBlockM) * P::kBlockM;
+  int const low_rows = ceil_div(p.seqlen_q, Low::kBlockM) * Low::kBlockM;
+  int const rows = ceil_div(p.seqlen_q, High::kBlockM) * High::kBlockM;
   // One tile a sequence either way: d32 gains nothing there.
-  if (P::kHeadDim == 32 && !P::kCausal && low_rows == kLowRows) return false;
-  return int64_t{low_rows} * 100 <= int64_t{rows} * kLowRowsPercent<P>;
+  if (High::kHeadDim == 32 && !High::kCausal && low_rows == Low::kBlockM) return false;
+  return int64_t{low_rows} * 100 <= int64_t{rows} * kLowRowsPercent<High>;
 }
 
 // The same kernel for sequences whose lengths only the device knows: see common/tile_list.cuh.

@@ -148,8 +148,9 @@ void print_split(BackwardParams const& params) {
 
 template <int HeadDim, bool Causal, bool Dropout>
 bool takes_low_tiles(Problem const& p) {
-  using Policy = sm90::ForwardPolicy<HeadDim, DType::kFloat16, Causal, Dropout>;
-  return sm90::kLowRowsPercent<Policy> > 0 && sm90::prefers_low_tiles<Policy>(p);
+  using High = sm90::ForwardPolicy<HeadDim, DType::kFloat16, Causal, Dropout>;
+  using Low = sm90::LowForwardPolicy<HeadDim, DType::kFloat16, Causal, Dropout>;
+  return sm90::kLowRowsPercent<High> > 0 && sm90::prefers_low_tiles<High, Low>(p);
 }
 
 template <int HeadDim>

@@ -232,6 +232,21 @@ def run_wrong_bits(causal: bool, dim: int) -> None:
     torch.cuda.synchronize()
 
 
+def check_replays(run, inputs: list[Tensor]) -> None:
+    """A graph of run(tensor), replayed with each of `inputs` in it, twice in turn, gives what a
+    call with that input gives."""
+    want = [run(x) for x in inputs]
+    held = inputs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(held)
+    for x, results in zip((*inputs, *inputs), (*want, *want), strict=True):
+        held.copy_(x)
+        graph.replay()
+        for name, result in results.items():
+            assert torch.equal(got[name], result), name
+
+
 def most_split_keys(case: Case) -> int:
     kernel = next(dim for dim in SPLIT_UP_TO if case.dim <= dim)
     return SPLIT_UP_TO[kernel][case.causal]

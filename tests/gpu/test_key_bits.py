@@ -9,6 +9,7 @@ from judge import (
     HEAD_DIMS,
     RANGES,
     Case,
+    check_replays,
     judge,
     kept_keys,
     make_problem,
@@ -111,16 +112,7 @@ def test_holes_in_a_graph_with_other_masks(case):
         problem.options |= zip(names, key_bits_of(kept), strict=True)
         return run_kernel(problem)
 
-    want = [run(kept) for kept in masks]
-    kept = masks[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run(kept)
-    for mask, results in zip((*masks, *masks), (*want, *want), strict=True):
-        kept.copy_(mask)
-        graph.replay()
-        for name, result in results.items():
-            assert torch.equal(got[name], result), name
+    check_replays(run, masks)
 
 
 @pytest.mark.parametrize("causal", [False, True])

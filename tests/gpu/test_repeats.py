@@ -13,6 +13,16 @@ from judge import (
 )
 
 
+def repeat(problem, times):
+    """The problem's results, seen to be the same in so many runs more."""
+    first = run_kernel(problem)
+    for _ in range(times):
+        again = run_kernel(problem)
+        for name, result in first.items():
+            assert torch.equal(result, again[name]), name
+    return first
+
+
 @parametrize(
     variants(
         Case(sq=1000, sk=1000, heads_q=4),
@@ -25,12 +35,7 @@ from judge import (
     )
 )
 def test_repeats_are_bitwise_equal(case):
-    problem = make_problem(case)
-    first = run_kernel(problem)
-    for _ in range(250):
-        again = run_kernel(problem)
-        for name, result in first.items():
-            assert torch.equal(result, again[name]), name
+    repeat(make_problem(case), 250)
 
 
 # Where turns matter: several chunks of streams; more key blocks of a stream than SMs; few streams,
@@ -62,11 +67,7 @@ TURNS = (
 def test_turns_repeat_bitwise(case):
     """And give what the additions in any order give, but for their rounding."""
     problem = make_problem(case)
-    first = run_kernel(problem)
-    for _ in range(15):
-        again = run_kernel(problem)
-        for name, result in first.items():
-            assert torch.equal(result, again[name]), name
+    first = repeat(problem, 15)
     problem.case = replace(case, deterministic=False)
     unordered = run_kernel(problem)
     for name in ("out", "lse", "dk", "dv"):

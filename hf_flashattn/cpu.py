@@ -155,6 +155,20 @@ def dense_forward(
     return forward(q, k, v, *visible, dropout_p, softmax_scale, causal, deterministic)
 
 
+def dense_inference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool = False,
+    heads_first: bool = False,
+    key_start: Tensor | None = None,
+    key_len: Tensor | None = None,
+) -> Tensor:
+    """hf_flashattn::dense_inference on CPU tensors."""
+    return dense_forward(q, k, v, softmax_scale, causal, heads_first, key_start, key_len)[0]
+
+
 def dense_backward(
     dout: Tensor,
     q: Tensor,

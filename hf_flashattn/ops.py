@@ -4,6 +4,8 @@
     hf_flashattn::dense_forward, dense_backward  a dense call with few arguments, also of tensors
                                                  with heads first: what eager calls pass through,
                                                  but for those with key_bits, which are for graphs
+    hf_flashattn::dense_inference                the same where no gradient is asked for: the output
+                                                 alone, which never has one
 
 Where the schemas come from. The compiled library defines them (kernels/torch_binding.cpp) and is
 loaded at import if it is there. If it is not, they are defined here with the same text, so that the
@@ -51,6 +53,10 @@ DENSE_BACKWARD_SCHEMA = (
     "float softmax_scale, bool causal=False, bool heads_first=False, Tensor? key_start=None, "
     "Tensor? key_len=None, float dropout_p=0.0, Tensor? rng_state=None, bool deterministic=False) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
+)
+DENSE_INFERENCE_SCHEMA = (
+    "dense_inference(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal=False, "
+    "bool heads_first=False, Tensor? key_start=None, Tensor? key_len=None) -> Tensor"
 )
 # Read by schemas_are_defined() in torch_binding.cpp.
 _DEFINED_BY = "HF_FLASHATTN_SCHEMAS_DEFINED_BY"
@@ -169,15 +175,22 @@ def _library_for_cuda() -> None:
 load_library(build_if_missing=False)
 _registry = torch.library.Library("hf_flashattn", "FRAGMENT")
 if not _status.loaded:
-    for _schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA, DENSE_FORWARD_SCHEMA, DENSE_BACKWARD_SCHEMA):
+    for _schema in (
+        FORWARD_SCHEMA,
+        BACKWARD_SCHEMA,
+        DENSE_FORWARD_SCHEMA,
+        DENSE_BACKWARD_SCHEMA,
+        DENSE_INFERENCE_SCHEMA,
+    ):
         _registry.define(_schema)
     _schemas_in_python = True
 _forward = torch.ops.hf_flashattn.forward.default
 _backward = torch.ops.hf_flashattn.backward.default
 _dense_forward = torch.ops.hf_flashattn.dense_forward.default
 _dense_backward = torch.ops.hf_flashattn.dense_backward.default
+_dense_inference = torch.ops.hf_flashattn.dense_inference.default
 
-for _name in ("forward", "backward", "dense_forward", "dense_backward"):
+for _name in ("forward", "backward", "dense_forward", "dense_backward", "dense_inference"):
     _registry.impl(_name, getattr(cpu, _name), "CPU")
 
 
@@ -198,6 +211,11 @@ def _backward_fake(dout, q, k, v, *_):
 @torch.library.register_fake("hf_flashattn::dense_forward", lib=_registry)
 def _dense_forward_fake(q, k, v, softmax_scale, causal=False, heads_first=False, *_):
     return _forward_fake(q.transpose(1, 2) if heads_first else q, k, v, None)
+
+
+@torch.library.register_fake("hf_flashattn::dense_inference", lib=_registry)
+def _dense_inference_fake(q, k, v, softmax_scale, causal=False, heads_first=False, *_):
+    return _dense_forward_fake(q, k, v, softmax_scale, causal, heads_first)[0]
 
 
 @torch.library.register_fake("hf_flashattn::dense_backward", lib=_registry)
@@ -327,6 +345,7 @@ _registry.impl("forward", _forward_autograd, "Autograd")
 _registry.impl("backward", _backward_autograd, "Autograd")
 _registry.impl("dense_forward", _dense_forward_autograd, "Autograd")
 _registry.impl("dense_backward", _dense_backward_autograd, "Autograd")
+_registry.impl("dense_inference", torch.library.fallthrough_kernel, "Autograd")
 
 
 # ---------------------------------------------------------------------------------------- the calls
@@ -407,7 +426,7 @@ def call_dense(
         state = new_rng_state(q.device)
         others = (softmax_scale, causal, heads_first, key_start, key_len, dropout_p, state)
     elif key_start is None and key_len is None:
-        others = (softmax_scale, causal, heads_first)
+        others = (softmax_scale, causal, heads_first) if causal or heads_first else (softmax_scale,)
     else:
         others = (softmax_scale, causal, heads_first, key_start, key_len)
     if torch.is_grad_enabled():
@@ -417,8 +436,9 @@ def call_dense(
             return _dense_forward(q, k, v, *options)[0]
         if q.requires_grad or k.requires_grad or v.requires_grad:
             return _record_dense(q, k, v, others, deterministic)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _dense_forward._op(q, k, v, *others)[0]
+    if dropout_p > 0:
+        return _below_autograd(_dense_forward, (q, k, v, *others))[0]
+    return _dense_inference._op(q, k, v, *others)
 
 
 def checks_itself(q: Tensor) -> bool:

@@ -18,9 +18,9 @@ struct Entry {
   DType dtype;
   bool causal;
   bool dropout;
-  Status (*forward)(ForwardParams const&, void*);
+  Status (*forward)(ForwardParams const&, int32_t*);
   Status (*backward)(BackwardParams const&);
-  size_t (*forward_workspace_bytes)(Problem const&);
+  bool (*claims_tiles)(Problem const&);
   size_t (*backward_workspace_bytes)(BackwardParams const&);
 };
 
@@ -33,7 +33,7 @@ constexpr Entry sm90_entry() {
           Dropout,
           sm90::forward<HeadDim, Type, Causal, Dropout>,
           sm90::backward<HeadDim, Type, Causal, Dropout>,
-          sm90::forward_workspace_bytes,
+          sm90::claims_tiles,
           sm90::backward_workspace_bytes<HeadDim>};
 }
 
@@ -145,11 +145,11 @@ Status explain_miss(Problem const& p) {
 
 }  // namespace
 
-Status launch_forward(ForwardParams const& params, void* workspace) {
+Status launch_forward(ForwardParams const& params, int32_t* counter) {
   Status const status = check(params.problem);
   if (!status.ok()) return status;
   Entry const* const entry = find(params.problem);
-  return entry == nullptr ? explain_miss(params.problem) : entry->forward(params, workspace);
+  return entry == nullptr ? explain_miss(params.problem) : entry->forward(params, counter);
 }
 
 Status launch_backward(BackwardParams const& params) {
@@ -163,9 +163,9 @@ Status check_supported(Problem const& problem) {
   return find(problem) == nullptr ? explain_miss(problem) : success();
 }
 
-size_t forward_workspace_bytes(Problem const& problem) {
+bool forward_claims_tiles(Problem const& problem) {
   Entry const* const entry = find(problem);
-  return entry == nullptr ? 0 : entry->forward_workspace_bytes(problem);
+  return entry != nullptr && entry->claims_tiles(problem);
 }
 
 size_t backward_workspace_bytes(BackwardParams const& params) {

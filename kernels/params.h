@@ -74,11 +74,11 @@ struct Status {
 };
 
 // All launches are asynchronous on problem.stream; device pointers must stay valid until they
-// finish. A workspace has forward_workspace_bytes(problem) bytes, is 256-byte aligned, and may hold
-// anything.
-Status launch_forward(ForwardParams const& params, void* workspace);
+// finish. `counter`: where forward_claims_tiles(problem), a 0 in device memory, which the kernel
+// leaves as 0; whatever else has it must run before or after, as all on one stream does.
+Status launch_forward(ForwardParams const& params, int32_t* counter);
 Status launch_backward(BackwardParams const& params);
-size_t forward_workspace_bytes(Problem const& problem);         // 0: none is needed
+bool forward_claims_tiles(Problem const& problem);
 size_t backward_workspace_bytes(BackwardParams const& params);  // params.workspace is not read
 // Whether there is a kernel of this head dim and dtype for this device; asked where nothing is
 // launched.

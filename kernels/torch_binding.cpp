@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "params.h"
+#include "stream_memory.h"
 #include "torch_tensors.h"
 
 namespace hf_flashattn {
@@ -38,6 +39,11 @@ constexpr char kDenseForwardSchema[] =
     "dense_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal=False, bool "
     "heads_first=False, Tensor? key_start=None, Tensor? key_len=None, float dropout_p=0.0, Tensor? "
     "rng_state=None, bool deterministic=False) -> (Tensor out, Tensor lse)";
+
+// And where nobody wants the LSE: without gradients.
+constexpr char kDenseInferenceSchema[] =
+    "dense_inference(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal=False, bool "
+    "heads_first=False, Tensor? key_start=None, Tensor? key_len=None) -> Tensor";
 
 constexpr char kDenseBackwardSchema[] =
     "dense_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float "
@@ -219,16 +225,13 @@ TensorView input_view(Call const& call, Tensor& t, Shape const& s, char const* n
 
 // ---- ops ----------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> run_forward(Call const& call, Tensor& q, Tensor& k, Tensor& v) {
-  OnDevice const guard(call.device);
+// lse: of all rows, contiguous; undefined if nobody wants it. Returns out.
+Tensor run_forward(Call const& call, Tensor& q, Tensor& k, Tensor& v, Tensor lse) {
   Tensor out = empty_like(call.q, call.out_form, call.dtype, call.device);
-  int32_t const fp32 = aoti_torch_dtype_float32();
-  Tensor lse = call.packed() ? empty({call.q.heads, call.q.seq}, fp32, call.device)
-                             : empty({call.q.batch, call.q.heads, call.q.seq}, fp32, call.device);
   if (call.empty) {
     torch::stable::zero_(out);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-    return {out, lse};
+    if (lse.defined()) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    return out;
   }
   ForwardParams params{};
   params.problem = call.problem;
@@ -236,15 +239,25 @@ std::tuple<Tensor, Tensor> run_forward(Call const& call, Tensor& q, Tensor& k, T
   params.k = input_view(call, k, call.k, "k");
   params.v = input_view(call, v, call.k, "v");
   params.out = layout(out, call.q, call.out_form).view;
+  Tensor counter;  // as lse, given back in the order of the stream: after the kernel
+  bool const claims = forward_claims_tiles(call.problem);
+  if (claims || !lse.defined())
+    with_stream_memory(call.device, call.problem.stream, [&](StreamMemory& memory) {
+      if (claims) counter = memory.tile_counter();
+      if (!lse.defined()) lse = memory.unread_memory(call.q.batch * call.q.heads * call.q.seq);
+    });
   params.lse = static_cast<float*>(lse.data_ptr());
-  Tensor workspace;  // given back in the order of the stream: after the kernels
-  void* memory = nullptr;
-  if (size_t const bytes = forward_workspace_bytes(call.problem)) {
-    workspace = empty({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), call.device);
-    memory = workspace.data_ptr();
-  }
-  raise_if_failed(launch_forward(params, memory));
-  return {out, lse};
+  raise_if_failed(
+      launch_forward(params, claims ? static_cast<int32_t*>(counter.data_ptr()) : nullptr));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> forward_with_lse(Call const& call, Tensor& q, Tensor& k, Tensor& v) {
+  OnDevice const guard(call.device);
+  int32_t const fp32 = aoti_torch_dtype_float32();
+  Tensor lse = call.packed() ? empty({call.q.heads, call.q.seq}, fp32, call.device)
+                             : empty({call.q.batch, call.q.heads, call.q.seq}, fp32, call.device);
+  return {run_forward(call, q, k, v, lse), lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> run_backward(Call const& call, Tensor& dout, Tensor& q,
@@ -300,7 +313,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   Call const call =
       make_call(q, k, v, cu_seqlens_q, cu_seqlens_k, key_start, key_len, key_bits, rng_state,
                 max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, false);
-  return run_forward(call, q, k, v);
+  return forward_with_lse(call, q, k, v);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
@@ -322,7 +335,15 @@ std::tuple<Tensor, Tensor> dense_forward(Tensor q, Tensor k, Tensor v, double so
                                          OptionalTensor rng_state, bool /*deterministic*/) {
   Call const call = make_call(q, k, v, {}, {}, key_start, key_len, {}, rng_state, 0, 0, dropout_p,
                               softmax_scale, causal, heads_first);
-  return run_forward(call, q, k, v);
+  return forward_with_lse(call, q, k, v);
+}
+
+Tensor dense_inference(Tensor q, Tensor k, Tensor v, double softmax_scale, bool causal,
+                       bool heads_first, OptionalTensor key_start, OptionalTensor key_len) {
+  Call const call = make_call(q, k, v, {}, {}, key_start, key_len, {}, {}, 0, 0, 0.0, softmax_scale,
+                              causal, heads_first);
+  OnDevice const guard(call.device);
+  return run_forward(call, q, k, v, {});
 }
 
 std::tuple<Tensor, Tensor, Tensor> dense_backward(Tensor dout, Tensor q, Tensor k, Tensor v,
@@ -353,6 +374,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_flashattn, library) {
   library.def(hf_flashattn::kBackwardSchema);
   library.def(hf_flashattn::kDenseForwardSchema);
   library.def(hf_flashattn::kDenseBackwardSchema);
+  library.def(hf_flashattn::kDenseInferenceSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_flashattn, CUDA, library) {
@@ -360,4 +382,5 @@ STABLE_TORCH_LIBRARY_IMPL(hf_flashattn, CUDA, library) {
   library.impl("backward", TORCH_BOX(&hf_flashattn::backward));
   library.impl("dense_forward", TORCH_BOX(&hf_flashattn::dense_forward));
   library.impl("dense_backward", TORCH_BOX(&hf_flashattn::dense_backward));
+  library.impl("dense_inference", TORCH_BOX(&hf_flashattn::dense_inference));
 }

@@ -161,7 +161,8 @@ inline void* current_stream(int32_t device) {
 class OnDevice {
  public:
   explicit OnDevice(int32_t device) {
-    if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
+    int current = -1;  // by CUDA itself: torch takes 0.4 us to answer
+    if (cudaGetDevice(&current) != cudaSuccess || current != device) guard_.emplace(device);
   }
 
  private:

@@ -13,7 +13,7 @@
 
 #include "params.h"
 
-// The few CUDA names that torch_tensors.h uses, in the place of cuda_runtime_api.h.
+// The few CUDA names that the binding uses, in the place of cuda_runtime_api.h.
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
@@ -27,10 +27,21 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 inline char const* cudaGetErrorString(cudaError_t) { return ""; }
-
-namespace torch::stable::accelerator {
-inline DeviceIndex host_index() { return 0; }
-}  // namespace torch::stable::accelerator
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+using cudaStream_t = void*;
+inline cudaStream_t const cudaStreamPerThread = reinterpret_cast<void*>(2);
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
 
 namespace {
 int32_t host_stream(int32_t, void** stream) {
@@ -41,7 +52,6 @@ int32_t host_stream(int32_t, void** stream) {
 
 #define is_cuda is_cpu
 #define get_device_index() is_cpu() - 1  // asked for as on a GPU, and 0
-#define getCurrentDeviceIndex host_index
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define aoti_torch_get_current_cuda_stream host_stream
 #undef STABLE_TORCH_LIBRARY_IMPL
@@ -58,7 +68,7 @@ Problem problem;
 
 }  // namespace
 
-Status launch_forward(ForwardParams const& p, void*) {
+Status launch_forward(ForwardParams const& p, int32_t*) {
   TensorView const now[] = {p.q, p.k, p.v, p.out};
   std::memcpy(views, now, sizeof now);
   problem = p.problem;
@@ -72,7 +82,7 @@ Status launch_backward(BackwardParams const& p) {
   return {""};
 }
 
-size_t forward_workspace_bytes(Problem const& p) { return p.key_start || p.key_len ? 1024 : 0; }
+bool forward_claims_tiles(Problem const& p) { return p.key_start || p.key_len; }
 size_t backward_workspace_bytes(BackwardParams const&) { return 1024; }
 Status check_supported(Problem const&) { return {""}; }
 

@@ -263,7 +263,7 @@ def print_loops(kernels: dict[str, list[Instruction]]) -> None:
 def differences(
     before: dict[str, list[Instruction]], after: dict[str, list[Instruction]]
 ) -> list[tuple[str, str]]:
-    """(mangled name, what of it): kernels that are not instruction by instruction the same."""
+    """(name, what of it): kernels that are not instruction by instruction the same."""
     found = []
     for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after:
@@ -274,13 +274,18 @@ def differences(
     return found
 
 
+def by_short_name(kernels: dict[str, list[Instruction]]) -> dict[str, list[Instruction]]:
+    """By what a kernel is, for its mangled name changes with the types of its parameters."""
+    names = demangled(list(kernels))
+    return {short_name(names[mangled]): body for mangled, body in kernels.items()}
+
+
 def print_differences(first: Path, second: Path) -> int:
-    before, after = disassemble(first), disassemble(second)
+    before, after = by_short_name(disassemble(first)), by_short_name(disassemble(second))
     found = differences(before, after)
-    names = demangled([name for name, _ in found])
     print(f"{len(before.keys() | after.keys()) - len(found)} kernels are the same")
-    for mangled, what in found:
-        print(f"{what:>32}  {short_name(names[mangled])}")
+    for name, what in found:
+        print(f"{what:>32}  {name}")
     return 1 if found else 0
 
 

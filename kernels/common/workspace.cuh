@@ -1,7 +1,6 @@
 // The backward's workspace: per row and query head the log-sum-exp and delta = rowsum(dO * O); sums
 // of dQ in fp32, in row blocks of a fixed size so that every block is whole and aligned for bulk
-// copies; the counters by which CTAs agree on who does what; and the list of dQ's tiles, if it has
-// a kernel of its own and sequences are packed.
+// copies; and the counters by which CTAs agree on who does what.
 //
 // A stream is one key head of one sequence with the query heads that share it. Streams are worked
 // on one after the other, so sums are needed for a few of them at a time. Recycled, stream n has
@@ -13,7 +12,6 @@
 #pragma once
 
 #include "common/blocks.cuh"
-#include "common/tile_list.cuh"
 
 namespace hf_flashattn {
 
@@ -33,9 +31,7 @@ struct BackwardWorkspace {
   int32_t* turn;     // per row block of dq: how many key blocks have added to it (deterministic)
   int32_t* added;    // per stream: tiles that have added all they make to its sums
   int32_t* rounded;  // per stream: row blocks whose dQ is written, and whose sums are 0 again
-  int32_t* claimed;  // tiles, and row blocks to round, that CTAs have claimed
-  void* list;        // packed, where dQ has a kernel of its own: its tiles (common/tile_list.cuh)
-  size_t list_bytes;
+  int32_t* claimed;  // tiles, and row blocks to round or tiles of dQ, that CTAs have claimed
 
   // block_n: keys of a tile; 0: without sums.
   __host__ BackwardWorkspace(BackwardParams const& params, int head_dim, int block_m, int block_n)
@@ -70,15 +66,11 @@ struct BackwardWorkspace {
     added = turn + sum_slots / block_m;
     rounded = added + streams;
     claimed = rounded + streams;
-    list_bytes = packed && block_n == 0 ? TileList::bytes(p) : 0;
-    list = static_cast<char*>(params.workspace) + list_offset();
   }
 
-  __host__ size_t bytes() const { return list_offset() + list_bytes; }
-  __host__ size_t list_offset() const {
-    size_t const before = (row_slots * 2 + sum_slots * head_dim) * sizeof(float) +
-                          (sum_slots / block_m + 2 * streams + 2) * sizeof(int32_t);
-    return (before + 15) / 16 * 16;
+  __host__ size_t bytes() const {
+    return (row_slots * 2 + sum_slots * head_dim) * sizeof(float) +
+           (sum_slots / block_m + 2 * streams + 2) * sizeof(int32_t);
   }
 
   __host__ __device__ __forceinline__ int group() const { return heads_q / heads_k; }

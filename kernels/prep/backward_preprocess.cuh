@@ -1,11 +1,13 @@
-// Before the backward: delta = rowsum(dO * O), LSE in base 2, cleared sums of dQ and counters. With
-// dropout the first two are as common/dropout.cuh (dropout_lift) says.
+// Before the backward: delta = rowsum(dO * O), LSE in base 2, cleared sums of dQ and counters, and
+// zeros for gradients of packed tokens that belong to no sequence. With dropout the first two are
+// as common/dropout.cuh (dropout_lift) says.
 #pragma once
 
 #include <bit>
 
 #include "common/dropout.cuh"
 #include "common/workspace.cuh"
+#include "prep/clear_uncovered.cuh"
 
 namespace hf_flashattn::prep {
 
@@ -39,6 +41,22 @@ struct PairOf<__nv_bfloat16> {
   using type = __nv_bfloat162;
 };
 
+// By all blocks of the first sequence.
+__device__ __forceinline__ void clear_uncovered_gradients(BackwardParams const& p) {
+  Problem const& problem = p.problem;
+  constexpr int kWarps = kPreprocessThreads / kWarpThreads;
+  int const warp =
+      (blockIdx.y * gridDim.x + blockIdx.x) * kWarps + warp_uniform(threadIdx.x / kWarpThreads);
+  int const warps = gridDim.y * gridDim.x * kWarps;
+  auto const clear = [&](TensorView const& view, int32_t const* cu_seqlens, int total, int heads) {
+    clear_uncovered({view, nullptr, cu_seqlens, total, heads}, problem.batch, problem.head_dim,
+                    warp, warps);
+  };
+  clear(p.dq, problem.cu_seqlens_q, problem.total_q, problem.heads_q);
+  clear(p.dk, problem.cu_seqlens_k, problem.total_k, problem.heads_k);
+  clear(p.dv, problem.cu_seqlens_k, problem.total_k, problem.heads_k);
+}
+
 // Grid (row blocks, query heads, sequences). HeadDim: of the kernel, at least the problem's.
 template <class T, int HeadDim, int BlockM>
 __global__ void __launch_bounds__(kPreprocessThreads)
@@ -53,10 +71,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   if (threadIdx.x == 0 && blockIdx.x == 0) {
     if (blockIdx.y % workspace.group() == 0)
       workspace.added[stream] = workspace.rounded[stream] = 0;
-    if (blockIdx.y == 0 && blockIdx.z == 0) {
-      workspace.claimed[0] = workspace.claimed[1] = 0;
-      wait_for_previous_kernel();  // nothing here needs it, but what comes after counts on both
-    }
+    if (blockIdx.y == 0 && blockIdx.z == 0) workspace.claimed[0] = workspace.claimed[1] = 0;
   }
   // All loads are on their way before anything waits for one: a block has few rows, and lives about
   // as long as they take.
@@ -94,6 +109,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       accumulator[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     if (threadIdx.x == 0) workspace.turn[sum / BlockM] = 0;
   }
+  if (workspace.packed && blockIdx.z == 0) clear_uncovered_gradients(p);
   if (rows <= 0) return;
 
   int64_t const slot = workspace.first_slot(s, blockIdx.y) + first_row;

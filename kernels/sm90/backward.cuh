@@ -16,6 +16,7 @@
 
 #include "sm90/backward_consumer.cuh"
 #include "sm90/backward_dq.cuh"
+#include "sm90/sequence_group.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -28,6 +29,34 @@ __device__ __forceinline__ void load_statistics(BackwardWorkspace const& workspa
   bulk_load(workspace.delta + slot, full, smem_address(statistics.delta), kBytes);
 }
 
+// Which tile of a packed batch a number is: stream by stream, blocks of keys that exist alone. For
+// a warp, whose numbers do not fall: it passes over each 32 sequences once.
+template <int BlockN>
+class PackedKeyTiles {
+  GroupBlocks group_{};
+  int first_ = -kWarpThreads;  // sequence of the group
+  int before_ = 0;             // tiles before the group
+
+ public:
+  __device__ __forceinline__ bool locate(Problem const& p, int tile, Work& work) {
+    int place;
+    while ((place = group_.place_of(tile - before_)) == kWarpThreads) {
+      before_ += group_.tiles_before(kWarpThreads);
+      first_ += kWarpThreads;
+      if (first_ >= p.batch) return false;
+      bool exists;
+      Sequence const s = sequence_of_lane(p, first_, exists);
+      group_.own = exists ? ceil_div(s.length_k, BlockN) : 0;
+      group_.count_tiles(p.heads_k);
+    }
+    int const rest = tile - before_ - group_.tiles_before(place), blocks = group_.blocks(place);
+    work.index = first_ + place;
+    work.head = rest / blocks;
+    work.block = rest % blocks;
+    return true;
+  }
+};
+
 // Claims tiles and hands them to the writer and the consumers. Every tile comes from the counter,
 // so that those before it belong to CTAs that run: some wait for them (deterministic; recycled
 // sums).
@@ -38,6 +67,7 @@ class TileClaims {
   int32_t* const claimed_;
   TileHandover<kBackwardTileReaders<P>>& handover_;
   PipelineState<kTileSlots> ring_;
+  PackedKeyTiles<P::kBlockN> packed_;
 
  public:
   __device__ __forceinline__ TileClaims(KeyTileOrder const& order,
@@ -50,12 +80,16 @@ class TileClaims {
   // would keep others waiting.
   __device__ __forceinline__ bool next(Problem const& problem, Work& work) {
     bool found = false;
-    for (int tile; !found && (tile = warp_uniform(claim_next(claimed_))) < order_.tiles();) {
-      int stream;
-      order_.locate(tile, stream, work.block);
-      work.index = stream / heads_k_;
-      work.head = stream % heads_k_;
-      found = work.block * P::kBlockN < Sequence(problem, work.index).length_k;
+    if (problem.cu_seqlens_k != nullptr && order_.together == 0) {
+      found = packed_.locate(problem, warp_uniform(claim_next(claimed_)), work);
+    } else {
+      for (int tile; !found && (tile = warp_uniform(claim_next(claimed_))) < order_.tiles();) {
+        int stream;
+        order_.locate(tile, stream, work.block);
+        work.index = stream / heads_k_;
+        work.head = stream % heads_k_;
+        found = work.block * P::kBlockN < Sequence(problem, work.index).length_k;
+      }
     }
     handover_.empty[ring_.stage()].wait(ring_.parity() ^ 1);
     if (threadIdx.x % kWarpThreads == 0) {
@@ -85,10 +119,9 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
       LaneKeys<P::kBlockN> const keys(p.problem, sequence, work.first_key);
       s.keys_empty[stage].wait(keys_pipe.parity() ^ 1);
       keys_pipe.next();
-      load_tile_rows(maps.k, s.k_full[stage], s.staging, staging_phase, s.k[stage], key_row,
-                     work.head_k, sequence.batch, keys);
-      load_tile_rows(maps.v, s.v_full[stage], s.staging, staging_phase, s.v[stage], key_row,
-                     work.head_k, sequence.batch, keys);
+      load_tiles_rows(Filling{maps.k, s.k_full[stage], s.k[stage]},
+                      Filling{maps.v, s.v_full[stage], s.v[stage]}, s.staging, staging_phase,
+                      key_row, work.head_k, sequence.batch, keys);
     };
     bool keys_loaded = P::kKeyStages > 1;
     if (keys_loaded) {
@@ -115,11 +148,11 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
                           s.statistics[pipe.stage()]);
         __syncwarp();
         s.q_empty[pipe.stage()].wait(pipe.parity() ^ 1);
-        load_tile_rows(maps.q, s.q_full[pipe.stage()], s.staging, staging_phase, s.q[pipe.stage()],
-                       sequence.first_q + row, head, sequence.batch, rows);
         s.dout_empty[pipe.stage()].wait(pipe.parity() ^ 1);
-        load_tile_rows(maps.dout, s.dout_full[pipe.stage()], s.staging, staging_phase,
-                       s.dout[pipe.stage()], sequence.first_q + row, head, sequence.batch, rows);
+        load_tiles_rows(Filling{maps.q, s.q_full[pipe.stage()], s.q[pipe.stage()]},
+                        Filling{maps.dout, s.dout_full[pipe.stage()], s.dout[pipe.stage()]},
+                        s.staging, staging_phase, sequence.first_q + row, head, sequence.batch,
+                        rows);
         if (keys_loaded) continue;
         // The first rows have memory of their own, K and V wait for the last ones of the tile
         // before.

@@ -2,9 +2,7 @@
 #pragma once
 
 #include "prep/backward_preprocess.cuh"
-#include "prep/clear_uncovered.cuh"
 #include "prep/dq_convert.cuh"
-#include "prep/list_tiles.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/backward_wide.cuh"
 #include "sm90/launch.cuh"
@@ -31,36 +29,13 @@ Status make_maps(BackwardMaps& maps, BackwardParams const& p) {
 // Where the tiles of dQ come from.
 template <class QueryP>
 RowScheduler<QueryP> row_scheduler(Problem const& problem, BackwardWorkspace const& workspace) {
-  if constexpr (QueryP::kListed) return TileList(problem, QueryP::kBlockM, workspace.list);
+  if constexpr (QueryP::kRagged)
+    return RaggedOrder(problem, QueryP::kBlockM, workspace.claimed + 1);
   else return RowScheduler<QueryP>(problem, QueryP::kBlockM, QueryP::kFoldedFrom);
 }
 
-// Zeros for the gradients of packed tokens that belong to no sequence, and the list of dQ's tiles,
-// if it has a kernel of its own.
-template <class QueryP>
-void prepare_packed(BackwardParams const& p, BackwardWorkspace const& workspace,
-                    cudaStream_t stream) {
-  Problem const& problem = p.problem;
-  int32_t const *const cu_q = problem.cu_seqlens_q, *const cu_k = problem.cu_seqlens_k;
-  prep::PackedResults const results = {{{p.dq, nullptr, cu_q, problem.total_q, problem.heads_q},
-                                        {p.dk, nullptr, cu_k, problem.total_k, problem.heads_k},
-                                        {p.dv, nullptr, cu_k, problem.total_k, problem.heads_k}}};
-  if constexpr (QueryP::kListed) {
-    auto const list = row_scheduler<QueryP>(problem, workspace);
-    prep::list_tiles_kernel<QueryP::kBlockM, QueryP::kBlockN>
-        <<<1 + 3 * prep::kListClearBlocks, prep::kListThreads, 0, stream>>>(problem, list, results);
-  } else {
-    prep::clear_uncovered_kernel<<<dim3(prep::kClearBlocks, 3), prep::kClearThreads, 0, stream>>>(
-        results, problem.batch, problem.head_dim);
-  }
-}
-
-struct NoQueryKernel {
-  static constexpr bool kListed = false;
-};
-
 // Before the backward proper.
-template <class P, class QueryP = NoQueryKernel>
+template <class P>
 Status preprocess(BackwardParams const& p, BackwardWorkspace const& workspace) {
   static_assert(P::kBlockM == kBackwardBlockM<P::kHeadDim>,
                 "the workspace is laid out for all policies of a head dim");
@@ -70,13 +45,8 @@ Status preprocess(BackwardParams const& p, BackwardWorkspace const& workspace) {
       prep::backward_preprocess_kernel<typename P::Element, P::kHeadDim, P::kBlockM>;
   constexpr int kThreads = prep::kPreprocessThreads;
   dim3 const rows(ceil_div(problem.seqlen_q, P::kBlockM), problem.heads_q, problem.batch);
-  char const* const what = "launching the kernels before the backward";
-  if (problem.cu_seqlens_q != nullptr) {
-    prepare_packed<QueryP>(p, workspace, stream);
-    return check(launch_overlapped(kernel, rows, kThreads, 0, stream, p, workspace), what);
-  }
   kernel<<<rows, kThreads, 0, stream>>>(p, workspace);
-  return check(cudaGetLastError(), what);
+  return check(cudaGetLastError(), "launching the kernel before the backward");
 }
 
 template <class Smem, auto Kernel>
@@ -134,7 +104,7 @@ Status launch_split_kernels(BackwardParams p) {
   char const* const what = "launching the backward kernels";
   BackwardWorkspace const workspace(p, P::kHeadDim, P::kBlockM, 0);
   RowScheduler<QueryP> const scheduler = row_scheduler<QueryP>(problem, workspace);
-  status = preprocess<P, QueryP>(p, workspace);
+  status = preprocess<P>(p, workspace);
   if (!status.ok()) return status;
   if constexpr (kWide) {
     dim3 const keys(ceil_div(problem.seqlen_k, P::kBlockN), problem.heads_k, problem.batch);
@@ -156,7 +126,7 @@ template <class P, class QueryP>
 Status launch_split_backward(BackwardParams const& p) {
   Problem const& problem = p.problem;
   if (problem.key_bits != nullptr) return launch_split_kernels<P, HoledPolicy<QueryP>>(p);
-  return problem.cu_seqlens_q != nullptr ? launch_split_kernels<P, ListedQueryPolicy<QueryP>>(p)
+  return problem.cu_seqlens_q != nullptr ? launch_split_kernels<P, RaggedQueryPolicy<QueryP>>(p)
                                          : launch_split_kernels<P, QueryP>(p);
 }
 

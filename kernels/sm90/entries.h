@@ -7,12 +7,12 @@
 namespace hf_flashattn::sm90 {
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status forward(ForwardParams const& params, void* workspace);
+Status forward(ForwardParams const& params, int32_t* counter);
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
 Status backward(BackwardParams const& params);
 
-size_t forward_workspace_bytes(Problem const& problem);
+bool claims_tiles(Problem const& problem);  // whether forward needs its counter
 
 template <int HeadDim>
 size_t backward_workspace_bytes(BackwardParams const& params);

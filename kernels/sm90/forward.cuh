@@ -11,6 +11,7 @@
 
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
+#include "prep/clear_uncovered.cuh"
 #include "sm90/barriers.cuh"
 #include "sm90/forward_tile.cuh"
 #include "sm90/producer.cuh"
@@ -38,7 +39,7 @@ struct ForwardSmem {
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
   RowHandover<P> tiles;
   [[no_unique_address]] StageKeys<P, P::kStages> keys;
-  [[no_unique_address]] SharedDropoutOrigin<P::kDropout && P::kListed> dropout;
+  [[no_unique_address]] SharedDropoutOrigin<P::kDropout && P::kRagged> dropout;
 };
 
 template <class P>
@@ -55,7 +56,7 @@ __device__ void init_barriers(ForwardSmem<P>& s) {
     s.k_empty[stage].init(kKeyReleases<P>);
     s.v_empty[stage].init(kConsumerWarps);
   }
-  if constexpr (P::kListed) s.tiles.init();
+  if constexpr (P::kRagged) s.tiles.init();
   fence_mbarrier_init();
 }
 
@@ -63,8 +64,8 @@ template <class P>
 __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
                         RowScheduler<P> const& scheduler) {
   Problem const& problem = p.problem;
-  PipelineState<P::kStages, P::kListed> pipe;
-  PipelineState<P::kQueryStages, P::kListed> q_pipe;
+  PipelineState<P::kStages, P::kRagged> pipe;
+  PipelineState<P::kQueryStages, P::kRagged> q_pipe;
   uint32_t staging_phase = 0;
   Work work;
   for (auto tiles = tiles_of_warp<P>(s.tiles, scheduler); tiles.next(work);) {
@@ -153,7 +154,7 @@ struct TensorCoreTurns {
 // A block that none of this consumer's rows sees: keeps its place in the pipeline and in the ring.
 template <class P>
 __device__ __forceinline__ void skip_block(ForwardSmem<P>& s,
-                                           PipelineState<P::kStages, P::kListed> const& pipe,
+                                           PipelineState<P::kStages, P::kRagged> const& pipe,
                                            TensorCoreTurns<P> const& turns) {
   turns.take();
   turns.pass();
@@ -173,17 +174,17 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   // What that takes is made there too, under S, and not under the last O += P V: d64 1.26 / 1.24 of
   // cuDNN's rate, not 1.25 / 1.24; d128 1.12 / 1.18, not 1.15 / 1.20.
   constexpr bool kFinishLate = kStoreLate && P::kConsumers == 3;
-  static_assert(!(kFinishLate && P::kListed), "listed rows are located while they are the tile's");
-  // Keeps values of listed kernels out of memory around the loop.
-  constexpr bool kLocateLate = P::kListed && !P::kHoles;
+  static_assert(!(kFinishLate && P::kRagged), "ragged rows are located while they are the tile's");
+  // Keeps values of ragged kernels out of memory around the loop.
+  constexpr bool kLocateLate = P::kRagged && !P::kHoles;
   Problem const& problem = p.problem;
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
   TensorCoreTurns<P> const turns{warpgroup};
   turns.start();
 
-  PipelineState<P::kStages, P::kListed> pipe;
-  PipelineState<P::kQueryStages, P::kListed> q_pipe;
+  PipelineState<P::kStages, P::kRagged> pipe;
+  PipelineState<P::kQueryStages, P::kRagged> q_pipe;
   auto tiles = tiles_of_warp<P>(s.tiles, scheduler);
   ConsumerTile<P> tile{};
   float out[P::kHeadDim / 2], scores[kScores], rescale[2], normalise[2]{}, lse[2]{};
@@ -277,7 +278,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     if constexpr (kFinishLate) finish_rows();
     wgmma_wait<0>();
     pin_registers(some);
-    if constexpr (P::kListed) tile.make_uniform();
+    if constexpr (P::kRagged) tile.make_uniform();
     draw_first(Draw::kWithSoftmax);
     if constexpr (!P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);
     mask_scores(some);
@@ -315,7 +316,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       draw_at(Draw::kBeforeScores);
       s.k_full[pipe.stage()].wait(pipe.parity());
       turns.take();
-      issue_scores(scores, s, pipe.stage(), P::kListed ? anew(q_pipe.stage()) : q_pipe.stage(),
+      issue_scores(scores, s, pipe.stage(), P::kRagged ? anew(q_pipe.stage()) : q_pipe.stage(),
                    warpgroup);
       s.v_full[previous.stage()].wait(previous.parity());
       issue_output(out, probabilities, s, previous.stage());
@@ -352,19 +353,27 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     issue_output(out, probabilities, s, last.stage());
     if constexpr (kFinishLate) done = {tile.work, warp_row()};
     else finish_rows();
-    if constexpr (!P::kListed) found = next_tile();
+    if constexpr (!P::kRagged) found = next_tile();
     wgmma_wait<0>();
     pin_registers(out);
     release(s.v_empty[last.stage()]);
     if constexpr (kLocateLate) locate_rows();
     if constexpr (!kStoreLate) store_output();
-    if constexpr (P::kListed) found = next_tile();
+    if constexpr (P::kRagged) found = next_tile();
     found = next_busy_tile(found);
   }
   if constexpr (kFinishLate) finish_rows();
   if constexpr (kStoreLate) store_output();
   // The last pass of the ring is never taken: take it, so that the barriers end as they began.
   if (warpgroup == 0) turns.take();
+}
+
+// For the last two warps of the producer's warpgroup.
+__device__ __forceinline__ void clear_tokens_of_nobody(ForwardParams const& p, int warp) {
+  Problem const& problem = p.problem;
+  if (problem.cu_seqlens_q == nullptr) return;
+  prep::clear_uncovered({p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q},
+                        problem.batch, problem.head_dim, 2 * blockIdx.x + warp - 2, 2 * gridDim.x);
 }
 
 template <class P>
@@ -376,18 +385,20 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   auto& s = *reinterpret_cast<ForwardSmem<P>*>(smem_bytes);
   if (threadIdx.x == 0) {
     init_barriers(s);
-    if constexpr (P::kDropout && P::kListed) s.dropout = dropout_origin(p.problem);
+    if constexpr (P::kDropout && P::kRagged) s.dropout = dropout_origin(p.problem);
   }
   __syncthreads();
 
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
-    if constexpr (P::kListed)
-      if (warp == 1 && elect_one()) {
-        wait_for_previous_kernel();  // the list
-        claim_listed_tiles(p.problem, scheduler, s.tiles);
-      }
+    if constexpr (P::kRagged) {
+      // An address apart from the consumers', which ptxas else makes again in every turn of their
+      // loop (d64 causal: 377 instructions, not 365); with holes that loop would spill.
+      auto& tiles = P::kHoles ? s.tiles : *kept(&s.tiles);
+      if (warp == 1) claim_ragged_tiles<RaggedGroup<P>>(p.problem, scheduler, tiles);
+      if (!P::kHoles && warp > 1) clear_tokens_of_nobody(p, warp);
+    }
     if (warp == 0) {
       if (elect_one()) {
         prefetch_tensor_map(&maps.q);

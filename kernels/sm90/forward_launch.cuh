@@ -1,7 +1,6 @@
 // Launches the forward kernel of one policy; included by the instantiation files alone.
 #pragma once
 
-#include "prep/list_tiles.cuh"
 #include "sm90/forward.cuh"
 #include "sm90/launch.cuh"
 
@@ -29,50 +28,35 @@ Status set_up(ForwardMaps& maps, ForwardParams const& p) {
   return status;
 }
 
-// Every length is known here: tiles in static steps.
 template <class P>
-Status launch_static(ForwardParams const& p) {
+Status launch(ForwardParams const& p, RowScheduler<P> const& scheduler) {
   ForwardMaps maps;
   Status const status = set_up<P>(maps, p);
   if (!status.ok()) return status;
-  Problem const& problem = p.problem;
-  RowScheduler<P> const scheduler(problem, P::kBlockM, P::kFoldedFrom);
-  auto const stream = static_cast<cudaStream_t>(problem.stream);
+  auto const stream = static_cast<cudaStream_t>(p.problem.stream);
   forward_kernel<P>
       <<<scheduler.grid, P::kThreads, kForwardSmemBytes<P>, stream>>>(p, maps, scheduler);
   return check(cudaGetLastError(), "launching the forward kernel");
 }
 
-// Lengths are on the device: a list of tiles is made there first.
+// Every length is known here: tiles in static steps.
 template <class P>
-Status launch_listed(ForwardParams const& p, void* workspace) {
-  ForwardMaps maps;
-  Status status = set_up<P>(maps, p);
-  if (!status.ok()) return status;
-  Problem const& problem = p.problem;
-  auto const stream = static_cast<cudaStream_t>(problem.stream);
-  TileList const list(problem, P::kBlockM, workspace);
-  prep::PackedResults const results = {
-      {{p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q}}};
-  int const clear_blocks = problem.cu_seqlens_q != nullptr ? prep::kListClearBlocks : 0;
-  prep::list_tiles_kernel<P::kBlockM, P::kBlockN>
-      <<<1 + clear_blocks, prep::kListThreads, 0, stream>>>(problem, list, results);
-  status = check(cudaGetLastError(), "launching the kernel that lists tiles");
-  if (!status.ok()) return status;
-  return check(launch_overlapped(forward_kernel<P>, list.grid, P::kThreads, kForwardSmemBytes<P>,
-                                 stream, p, maps, list),
-               "launching the forward kernel");
+Status launch_static(ForwardParams const& p) {
+  return launch<P>(p, RowScheduler<P>(p.problem, P::kBlockM, P::kFoldedFrom));
+}
+
+// Lengths are on the device.
+template <class P>
+Status launch_ragged(ForwardParams const& p, int32_t* counter) {
+  return launch<P>(p, RaggedOrder(p.problem, P::kBlockM, counter));
 }
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status forward(ForwardParams const& p, void* workspace) {
+Status forward(ForwardParams const& p, int32_t* counter) {
   using Policy = ForwardPolicy<HeadDim, Type, Causal, Dropout>;
   if (p.problem.key_bits != nullptr)
-    return launch_listed<HoledPolicy<ListedPolicy<Policy>>>(p, workspace);
-  // Static kernels know nothing of packed batches (sequence_of).
-  bool const packed = p.problem.cu_seqlens_q != nullptr;
-  if (packed || sm90::forward_workspace_bytes(p.problem) > 0)
-    return launch_listed<ListedPolicy<Policy>>(p, workspace);
+    return launch_ragged<HoledPolicy<RaggedPolicy<Policy>>>(p, counter);
+  if (claims_tiles(p.problem)) return launch_ragged<RaggedPolicy<Policy>>(p, counter);
   if constexpr (kLowRowsPercent<Policy> > 0) {
     using Low = LowForwardPolicy<HeadDim, Type, Causal, Dropout>;
     if (prefers_low_tiles<Policy, Low>(p.problem)) return launch_static<Low>(p);

@@ -4,8 +4,8 @@
 
 #include "common/dropout.cuh"
 #include "common/fragment.cuh"
-#include "sm90/listed_tiles.cuh"
 #include "sm90/policy.cuh"
+#include "sm90/ragged_tiles.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -18,27 +18,27 @@ struct BlockDropout {
   Problem const& problem;
   Work const& work;
   int row = 0, head = 0;
-  SharedDropoutOrigin<P::kDropout && P::kListed> const& origin;
+  SharedDropoutOrigin<P::kDropout && P::kRagged> const& origin;
   DropoutLane<Down::kRows> lane;
   DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2> line;
 
   __device__ __forceinline__
   BlockDropout(Problem const& problem, Work const& work,
-               SharedDropoutOrigin<P::kDropout && P::kListed> const& origin)
+               SharedDropoutOrigin<P::kDropout && P::kRagged> const& origin)
       : problem(problem), work(work), origin(origin) {
-    if constexpr (P::kDropout && !P::kListed)
+    if constexpr (P::kDropout && !P::kRagged)
       lane = DropoutLane<Down::kRows>(dropout_origin(problem));
   }
   // Before the first draw of a tile.
   __device__ __forceinline__ void set_tile(int warp_row) {
     row = warp_row;
     head = work.index * problem.heads_q + work.head;
-    if constexpr (P::kListed) head = warp_uniform(head);  // or ptxas wants a register for it
+    if constexpr (P::kRagged) head = warp_uniform(head);  // or ptxas wants a register for it
   }
 
   __device__ __forceinline__ void draw(int block) {
     if constexpr (P::kDropout) {
-      if constexpr (P::kListed) lane = DropoutLane<Down::kRows>(load_origin(origin));
+      if constexpr (P::kRagged) lane = DropoutLane<Down::kRows>(load_origin(origin));
       line.draw_words(lane, head, uint32_t(row), uint32_t(block * P::kBlockN));
       if constexpr (P::kDraw == Draw::kWithSoftmax) line.find_multipliers(uint32_t(row));
     }
@@ -61,9 +61,6 @@ struct BlockDropout {
   }
 };
 
-// With holes tiles begin with the sequence: their kernels have no register for anything else.
-template <class P>
-constexpr bool kMayBeAhead = kCanBeAhead<P::kBlockM> && P::kCausal && !P::kHoles;
 template <class P>
 __device__ __forceinline__ int first_row_of(Sequence const& s, Work const& work) {
   return work.block * P::kBlockM - rows_ahead<P::kBlockM>(s.length_q, kMayBeAhead<P>);
@@ -111,7 +108,7 @@ struct OutputRows {
 // A tile as one consumer sees it: its own 64 rows.
 template <class P>
 struct ConsumerTile {
-  static constexpr bool kKeepVisible = P::kCausal && !P::kListed;
+  static constexpr bool kKeepVisible = P::kCausal && !P::kRagged;
   Work work;
   int own_row;                    // the first of the 64
   KeyBlocks<64, P::kBlockN> own;  // the blocks that they see
@@ -126,7 +123,7 @@ struct ConsumerTile {
     while (tiles.next(work)) {
       auto const sequence = sequence_of<P>(p.problem, tiles, work);
       int const first_row = first_row_of<P>(sequence, work);
-      if (P::kListed && first_row >= sequence.length_q) continue;
+      if (P::kRagged && first_row >= sequence.length_q) continue;
       ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
       own_row = first_row + warpgroup * 64;
       if (blocks.count <= 0) [[unlikely]] {
@@ -158,12 +155,12 @@ struct ConsumerTile {
     else return crosses_diagonal<P::kBlockN>(p, P::kCausal, own_row, block);
   }
 
-  // For masks. With holes BlockKeys say all but what is causal. Listed kernels have no registers to
+  // For masks. With holes BlockKeys say all but what is causal. Ragged kernels have no registers to
   // keep them in, with dropout none for the way to the record; full attention has few masks.
   __device__ __forceinline__ VisibleKeys visible_keys(Problem const& p,
                                                       TilesOfWarp<P> const& tiles) const {
     if constexpr (P::kHoles) return VisibleKeys::up_to_diagonal(p);
-    else if constexpr (P::kListed && P::kDropout) return VisibleKeys(Sequence(p, work.index));
+    else if constexpr (P::kRagged && P::kDropout) return VisibleKeys(Sequence(p, work.index));
     else return kKeepVisible ? visible : VisibleKeys(sequence_of<P>(p, tiles, work));
   }
 

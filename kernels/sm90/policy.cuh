@@ -112,8 +112,8 @@ struct ForwardTile {
   // With dropout chunks also gain 5 and 1 to 4 % at S = 512 and 1k of d128, and lose 2 and 3 % at
   // 2k and 4k, at d192 from 512 on.
   static constexpr int kFoldedFrom = HeadDim == 128 && Dropout ? 9 : kFoldedRowBlocks;
-  // Tiles in the order of TileScheduler; ListedPolicy takes them from a list.
-  static constexpr bool kListed = false;
+  // Tiles in the order of TileScheduler; RaggedPolicy claims them.
+  static constexpr bool kRagged = false;
   static constexpr bool kHoles = false;  // HoledPolicy: keys inside their range may be hidden
   static constexpr int kThreads = (Consumers + 1) * kWarpgroupThreads;
   static_assert(BlockN % 16 == 0, "O += P V takes 16 keys at a time");
@@ -186,10 +186,10 @@ inline bool prefers_low_tiles(Problem const& p) {
   return int64_t{low_rows} * 100 <= int64_t{rows} * kLowRowsPercent<High>;
 }
 
-// The same kernel for sequences whose lengths only the device knows: see common/tile_list.cuh.
+// The same kernel for sequences whose lengths only the device knows: see common/ragged_order.cuh.
 template <class P>
-struct ListedPolicy : P {
-  static constexpr bool kListed = true;
+struct RaggedPolicy : P {
+  static constexpr bool kRagged = true;
   // Lengths 128..512, forward full / causal, TFLOP/s: d64 in registers 231 / 121, through memory of
   // their own, with spills, 200 / 116 (packed_variants.json). d128 has registers for the latter.
   static constexpr OutputPath kOutputPath =
@@ -203,7 +203,7 @@ struct ListedPolicy : P {
       P::kConsumers == 3 && (P::kDropout || P::kHeadDim > 64) ? 0 : kHalfBlock<P::kBlockN>;
 };
 
-// And for problems with key_bits, where every block looks at its bits: a forward with listed tiles,
+// And for problems with key_bits, where every block looks at its bits: a forward with ragged tiles,
 // or the kernel of dQ. Neither has registers to spare for that.
 template <class P>
 struct HoledPolicy : P {
@@ -304,7 +304,7 @@ struct QueryGradientPolicy {
   static constexpr int kValueStages = HeadDim > 192 ? 1 : 2;
   static constexpr TileOrder kTileOrder = Causal ? TileOrder::kFolded : TileOrder::kHeadByHead;
   static constexpr int kFoldedFrom = kFoldedRowBlocks;
-  static constexpr bool kListed = false;
+  static constexpr bool kRagged = false;
   static constexpr bool kHoles = false;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 };
@@ -312,8 +312,8 @@ struct QueryGradientPolicy {
 // The same for packed sequences: in static steps over all row blocks that the longest could have,
 // many CTAs find none.
 template <class P>
-struct ListedQueryPolicy : P {
-  static constexpr bool kListed = true;
+struct RaggedQueryPolicy : P {
+  static constexpr bool kRagged = true;
 };
 
 // Rows of a block: the workspace is laid out in these.
@@ -343,9 +343,9 @@ inline bool splits_backward(Problem const& p) {
   if (most == 0) return false;
   if (p.cu_seqlens_q == nullptr) return p.seqlen_k <= most;
   // Longer sequences have more of the work than of the number, a very long one beside short ones
-  // most of it. Split over summed at lengths 128..512, with a mean of 317: d64 0.94 / 0.96, d128
-  // full 1.03.
-  return 4 * int64_t{p.total_k} <= 3 * most * p.batch && p.seqlen_k <= 2 * most;
+  // most of it. Split over summed at lengths 128..512, with a mean of 317, full / causal: d64 0.97
+  // / 1.00, d96 1.01 / 1.12, d128 1.08 / 1.21; with dropout 0.91 / 1.00, 0.98 / 1.10, 1.07 / 1.26.
+  return 8 * int64_t{p.total_k} <= 7 * most * p.batch && p.seqlen_k <= 2 * most;
 }
 
 // Keys of a tile whose dQ is summed in the workspace, and its memory recycled (see

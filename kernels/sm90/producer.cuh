@@ -138,4 +138,45 @@ __device__ __forceinline__ void load_tile_rows(CUtensorMap const& map, Mbarrier&
   if (leader) full.arrive();
 }
 
+// One of two tiles that are filled together.
+template <class Tile>
+struct Filling {
+  CUtensorMap const& map;
+  Mbarrier& full;
+  Tile const& tile;
+};
+
+// load_tile_rows for two tiles of the same rows and head: where they have to be patched, both are
+// on their way at once.
+template <class TileA, class TileB, class Rows>
+__device__ __forceinline__ void load_tiles_rows(Filling<TileA> const& a, Filling<TileB> const& b,
+                                                Mbarrier& staging, uint32_t& staging_phase, int row,
+                                                int head, int batch, Rows const& rows) {
+  static_assert(TileA::kRows == TileB::kRows);
+  bool const patch = !holds_all(a.tile, rows);
+  bool const leader = elect_one();
+  if (leader) {
+    if (patch) {
+      staging.arrive_expect(TileA::kBytes + TileB::kBytes);
+    } else {
+      a.full.arrive_expect(TileA::kBytes);
+      b.full.arrive_expect(TileB::kBytes);
+    }
+    load_tile(a.map, patch ? staging : a.full, a.tile, row, head, batch);
+    load_tile(b.map, patch ? staging : b.full, b.tile, row, head, batch);
+  }
+  __syncwarp();
+  if (!patch) return;
+  staging.wait(staging_phase);
+  staging_phase ^= 1;
+  zero_other_rows(a.tile, rows);
+  fence_proxy_async();
+  __syncwarp();
+  if (leader) a.full.arrive();
+  zero_other_rows(b.tile, rows);
+  fence_proxy_async();
+  __syncwarp();
+  if (leader) b.full.arrive();
+}
+
 }  // namespace hf_flashattn::sm90

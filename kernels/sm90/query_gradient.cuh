@@ -10,7 +10,7 @@
 #include "common/dropout.cuh"
 #include "common/mask.cuh"
 #include "sm90/backward_consumer.cuh"
-#include "sm90/listed_tiles.cuh"
+#include "sm90/ragged_tiles.cuh"
 
 namespace hf_flashattn::sm90 {
 
@@ -37,7 +37,7 @@ template <class P>
 __device__ void init_barriers(QueryGradientSmem<P>& s) {
   constexpr int kConsumerWarps = P::kConsumers * 4;
   s.staging.init(1);
-  if constexpr (P::kListed) s.tiles.init();
+  if constexpr (P::kRagged) s.tiles.init();
   for (int stage = 0; stage < P::kRowStages; ++stage) {
     s.q_full[stage].init(1);
     s.dout_full[stage].init(1);
@@ -68,7 +68,7 @@ struct RowTiles {
   // Of this tile.
   __device__ __forceinline__ Sequence sequence() const {
     Sequence s = sequence_of<P>(problem, tiles, work);
-    if constexpr (P::kListed)  // or they are spilled
+    if constexpr (P::kRagged)  // or they are spilled
       for (int* value :
            {&s.first_q, &s.first_k, &s.length_q, &s.length_k, &s.key_begin, &s.key_end})
         *value = warp_uniform(*value);
@@ -79,7 +79,7 @@ struct RowTiles {
     while (tiles.next(work)) {
       Sequence const sequence = this->sequence();
       first_row = work.block * P::kBlockM;
-      if (P::kListed && first_row >= sequence.length_q) continue;
+      if (P::kRagged && first_row >= sequence.length_q) continue;
       blocks = Blocks(sequence, P::kCausal, first_row);
       return true;
     }
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
     // The list is there: the kernel before lets this one start when it has waited for what made it.
-    if constexpr (P::kListed)
-      if (warp == 1 && elect_one()) claim_listed_tiles(p.problem, scheduler, s.tiles);
+    if constexpr (P::kRagged)
+      if (warp == 1) claim_ragged_tiles<RaggedGroup<P>>(p.problem, scheduler, s.tiles);
     if (warp == 0) produce(maps, s, tiles);
   } else {
     grow_registers<P::Registers::kConsumer>();

@@ -1,5 +1,5 @@
 // Which tile a persistent CTA works on next: TileScheduler, rows in static steps, where the host
-// knows all lengths (else listed_tiles.cuh); KeyTileOrder, the backward's blocks of keys, which are
+// knows all lengths (else ragged_tiles.cuh); KeyTileOrder, the backward's blocks of keys, which are
 // claimed.
 #pragma once
 

@@ -1,19 +1,17 @@
-// How much memory the kernels need besides their results.
-#include "common/tile_list.cuh"
+// What memory the kernels need besides their results.
 #include "common/workspace.cuh"
 #include "sm90/entries.h"
 #include "sm90/policy.cuh"
 
 namespace hf_flashattn::sm90 {
 
-// A list of tiles pays when their lengths differ and CTAs have several: packed sequences always
-// (a kernel runs before them anyway), key ranges unless the problem is small. With key bits always,
-// as other kernels do not read them.
-size_t forward_workspace_bytes(Problem const& p) {
+// Claims pay when tiles' lengths differ and CTAs have several: key ranges unless the problem is
+// small. Packed sequences and key bits always, as other kernels know nothing of them.
+bool claims_tiles(Problem const& p) {
   bool const ranges = p.key_start != nullptr || p.key_len != nullptr;
   bool const several = int64_t(p.batch) * p.heads_q * ceil_div(p.seqlen_q, 128) > p.num_sms;
   bool const bits = p.key_bits != nullptr;
-  return p.cu_seqlens_q != nullptr || bits || (ranges && several) ? TileList::bytes(p) : 0;
+  return p.cu_seqlens_q != nullptr || bits || (ranges && several);
 }
 
 template <int HeadDim>

@@ -12,7 +12,7 @@ namespace hf_flashattn {
 namespace sm90 {
 
 template <int HeadDim, DType Type, bool Causal, bool Dropout>
-Status forward(ForwardParams const&, void*) {
+Status forward(ForwardParams const&, int32_t*) {
   return failure("forward d%d %d%d%d", HeadDim, int(Type), Causal, Dropout);
 }
 
@@ -21,7 +21,7 @@ Status backward(BackwardParams const&) {
   return failure("backward d%d %d%d%d", HeadDim, int(Type), Causal, Dropout);
 }
 
-size_t forward_workspace_bytes(Problem const&) { return 0; }
+bool claims_tiles(Problem const&) { return false; }
 
 template <int HeadDim>
 size_t backward_workspace_bytes(BackwardParams const&) {

@@ -6,18 +6,21 @@
 //   ahead LENGTH                                           rows_ahead: causal, full, low tiles
 //   low HEAD_DIM CAUSAL DROPOUT ROWS                       1 where the forward takes low tiles
 //   blocks ROWS KEYS CAUSAL KEY_START KEY_LEN              see print_blocks
-//   list UNITS HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS  heads a chunk, "unit,head" of each tile
+//   ragged CAUSAL BLOCK_M AHEAD HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS WALKERS SEQUENCES ROWS
+//   ...
+//                                                          see print_ragged
 //   sums BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC    see print_sums
 //   claims BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC TOTAL_Q
 //                                                          "stream,key block" of each tile in order
 //   split HEAD_DIM CAUSAL PACKED BATCH KEYS TOTAL_K DETERMINISTIC           see print_split
-//   costs ROWS KEYS CAUSAL                                 "cost,bucket" of each row block
 //   words KEYS KEY_START KEY_LEN WORD ...                  see print_words; words of key_bits
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
 #include "common/key_bits.cuh"
+#include "common/ragged_order.cuh"
 #include "common/workspace.cuh"
 #include "sm90/scheduler.cuh"
 
@@ -93,23 +96,49 @@ void print_words(Problem const& p, Sequence const& s) {
   }
 }
 
-void print_list(Problem const& p, int units) {
-  TileList const list(p, 192, nullptr);
-  std::printf("%d ", list.chunk);
-  for (int tile = 0; tile < units * p.heads_q; ++tile) {
-    int unit, head;
-    list.locate(tile, units, unit, head);
-    std::printf("%d,%d ", unit, head);
-  }
-  std::printf("\n");
-}
+// A group of ragged sequences, as a warp holds it.
+template <int BlockM, bool Ahead>
+struct Group {
+  std::vector<int> rows;
+  int heads;
 
-void print_costs(Problem const& p) {
-  Sequence const s(p, 0);
-  for (int row_block = 0; row_block * 192 < s.length_q; ++row_block) {
-    int const cost = unit_cost<192, 128>(s, p.causal, row_block);
-    std::printf("%d,%d ", cost, cost_bucket(cost));
+  using Ends = RowBlockEnds<BlockM, Ahead>;
+  int blocks(int place) const { return ceil_div(rows[place], BlockM); }
+  int tiles_before(int place) const {
+    int tiles = 0;
+    while (place-- > 0) tiles += heads * blocks(place);
+    return tiles;
   }
+  int place_of(int tile) const {
+    int place = 0;
+    while (tiles_before(place + 1) <= tile) ++place;
+    return place;
+  }
+  int last_end() const { return Ends(*std::max_element(rows.begin(), rows.end())).last; }
+  int ending(int end) const {
+    return int(std::count_if(rows.begin(), rows.end(), [&](int n) { return Ends(n).has(end); }));
+  }
+  int row_block_ending(int end, int n, int& place) const {
+    for (place = 0; !Ends(rows[place]).has(end) || n-- > 0;) ++place;
+    return Ends(rows[place]).row_block(end);
+  }
+};
+
+// Heads a chunk, then "place,head,row block" of every tile, as found by `walkers` that have each a
+// number out of so many.
+template <class Walk, class Group>
+void print_ragged(Problem const& p, Group const& group, int block_m, int walkers) {
+  RaggedOrder const order(p, block_m, nullptr);
+  int const tiles = group.tiles_before(int(group.rows.size()));
+  std::vector<RaggedTile> found(tiles);
+  for (int first = 0; first < walkers; ++first) {
+    Walk walk;
+    for (int tile = first; tile < tiles; tile += walkers)
+      found[tile] = walk.locate(group, order, tile);
+  }
+  std::printf("%d ", order.chunk);
+  for (RaggedTile const& tile : found)
+    std::printf("%d,%d,%d ", tile.place, tile.head, tile.row_block);
   std::printf("\n");
 }
 
@@ -187,14 +216,24 @@ void serve() {
       if (!p.causal) print_tiles<sm90::TileOrder::kHeadByHead>(p, block_m, folded_from);
       else if (folded_from > 0) print_tiles<sm90::TileOrder::kFolded>(p, block_m, folded_from);
       else print_tiles<sm90::TileOrder::kLongestFirst>(p, block_m, folded_from);
-    } else if (std::strcmp(kind, "list") == 0) {
-      int units = 0;
+    } else if (std::strcmp(kind, "ragged") == 0) {
+      int block_m = 0, ahead = 0, walkers = 0, sequences = 0;
       int32_t const offsets[1] = {0};
       p.cu_seqlens_q = offsets;
-      read = std::scanf("%d %d %d %d %d %d %d", &units, &p.heads_q, &p.heads_k, &p.head_dim,
-                        &p.total_q, &p.total_k, &p.num_sms);
+      read = std::scanf("%d %d %d %d %d %d %d %d %d %d %d", &causal, &block_m, &ahead, &p.heads_q,
+                        &p.heads_k, &p.head_dim, &p.total_q, &p.total_k, &p.num_sms, &walkers,
+                        &sequences);
       p.seqlen_q = p.total_q;
-      if (read == 7) print_list(p, units);
+      std::vector<int> rows(sequences);
+      for (int& length : rows) read += std::scanf("%d", &length);
+      if (read != 11 + sequences) continue;
+      Group<192, true> const high_ahead{rows, p.heads_q};
+      Group<192, false> const high{rows, p.heads_q};
+      Group<128, false> const low{rows, p.heads_q};
+      if (!causal) print_ragged<FullWalk>(p, high, 192, walkers);
+      else if (ahead) print_ragged<CausalWalk>(p, high_ahead, 192, walkers);
+      else if (block_m == 192) print_ragged<CausalWalk>(p, high, 192, walkers);
+      else print_ragged<CausalWalk>(p, low, 128, walkers);
     } else if (std::strcmp(kind, "sums") == 0) {
       int block_m = 0, block_n = 0, deterministic = 0;
       read = std::scanf("%d %d %d %d %d %d %d %d %d", &p.batch, &p.heads_q, &p.heads_k, &p.seqlen_q,
@@ -254,10 +293,6 @@ void serve() {
       else if (p.head_dim == 64) print_low<64>(p, dropout);
       else if (p.head_dim == 96) print_low<96>(p, dropout);
       else if (p.head_dim == 128) print_low<128>(p, dropout);
-    } else if (std::strcmp(kind, "costs") == 0) {
-      read = std::scanf("%d %d %d", &p.seqlen_q, &p.seqlen_k, &causal);
-      p.causal = causal;
-      if (read == 3) print_costs(p);
     } else if (std::strcmp(kind, "words") == 0) {
       int32_t start = 0, length = 0;
       read = std::scanf("%d %d %d", &p.seqlen_k, &start, &length);

@@ -21,6 +21,7 @@ HOLES = torch.tensor(
 FORWARD = torch.ops.hf_flashattn.forward.default
 BACKWARD = torch.ops.hf_flashattn.backward.default
 DENSE = torch.ops.hf_flashattn.dense_forward.default
+DENSE_INFERENCE = torch.ops.hf_flashattn.dense_inference.default
 DENSE_BACKWARD = torch.ops.hf_flashattn.dense_backward.default
 
 
@@ -159,6 +160,21 @@ def test_dense_is_forward_with_fewer_words(kind, heads_first):
         for got, exact in zip(grads, wanted, strict=True):
             got = got.transpose(1, 2) if heads_first else got
             assert torch.equal(got, exact) and got.is_contiguous()
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in DENSE_KINDS if "dropout" not in kind])
+def test_inference_is_forward_without_its_lse(kind, heads_first):
+    """The op, and the call where no gradient is asked for."""
+    *inputs, options = problem(kind)
+    want = ops.forward(*inputs, **options)[0]
+    args = dense_arguments(*inputs, options, heads_first)[:8]
+    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    opcheck(DENSE_INFERENCE, tuple(plain))
+    with torch.no_grad():
+        called = ops.call_dense(*args, 0.0, False)
+    for out in (called, DENSE_INFERENCE(*plain), ops.call_dense(*plain, 0.0, False)):
+        assert torch.equal(out, want) and out.is_contiguous() and not out.requires_grad
 
 
 def test_a_recorded_dense_call_has_the_dropout_of_its_state(monkeypatch):
@@ -373,9 +389,9 @@ def test_export_keeps_the_op():
 STUB = """
 #include "params.h"
 namespace hf_flashattn {
-Status launch_forward(ForwardParams const&, void*) { return {"stub"}; }
+Status launch_forward(ForwardParams const&, int32_t*) { return {"stub"}; }
 Status launch_backward(BackwardParams const&) { return {"stub"}; }
-size_t forward_workspace_bytes(Problem const&) { return 0; }
+bool forward_claims_tiles(Problem const&) { return false; }
 size_t backward_workspace_bytes(BackwardParams const&) { return 0; }
 Status check_supported(Problem const&) { return {""}; }
 }  // namespace hf_flashattn
@@ -416,7 +432,7 @@ SHOW_SCHEMAS = """
 import torch
 from hf_flashattn import ops
 print(ops._schemas_in_python)
-for name in ("forward", "backward", "dense_forward", "dense_backward"):
+for name in ("forward", "backward", "dense_forward", "dense_backward", "dense_inference"):
     print(getattr(torch.ops.hf_flashattn, name).default._schema)
 """
 

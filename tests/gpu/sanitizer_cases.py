@@ -64,7 +64,7 @@ def cases() -> list[Case]:
         dim=(32, 64, 72, 128, 256),
         causal=(False, True),
     )
-    # More tiles than SMs: claimed from a list.
+    # More tiles than SMs, and sequences than a warp has lanes.
     many = variants(
         Case(lengths=PACKED * 20, heads_q=4, heads_k=2), dim=(64, 128), causal=(False, True)
     )
@@ -96,7 +96,7 @@ def cases() -> list[Case]:
         causal=(False, True),
     )
     recycled += variants(
-        Case(lengths=((70, 640), (0, 0), (1, 700)) * 12, heads_q=16, heads_k=8),
+        Case(lengths=((70, 700), (0, 0), (1, 700)) * 12, heads_q=16, heads_k=8),
         dim=(64, 96, 128),
         causal=(False, True),
     )

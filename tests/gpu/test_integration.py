@@ -269,6 +269,31 @@ def test_opcheck_dense(p, first):
     torch.library.opcheck(torch.ops.hf_flashattn.dense_forward.default, arguments)
 
 
+def test_inference_is_forward_without_its_lse():
+    """Shapes that need more room for what nobody reads, and less; on two streams; in a graph."""
+    op = torch.ops.hf_flashattn.dense_inference.default
+    torch.library.opcheck(op, (*(x.detach() for x in tensors(seqlen=33)), 0.125, True))
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    for seqlen, batch in ((40, 2), (1000, 9), (1, 1), (200, 40)):
+        q, k, v = (x.detach() for x in tensors(batch=batch, seqlen=seqlen))
+        length = torch.arange(batch, device="cuda", dtype=torch.int32) % (seqlen + 1)
+        for ranges in ({}, {"key_len": length}):
+            want = ops.forward(q, k, v, softmax_scale=0.125, causal=True, **ranges)[0]
+            streams[1].wait_stream(streams[0])
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    got = [flash_attn_func(q, k, v, causal=True, **ranges) for _ in range(3)]
+                stream.synchronize()
+                assert all(torch.equal(x, want) for x in got)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                held = flash_attn_func(q, k, v, causal=True, **ranges)
+            graph.replay()
+            assert torch.equal(held, want)
+    empty = flash_attn_func(q, k[:, :0], v[:, :0])
+    assert not empty.any() and empty.shape == q.shape
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen", [1, 128, 200])
 def test_a_layers_call_is_flash_attn_func(causal, seqlen, deterministic):

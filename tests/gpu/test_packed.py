@@ -1,4 +1,5 @@
-"""Packed sequences: empty ones, many, tokens of none, wrong and overlapping offsets, graphs."""
+"""Packed sequences: empty ones, many, tokens of none, wrong and overlapping offsets, graphs,
+streams side by side."""
 
 import random
 from dataclasses import replace
@@ -149,3 +150,28 @@ def test_packed_in_a_graph_with_other_lengths(case):
         return run_kernel(problem)
 
     check_replays(run, plans)
+
+
+@parametrize(variants(Case(heads_q=8, heads_k=8), causal=(False, True)))
+def test_packed_on_streams_side_by_side(case):
+    """Each stream, and each graph wherever it is replayed, counts its tiles for itself."""
+    problem = make_problem(replace(case, lengths=random_lengths(60), deterministic=True))
+    want = run_kernel(problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        of_graph = run_kernel(problem)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    seen = []
+    for _ in range(20):
+        for stream in streams[:2]:
+            with torch.cuda.stream(stream):
+                seen.append(run_kernel(problem))
+        with torch.cuda.stream(streams[2]):
+            graph.replay()
+            seen.append({name: result.clone() for name, result in of_graph.items()})
+    torch.cuda.synchronize()
+    for results in seen:
+        for name, result in want.items():
+            assert torch.equal(results[name], result), name

@@ -2,9 +2,9 @@
 
 namespace hf_flashattn::sm90 {
 
-template Status forward<256, DType::kFloat16, false, false>(ForwardParams const&, void*);
-template Status forward<256, DType::kFloat16, false, true>(ForwardParams const&, void*);
-template Status forward<256, DType::kFloat16, true, false>(ForwardParams const&, void*);
-template Status forward<256, DType::kFloat16, true, true>(ForwardParams const&, void*);
+template Status forward<256, DType::kFloat16, false, false>(ForwardParams const&, int32_t*);
+template Status forward<256, DType::kFloat16, false, true>(ForwardParams const&, int32_t*);
+template Status forward<256, DType::kFloat16, true, false>(ForwardParams const&, int32_t*);
+template Status forward<256, DType::kFloat16, true, true>(ForwardParams const&, int32_t*);
 
 }  // namespace hf_flashattn::sm90

@@ -1,4 +1,4 @@
-"""Listed tiles in one CTA (sm90/listed_tiles.cuh), on the host: the claiming thread and the lanes
+"""Ragged tiles in one CTA (sm90/ragged_tiles.cuh), on the host: the claiming warp and the lanes
 that read its records as coroutines, with the two slots, their barriers and parities, in whatever
 order they may run."""
 
@@ -72,7 +72,7 @@ class Handover:
 
 
 def play(readers, tiles, arrivals, seed):
-    """Whoever may go on goes on, by chance. How far the claiming thread was ahead at most."""
+    """Whoever may go on goes on, by chance. How far the claiming warp was ahead at most."""
     draw = random.Random(seed)
     handover, ahead = Handover(readers, arrivals), 0
     actors = [handover.claim(tiles), *(handover.read(i, tiles, draw) for i in range(readers))]

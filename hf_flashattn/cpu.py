@@ -166,7 +166,8 @@ def dense_inference(
     key_len: Tensor | None = None,
 ) -> Tensor:
     """hf_flashattn::dense_inference on CPU tensors."""
-    return dense_forward(q, k, v, softmax_scale, causal, heads_first, key_start, key_len)[0]
+    with torch.no_grad():  # which a GPU's op has none of either
+        return dense_forward(q, k, v, softmax_scale, causal, heads_first, key_start, key_len)[0]
 
 
 def dense_backward(

@@ -1,4 +1,4 @@
-// The C ABI between the launchers and whoever binds them: plain structs and five functions.
+// The C ABI between the launchers and whoever binds them: plain structs and six functions.
 //
 // No CUDA or torch header is needed to read this file, so the binding can be compiled without nvcc.
 // Shapes are written (B, S, H, D); a packed batch is B = 1 with S = the total number of tokens.
@@ -79,6 +79,9 @@ struct Status {
 Status launch_forward(ForwardParams const& params, int32_t* counter);
 Status launch_backward(BackwardParams const& params);
 bool forward_claims_tiles(Problem const& problem);
+// One of the current device's counters, which are 0 from the start; null: it cannot be had.
+constexpr int32_t kTileCounters = 256;
+int32_t* tile_counter(int32_t number);
 size_t backward_workspace_bytes(BackwardParams const& params);  // params.workspace is not read
 // Whether there is a kernel of this head dim and dtype for this device; asked where nothing is
 // launched.

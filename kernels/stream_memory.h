@@ -1,19 +1,18 @@
-// Device memory that the kernels of one stream share, as they run one after the other: the counter
-// of ragged tiles, which they leave as they found it, and room for log-sum-exps that nobody reads.
-// For torch_binding.cpp alone.
+// What the kernels of one stream share, as they run one after the other: a counter of ragged tiles,
+// which they leave as they found it, and room for log-sum-exps that nobody reads. For
+// torch_binding.cpp alone.
 #pragma once
 
+#include <deque>
 #include <mutex>
-#include <vector>
 
 #include "torch_tensors.h"
 
 namespace hf_flashattn {
 
 // Whether what is launched on a stream is recorded into a graph, which may be replayed on another
-// one beside it. Of a thread's default stream, whose handle all threads share, as if it were.
-inline bool shares_nothing(cudaStream_t stream) {
-  if (stream == cudaStreamPerThread) return true;
+// one beside it.
+inline bool is_captured(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   // The legacy stream has no answer while another stream is captured, and is not captured itself.
   if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
@@ -23,48 +22,51 @@ inline bool shares_nothing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// Of one stream, for good: torch has a fixed number of them. An empty one serves the call alone
-// that makes it.
-struct StreamMemory {
-  int32_t device;
-  void* stream;
-  Tensor counter;
-  Tensor unread;
-  int64_t unread_floats = 0;
+class StreamMemory {
+  // More is not kept: it would be lost to everybody else.
+  static constexpr int64_t kMostUnread = 4 << 20;
+  int32_t const device_;
+  unsigned long long const stream_;
+  int32_t* const counter_;
+  std::mutex mutex_;
+  Tensor unread_;
+  int64_t unread_floats_ = 0;
 
-  // A 0 for the next launch.
-  Tensor tile_counter() {
-    if (counter.defined()) return counter;
-    Tensor const zero = empty({1}, aoti_torch_dtype_int32(), device);
-    cudaError_t const error =
-        cudaMemsetAsync(zero.data_ptr(), 0, sizeof(int32_t), static_cast<cudaStream_t>(stream));
-    HFA_CHECK(error == cudaSuccess, "clearing the counter of tiles: ", cudaGetErrorString(error));
-    return counter = zero;
+ public:
+  // number: how many others there are. Of the current device.
+  StreamMemory(int32_t device, unsigned long long stream, size_t number)
+      : device_(device), stream_(stream),
+        counter_(number < kTileCounters ? hf_flashattn::tile_counter(int32_t(number)) : nullptr) {}
+
+  // Of a stream, for good; null if what it launches may run beside anything.
+  static StreamMemory* of(int32_t device, cudaStream_t stream) {
+    unsigned long long id = 0;  // handles come again
+    if (is_captured(stream) || cudaStreamGetId(stream, &id) != cudaSuccess) return nullptr;
+    static std::mutex mutex;
+    static auto* const known = new std::deque<StreamMemory>;  // torch may be gone when statics are
+    std::scoped_lock const lock(mutex);
+    for (StreamMemory& memory : *known)
+      if (memory.device_ == device && memory.stream_ == id) return &memory;
+    return &known->emplace_back(device, id, known->size());
   }
+
+  // A 0 for the next launch, or null: there are more streams than counters. Not torch's memory,
+  // which may belong to a pool that somebody means to drop.
+  int32_t* tile_counter() const { return counter_; }
 
   // Memory for so many floats that are written and not read.
-  Tensor unread_memory(int64_t floats) {
-    if (floats > unread_floats) {
-      unread = empty({floats}, aoti_torch_dtype_float32(), device);
-      unread_floats = floats;
+  Tensor unread(int64_t floats) {
+    if (floats > kMostUnread) return empty({floats}, aoti_torch_dtype_float32(), device_);
+    {
+      std::scoped_lock const lock(mutex_);
+      if (floats <= unread_floats_) return unread_;
     }
-    return unread;
+    Tensor const larger = empty({floats}, aoti_torch_dtype_float32(), device_);
+    std::scoped_lock const lock(mutex_);
+    unread_ = larger;
+    unread_floats_ = floats;
+    return larger;
   }
 };
-
-// Calls use(memory of the stream).
-template <class Use>
-void with_stream_memory(int32_t device, void* stream, Use const& use) {
-  if (shares_nothing(static_cast<cudaStream_t>(stream))) {
-    StreamMemory own{device, stream};
-    return use(own);
-  }
-  static std::mutex mutex;
-  static auto* const known = new std::vector<StreamMemory>;  // torch may be gone when statics are
-  std::scoped_lock const lock(mutex);
-  for (StreamMemory& memory : *known)
-    if (memory.device == device && memory.stream == stream) return use(memory);
-  use(known->emplace_back(StreamMemory{device, stream}));
-}
 
 }  // namespace hf_flashattn

@@ -239,16 +239,27 @@ Tensor run_forward(Call const& call, Tensor& q, Tensor& k, Tensor& v, Tensor lse
   params.k = input_view(call, k, call.k, "k");
   params.v = input_view(call, v, call.k, "v");
   params.out = layout(out, call.q, call.out_form).view;
-  Tensor counter;  // as lse, given back in the order of the stream: after the kernel
   bool const claims = forward_claims_tiles(call.problem);
-  if (claims || !lse.defined())
-    with_stream_memory(call.device, call.problem.stream, [&](StreamMemory& memory) {
-      if (claims) counter = memory.tile_counter();
-      if (!lse.defined()) lse = memory.unread_memory(call.q.batch * call.q.heads * call.q.seq);
-    });
+  auto const stream = static_cast<cudaStream_t>(call.problem.stream);
+  StreamMemory* const memory =
+      claims || !lse.defined() ? StreamMemory::of(call.device, stream) : nullptr;
+  // What is this call's alone, as these may be, is given back in the order of the stream: after the
+  // kernel.
+  if (!lse.defined()) {
+    int64_t const floats = call.q.batch * call.q.heads * call.q.seq;
+    lse = memory != nullptr ? memory->unread(floats)
+                            : empty({floats}, aoti_torch_dtype_float32(), call.device);
+  }
   params.lse = static_cast<float*>(lse.data_ptr());
-  raise_if_failed(
-      launch_forward(params, claims ? static_cast<int32_t*>(counter.data_ptr()) : nullptr));
+  int32_t* counter = claims && memory != nullptr ? memory->tile_counter() : nullptr;
+  std::optional<Tensor> own_counter;
+  if (claims && counter == nullptr) {
+    own_counter = empty({1}, aoti_torch_dtype_int32(), call.device);
+    counter = static_cast<int32_t*>(own_counter->data_ptr());
+    cudaError_t const error = cudaMemsetAsync(counter, 0, sizeof *counter, stream);
+    HFA_CHECK(error == cudaSuccess, "clearing the counter of tiles: ", cudaGetErrorString(error));
+  }
+  raise_if_failed(launch_forward(params, counter));
   return out;
 }
 

@@ -5,9 +5,9 @@
 
 #include <bit>
 
+#include "common/clear_uncovered.cuh"
 #include "common/dropout.cuh"
 #include "common/workspace.cuh"
-#include "prep/clear_uncovered.cuh"
 
 namespace hf_flashattn::prep {
 

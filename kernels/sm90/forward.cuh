@@ -9,9 +9,9 @@
 
 #include <type_traits>
 
+#include "common/clear_uncovered.cuh"
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
-#include "prep/clear_uncovered.cuh"
 #include "sm90/barriers.cuh"
 #include "sm90/forward_tile.cuh"
 #include "sm90/producer.cuh"
@@ -372,8 +372,8 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
 __device__ __forceinline__ void clear_tokens_of_nobody(ForwardParams const& p, int warp) {
   Problem const& problem = p.problem;
   if (problem.cu_seqlens_q == nullptr) return;
-  prep::clear_uncovered({p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q},
-                        problem.batch, problem.head_dim, 2 * blockIdx.x + warp - 2, 2 * gridDim.x);
+  clear_uncovered({p.out, p.lse, problem.cu_seqlens_q, problem.total_q, problem.heads_q},
+                  problem.batch, problem.head_dim, 2 * blockIdx.x + warp - 2, 2 * gridDim.x);
 }
 
 template <class P>

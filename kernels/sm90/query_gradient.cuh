@@ -282,7 +282,8 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
-    // The list is there: the kernel before lets this one start when it has waited for what made it.
+    // The counter is 0: the kernel before lets this one start when it has waited for what cleared
+    // it.
     if constexpr (P::kRagged)
       if (warp == 1) claim_ragged_tiles<RaggedGroup<P>>(p.problem, scheduler, s.tiles);
     if (warp == 0) produce(maps, s, tiles);

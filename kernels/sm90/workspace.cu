@@ -28,3 +28,22 @@ template size_t backward_workspace_bytes<192>(BackwardParams const&);
 template size_t backward_workspace_bytes<256>(BackwardParams const&);
 
 }  // namespace hf_flashattn::sm90
+
+namespace hf_flashattn {
+
+// Each on a cache line of its own.
+struct alignas(128) TileCounter {
+  int32_t claimed;
+};
+__device__ TileCounter tile_counters[kTileCounters];
+
+int32_t* tile_counter(int32_t number) {
+  void* first = nullptr;
+  if (cudaGetSymbolAddress(&first, tile_counters) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return &static_cast<TileCounter*>(first)[number].claimed;
+}
+
+}  // namespace hf_flashattn

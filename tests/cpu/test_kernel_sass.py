@@ -50,10 +50,10 @@ def test_every_policy_is_instantiated(kernels, direction):
                 expected.add(f"sm90::query_gradient_kernel<{query}>")
                 expected |= {
                     f"sm90::query_gradient_kernel<sm90::{of}<{query}>>"
-                    for of in ("ListedQueryPolicy", "HoledPolicy")
+                    for of in ("RaggedQueryPolicy", "HoledPolicy")
                 }
     else:
-        expected |= {f"{n[:20]}<sm90::ListedPolicy<{n[21:-1]}>>" for n in expected}
+        expected |= {f"{n[:20]}<sm90::RaggedPolicy<{n[21:-1]}>>" for n in expected}
         expected |= {
             f"sm90::forward_kernel<sm90::LowForwardPolicy<{dim}, {', '.join(rest)}>>"
             for dim, *rest in product((32, 64, 96), *choices_of_a_dim)

@@ -7,7 +7,7 @@
 #include "common/ptx.cuh"
 #include "params.h"
 
-namespace hf_flashattn::prep {
+namespace hf_flashattn {
 
 // One packed (total, heads, head_dim) result, and the LSE (heads, total) that belongs to it or
 // null.
@@ -38,4 +38,4 @@ __device__ __forceinline__ void clear_uncovered(PackedResult const& r, int batch
   }
 }
 
-}  // namespace hf_flashattn::prep
+}  // namespace hf_flashattn

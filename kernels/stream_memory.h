@@ -23,8 +23,7 @@ inline bool is_captured(cudaStream_t stream) {
 }
 
 class StreamMemory {
-  // More is not kept: it would be lost to everybody else.
-  static constexpr int64_t kMostUnread = 4 << 20;
+  static constexpr int64_t kMostUnread = 4 << 20;  // floats; more would be lost to everybody else
   int32_t const device_;
   unsigned long long const stream_;
   int32_t* const counter_;
@@ -41,7 +40,11 @@ class StreamMemory {
   // Of a stream, for good; null if what it launches may run beside anything.
   static StreamMemory* of(int32_t device, cudaStream_t stream) {
     unsigned long long id = 0;  // handles come again
-    if (is_captured(stream) || cudaStreamGetId(stream, &id) != cudaSuccess) return nullptr;
+    if (is_captured(stream)) return nullptr;
+    if (cudaStreamGetId(stream, &id) != cudaSuccess) {
+      cudaGetLastError();
+      return nullptr;
+    }
     static std::mutex mutex;
     static auto* const known = new std::deque<StreamMemory>;  // torch may be gone when statics are
     std::scoped_lock const lock(mutex);

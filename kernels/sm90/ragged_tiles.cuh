@@ -46,15 +46,16 @@ __device__ void claim_ragged_tiles(Problem const& problem, RaggedOrder const& or
   PipelineState<kRaggedSlots> ring, freed;
   Group group;
   typename Group::Walk walk;
-  int base = -kWarpThreads, before = 0, tiles = 0;  // of the group; tiles before it, and in it
+  int first = -kWarpThreads;  // sequence of the group
+  int before = 0, tiles = 0;  // before the group, and in it
   bool sorted = false;
   bool const leader = elect_one();
   int tile = blockIdx.x, claimed = -1;
   while (true) {
-    while (tile >= before + tiles && base + kWarpThreads < problem.batch) {
+    while (tile >= before + tiles && first + kWarpThreads < problem.batch) {
       before += tiles;
-      base += kWarpThreads;
-      group.load(problem, base);
+      first += kWarpThreads;
+      group.load(problem, first);
       tiles = order.heads * group.row_blocks();
       sorted = false;
     }
@@ -67,7 +68,7 @@ __device__ void claim_ragged_tiles(Problem const& problem, RaggedOrder const& or
         sorted = true;
       }
       RaggedTile const at = walk.locate(group, order, tile - before);
-      Sequence const sequence(problem, group.sequence(at.place));  // read before: it is near
+      Sequence const sequence(problem, group.sequence(at.place));  // as read by its lane: near
       record = {
           make_int4(at.row_block, at.head, sequence.index, sequence.length_q),
           make_int4(sequence.first_q, sequence.first_k, sequence.key_begin, sequence.key_end)};

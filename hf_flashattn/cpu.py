@@ -9,6 +9,8 @@ needs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -155,19 +157,10 @@ def dense_forward(
     return forward(q, k, v, *visible, dropout_p, softmax_scale, causal, deterministic)
 
 
-def dense_inference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool = False,
-    heads_first: bool = False,
-    key_start: Tensor | None = None,
-    key_len: Tensor | None = None,
-) -> Tensor:
-    """hf_flashattn::dense_inference on CPU tensors."""
-    with torch.no_grad():  # which a GPU's op has none of either
-        return dense_forward(q, k, v, softmax_scale, causal, heads_first, key_start, key_len)[0]
+def dense_inference(*args: Any) -> Tensor:
+    """hf_flashattn::dense_inference on CPU tensors; its arguments are dense_forward's first."""
+    with torch.no_grad():  # a GPU's has no gradient either
+        return dense_forward(*args)[0]
 
 
 def dense_backward(

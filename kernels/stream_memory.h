@@ -72,4 +72,17 @@ class StreamMemory {
   }
 };
 
+// A 0 for the next launch on a stream: the stream's own, or `own`, which then has to live until the
+// launch.
+inline int32_t* counter_of_call(StreamMemory const* memory, int32_t device, cudaStream_t stream,
+                                std::optional<Tensor>& own) {
+  int32_t* const kept = memory != nullptr ? memory->tile_counter() : nullptr;
+  if (kept != nullptr) return kept;
+  own = empty({1}, aoti_torch_dtype_int32(), device);
+  auto* const counter = static_cast<int32_t*>(own->data_ptr());
+  cudaError_t const error = cudaMemsetAsync(counter, 0, sizeof *counter, stream);
+  HFA_CHECK(error == cudaSuccess, "clearing the counter of tiles: ", cudaGetErrorString(error));
+  return counter;
+}
+
 }  // namespace hf_flashattn

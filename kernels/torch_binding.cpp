@@ -251,15 +251,9 @@ Tensor run_forward(Call const& call, Tensor& q, Tensor& k, Tensor& v, Tensor lse
                             : empty({floats}, aoti_torch_dtype_float32(), call.device);
   }
   params.lse = static_cast<float*>(lse.data_ptr());
-  int32_t* counter = claims && memory != nullptr ? memory->tile_counter() : nullptr;
   std::optional<Tensor> own_counter;
-  if (claims && counter == nullptr) {
-    own_counter = empty({1}, aoti_torch_dtype_int32(), call.device);
-    counter = static_cast<int32_t*>(own_counter->data_ptr());
-    cudaError_t const error = cudaMemsetAsync(counter, 0, sizeof *counter, stream);
-    HFA_CHECK(error == cudaSuccess, "clearing the counter of tiles: ", cudaGetErrorString(error));
-  }
-  raise_if_failed(launch_forward(params, counter));
+  raise_if_failed(launch_forward(
+      params, claims ? counter_of_call(memory, call.device, stream, own_counter) : nullptr));
   return out;
 }
 

@@ -112,6 +112,16 @@ __device__ __forceinline__ void zero_other_rows(Tile const& tile, LaneKeys<Keys>
   }
 }
 
+// The last steps of a tile that TMA has filled and that has other rows than these.
+template <class Tile, class Rows>
+__device__ __forceinline__ void complete_patched(Tile const& tile, Mbarrier& full, Rows const& rows,
+                                                 bool leader) {
+  zero_other_rows(tile, rows);
+  fence_proxy_async();
+  __syncwarp();
+  if (leader) full.arrive();
+}
+
 // Fills a tile and completes `full`, with all but `rows` as zeros, whatever is in memory there:
 // 0 * NaN must not reach a product. Such tiles are rare (the ends of a sequence, holes), so the
 // warp waits for TMA on `staging` and patches the tile before it lets the consumers in.
@@ -132,10 +142,7 @@ __device__ __forceinline__ void load_tile_rows(CUtensorMap const& map, Mbarrier&
   if (!patch) return;
   staging.wait(staging_phase);
   staging_phase ^= 1;
-  zero_other_rows(tile, rows);
-  fence_proxy_async();
-  __syncwarp();
-  if (leader) full.arrive();
+  complete_patched(tile, full, rows, leader);
 }
 
 // One of two tiles that are filled together.
@@ -169,14 +176,8 @@ __device__ __forceinline__ void load_tiles_rows(Filling<TileA> const& a, Filling
   if (!patch) return;
   staging.wait(staging_phase);
   staging_phase ^= 1;
-  zero_other_rows(a.tile, rows);
-  fence_proxy_async();
-  __syncwarp();
-  if (leader) a.full.arrive();
-  zero_other_rows(b.tile, rows);
-  fence_proxy_async();
-  __syncwarp();
-  if (leader) b.full.arrive();
+  complete_patched(a.tile, a.full, rows, leader);
+  complete_patched(b.tile, b.full, rows, leader);
 }
 
 }  // namespace hf_flashattn::sm90

@@ -6,9 +6,8 @@
 //   ahead LENGTH                                           rows_ahead: causal, full, low tiles
 //   low HEAD_DIM CAUSAL DROPOUT ROWS                       1 where the forward takes low tiles
 //   blocks ROWS KEYS CAUSAL KEY_START KEY_LEN              see print_blocks
-//   ragged CAUSAL BLOCK_M AHEAD HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS WALKERS SEQUENCES ROWS
-//   ...
-//                                                          see print_ragged
+//   ragged CAUSAL BLOCK_M AHEAD HEADS HEADS_K HEAD_DIM TOTAL_Q TOTAL_K SMS WALKERS SEQUENCES
+//          and the rows of each sequence                   see print_ragged
 //   sums BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC    see print_sums
 //   claims BATCH HEADS HEADS_K ROWS KEYS BLOCK_M BLOCK_N SMS DETERMINISTIC TOTAL_Q
 //                                                          "stream,key block" of each tile in order

@@ -18,9 +18,7 @@ def kernels():
     """Readable name -> instructions."""
     build = load_build(REPO / "hf_flashattn")
     require_nvcc(build)
-    bodies = sass.disassemble(build.find_or_build(verbose=False))
-    names = sass.demangled(list(bodies))
-    return {sass.short_name(names[symbol]): body for symbol, body in bodies.items()}
+    return sass.by_short_name(sass.disassemble(build.find_or_build(verbose=False)))
 
 
 def attention_kernels(kernels, direction):

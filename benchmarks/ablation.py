@@ -75,8 +75,8 @@ EDITS: dict[str, tuple[Edit, ...]] = {
         ),
         Edit(
             "sm90/backward_consumer.cuh",
-            "      wgmma_wait<1>();\n      pin_registers(scores);\n      if (rows",
-            "      wgmma_wait<0>();\n      pin_registers(scores);\n      if (rows",
+            "  wgmma_wait<1>();\n  pin_registers(scores);\n  if (keys",
+            "  wgmma_wait<0>();\n  pin_registers(scores);\n  if (keys",
         ),
     ),
     # The producer warp can be no block ahead, as if the consumers loaded for themselves.

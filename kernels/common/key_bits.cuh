@@ -55,7 +55,7 @@ struct KeyWord {
     seen = ones_from(s.key_begin - first) & ~ones_from(s.key_end - first);
     if (p.key_bits != nullptr) seen &= KeyBits(p, s.index).template from<Keys>(first);
     seen |= ones_from(Keys - before);
-    zeroed = s.packed ? 0u : ones_from(s.length_k - first);
+    zeroed = ones_from(s.length_k - first);
   }
 };
 

@@ -12,7 +12,7 @@ struct Sequence {
   int first_q, first_k;  // rows before this sequence: 0 when dense
   int length_q, length_k;
   int key_begin, key_end;  // keys that exist for every row
-  bool packed;             // rows beyond the length are other data: TMA does not zero them
+  bool packed;             // what is beyond the length is another's (TileEnd in sm90/launch.cuh)
 
   __host__ __device__ __forceinline__ Sequence(Problem const& p, int index)
       : Sequence(p, index, p.cu_seqlens_q != nullptr) {}
@@ -71,8 +71,7 @@ struct Sequence {
   __host__ __device__ __forceinline__ void visible_keys(int first, int count, int& begin,
                                                         int& end) const {
     begin = max(key_begin - first, 0);
-    bool const hardware_zero = key_end == length_k && !packed;
-    end = hardware_zero ? count : min(key_end - first, count);
+    end = key_end == length_k ? count : min(key_end - first, count);
   }
 };
 

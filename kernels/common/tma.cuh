@@ -11,22 +11,23 @@ __device__ __forceinline__ void prefetch_tensor_map(CUtensorMap const* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
 
-// A box of the (D, S, H, B) tensor at (column, row, head, batch); what lies outside comes as zeros.
+// A box of a tensor of four dimensions, the first of which are columns; what lies outside comes as
+// zeros.
 __device__ __forceinline__ void tma_load(CUtensorMap const* map, Mbarrier& full, uint32_t smem,
-                                         int column, int row, int head, int batch) {
+                                         int column, int x, int y, int z) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::"r"(smem),
-      "l"(map), "r"(full.address()), "r"(column), "r"(row), "r"(head), "r"(batch)
+      "l"(map), "r"(full.address()), "r"(column), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 
 // Brings the same box into the L2 alone.
-__device__ __forceinline__ void tma_prefetch(CUtensorMap const* map, int column, int row, int head,
-                                             int batch) {
+__device__ __forceinline__ void tma_prefetch(CUtensorMap const* map, int column, int x, int y,
+                                             int z) {
   asm volatile(
       "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(map),
-      "r"(column), "r"(row), "r"(head), "r"(batch)
+      "r"(column), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 

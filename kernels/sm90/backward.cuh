@@ -113,7 +113,6 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
     KeyWork<P> const work(p, tile);
     if (work.rows.count <= 0) continue;
     Sequence const& sequence = work.sequence;
-    int const key_row = sequence.first_k + work.first_key;
     auto const load_keys = [&] {
       int const stage = keys_pipe.stage();
       LaneKeys<P::kBlockN> const keys(p.problem, sequence, work.first_key);
@@ -121,15 +120,16 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
       keys_pipe.next();
       load_tiles_rows(Filling{maps.k, s.k_full[stage], s.k[stage]},
                       Filling{maps.v, s.v_full[stage], s.v[stage]}, s.staging, staging_phase,
-                      key_row, work.head_k, sequence.batch, keys);
+                      TilePlace::of_keys(s.k[stage], sequence, work.first_key, work.head_k), keys);
     };
     bool keys_loaded = P::kKeyStages > 1;
     if (keys_loaded) {
       load_keys();
     } else {
       if (elect_one()) {
-        prefetch_tile(maps.k, s.k[0], key_row, work.head_k, sequence.batch);
-        prefetch_tile(maps.v, s.v[0], key_row, work.head_k, sequence.batch);
+        auto const place = TilePlace::of_keys(s.k[0], sequence, work.first_key, work.head_k);
+        prefetch_tile(maps.k, s.k[0], place);
+        prefetch_tile(maps.v, s.v[0], place);
       }
       __syncwarp();
     }
@@ -138,10 +138,8 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
       for (int block = work.rows.first; block < work.rows.first + work.rows.count;
            ++block, pipe.next()) {
         int const row = block * P::kBlockM;
-        // Rows of a tile that see no key, or that are another sequence's, come as zeros.
-        RowRange const rows = {
-            max(sequence.first_seeing_row(P::kCausal) - row, 0),
-            sequence.packed ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM};
+        // Rows of a tile that see no key come as zeros.
+        RowRange const rows = {max(sequence.first_seeing_row(P::kCausal) - row, 0), P::kBlockM};
         s.statistics_empty[pipe.stage()].wait(pipe.parity() ^ 1);
         if (elect_one())
           load_statistics(workspace, first_slot + row, s.statistics_full[pipe.stage()],
@@ -151,8 +149,8 @@ __device__ void produce(BackwardParams const& p, BackwardWorkspace const& worksp
         s.dout_empty[pipe.stage()].wait(pipe.parity() ^ 1);
         load_tiles_rows(Filling{maps.q, s.q_full[pipe.stage()], s.q[pipe.stage()]},
                         Filling{maps.dout, s.dout_full[pipe.stage()], s.dout[pipe.stage()]},
-                        s.staging, staging_phase, sequence.first_q + row, head, sequence.batch,
-                        rows);
+                        s.staging, staging_phase,
+                        TilePlace::of_rows(s.q[pipe.stage()], sequence, row, head), rows);
         if (keys_loaded) continue;
         // The first rows have memory of their own, K and V wait for the last ones of the tile
         // before.

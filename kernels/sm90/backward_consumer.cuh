@@ -7,11 +7,11 @@
 
 namespace hf_flashattn::sm90 {
 
-// A wgmma product that reads both operands from K-major tiles: (64 rows of a) x (all rows of b)^T.
+// A wgmma product that reads both operands from K-major tiles: (64 rows of a) x (2 N rows of b)^T.
 template <class P, int N, class TileA, class TileB>
 __device__ __forceinline__ void issue_product(float (&acc)[N], TileA const& a, int first_row,
                                               TileB const& b) {
-  static_assert(TileB::kRows == 2 * N, "the accumulator's columns are the rows of b");
+  static_assert(TileB::kRows >= 2 * N, "the accumulator's columns are the first rows of b");
   pin_registers(acc);
   wgmma_fence();
 #pragma unroll
@@ -25,7 +25,7 @@ __device__ __forceinline__ void issue_product(float (&acc)[N], TileA const& a, i
 template <class P, int N, int Steps, class Tile>
 __device__ __forceinline__ void issue_update(float (&acc)[N], uint32_t (&operand)[Steps][4],
                                              Tile const& b) {
-  static_assert(Tile::kRows == 16 * Steps, "the operand's columns are the rows of b");
+  static_assert(Tile::kRows >= 16 * Steps, "the operand's columns are the first rows of b");
   static_assert(Tile::kChunkStep == Tile::kChunkColumns, "the product reads full chunks of b");
   pin_registers(acc);
   pin_registers(operand);
@@ -71,8 +71,8 @@ __device__ __forceinline__ void to_probabilities(float (&scores)[N], float const
 __device__ __forceinline__ void release_statistics(Mbarrier& empty) { empty.arrive(); }
 
 // Random words of a row block.
-template <class P>
-using RowBlockDropout = DropoutLine<Down::kKeys, P::kDropout ? P::kBlockM / 16 : 2>;
+template <class P, int Rows>
+using RowBlockDropout = DropoutLine<Down::kKeys, P::kDropout ? Rows / 16 : 2>;
 
 // From P^T and dP^T the 16-bit operands P'^T (after dropout) and dS^T = P^T (mask * dP^T - delta).
 // With dropout the statistics are such that P^T is too large and delta too small by the factor
@@ -81,7 +81,8 @@ template <class P, int N, int Steps>
 __device__ __forceinline__ void to_operands(uint32_t (&p_operand)[Steps][4],
                                             uint32_t (&ds_operand)[Steps][4],
                                             float const (&probabilities)[N], float (&dp)[N],
-                                            float const* delta, RowBlockDropout<P> const& dropout,
+                                            float const* delta,
+                                            RowBlockDropout<P, 16 * Steps> const& dropout,
                                             ByteRule const& rule, int quad, int never) {
   using Element = typename P::Element;
 #pragma unroll
@@ -119,11 +120,14 @@ struct KeyGradients {
 // The row blocks of which a consumer makes scores. Together for dQ; each for itself those that see
 // its own 64 keys, up to the same last one.
 template <class P>
-__device__ __forceinline__ auto own_rows(Problem const& p, KeyWork<P> const& work, int first_key) {
+using OwnRows = RowBlocks<P::kBlockM, P::kMakesDq ? P::kBlockN : 64>;
+template <class P>
+__device__ __forceinline__ OwnRows<P> own_rows(Problem const& p, KeyWork<P> const& work,
+                                               int first_key) {
   if constexpr (P::kMakesDq) {
     return work.rows;
   } else {
-    RowBlocks<P::kBlockM, 64> own(work.sequence, P::kCausal, first_key);
+    OwnRows<P> own(work.sequence, P::kCausal, first_key);
     if (own.count <= 0) own.first = work.rows.first + work.rows.count;
     if (p.key_bits != nullptr && own.keys_whole)
       own.keys_whole = KeyBits(p, work.sequence.index).template has_all<64>(first_key);
@@ -131,11 +135,14 @@ __device__ __forceinline__ auto own_rows(Problem const& p, KeyWork<P> const& wor
   }
 }
 
+// Where a consumer stands among the stages of Q and dO.
+template <class P>
+using RowRing = PipelineState<P::kStages>;
+
 // Hands back a row block that sees no key of this consumer. Only once it is full: two arrivals
 // must not come in one phase.
 template <class P>
-__device__ __forceinline__ void pass_over(BackwardSmem<P>& s,
-                                          PipelineState<P::kStages> const& pipe) {
+__device__ __forceinline__ void pass_over(BackwardSmem<P>& s, RowRing<P> const& pipe) {
   int const stage = pipe.stage();
   s.statistics_full[stage].wait(pipe.parity());
   s.q_full[stage].wait(pipe.parity());
@@ -145,104 +152,134 @@ __device__ __forceinline__ void pass_over(BackwardSmem<P>& s,
   release(s.dout_empty[stage]);
 }
 
+// What the row blocks of a tile have in common, as a consumer sees it.
+template <class P>
+struct ConsumerKeys {
+  Problem const& problem;
+  OwnRows<P> rows;
+  int stage, warpgroup, warp_key;  // where K and V are; the warp's first key
+  FirstRows first_rows;
+  ByteRule rule;
+  float scale_log2;
+  uint2 origin_of_dropout;
+};
+
+// Adds the first `Rows` rows of a row block, which are all that it has. head: its index among those
+// of all batches.
+template <class P, int Rows>
+__device__ __forceinline__ void add_rows(KeyGradients<P>& grad, BackwardSmem<P>& s,
+                                         ConsumerKeys<P> const& keys, RowRing<P> const& pipe,
+                                         int head, int block, Lane const& lane) {
+  constexpr int kScores = Rows / 2, kSteps = Rows / 16;
+  int const warpgroup = keys.warpgroup;
+  int const stage = Rows < P::kBlockM ? anew(pipe.stage()) : pipe.stage();
+  float scores[kScores], dp[kScores];
+  uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];
+  RowBlockDropout<P, Rows> dropout;
+  auto const draw_at = [&](Draw moment) {
+    if constexpr (P::kDropout)
+      if (P::kDraw == moment)  // the lane's part anew: no registers for it
+        dropout.draw(DropoutLane<Down::kKeys>(keys.origin_of_dropout), head, block * P::kBlockM,
+                     keys.warp_key);
+  };
+
+  draw_at(Draw::kBeforeScores);
+  s.q_full[stage].wait(pipe.parity());
+  issue_product<P>(scores, s.k[keys.stage], warpgroup * 64, s.q[stage]);
+  s.dout_full[stage].wait(pipe.parity());
+  issue_product<P>(dp, s.v[keys.stage], warpgroup * 64, s.dout[stage]);
+  draw_at(Draw::kUnderScores);
+  s.statistics_full[stage].wait(pipe.parity());
+
+  wgmma_wait<1>();
+  pin_registers(scores);
+  if (keys.rows.needs_mask(block)) keys.first_rows.mask(scores, block * P::kBlockM, lane.quad);
+  to_probabilities(scores, s.statistics[stage].lse, keys.scale_log2, lane.quad);
+  wgmma_wait<0>();
+  pin_registers(dp);
+  to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, keys.rule,
+                 lane.quad, keys.problem.batch);
+
+  if constexpr (P::kMakesDq) {
+    float dq[P::kPartColumns / 2];
+    // dS is double buffered: the other consumer may still read the previous one.
+    store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16);
+    issue_update<P>(grad.dv, p_operand, s.dout[stage]);
+    fence_proxy_async();
+    barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
+    release_statistics(s.statistics_empty[stage]);
+    // Of 64 rows the second consumer's part is of what was there before: the writer leaves it out.
+    issue_dq<P>(dq, s, stage, warpgroup);
+    issue_update<P>(grad.dk, ds_operand, s.q[stage]);
+
+    wgmma_wait<2>();
+    pin_registers(grad.dv);
+    pin_registers(p_operand);
+    release(s.dout_empty[stage]);
+    wgmma_wait<1>();
+    pin_registers(dq);
+    barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
+#pragma unroll
+    for (int i = 0; i < P::kPartColumns / 8; ++i)
+      store_shared_16b(smem_address(s.dq.parts[warpgroup] +
+                                    (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
+                       make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+    fence_proxy_async();
+    barrier_arrive(kQueryGradientFull + warpgroup + 2 * stage, kWarpgroupThreads + kWarpThreads);
+  } else {
+    issue_update<P>(grad.dv, p_operand, s.dout[stage]);
+    issue_update<P>(grad.dk, ds_operand, s.q[stage]);
+    wgmma_wait<1>();
+    pin_registers(grad.dv);
+    pin_registers(p_operand);
+    release_statistics(s.statistics_empty[stage]);
+    release(s.dout_empty[stage]);
+  }
+  wgmma_wait<0>();
+  pin_registers(grad.dk);
+  pin_registers(ds_operand);
+  release(s.q_empty[stage]);
+}
+
 // All row blocks of all heads of the group.
 template <class P>
 __device__ __forceinline__ void accumulate(KeyGradients<P>& grad, BackwardParams const& p,
                                            BackwardSmem<P>& s, KeyWork<P> const& work,
-                                           uint2 origin_of_dropout, PipelineState<P::kStages>& pipe,
+                                           uint2 origin_of_dropout, RowRing<P>& pipe,
                                            PipelineState<P::kKeyStages> const& keys_pipe,
                                            int warpgroup, Lane const& lane) {
-  constexpr int kScores = P::kBlockM / 2, kSteps = P::kBlockM / 16;
   Problem const& problem = p.problem;
-  float const scale_log2 = problem.softmax_scale * kLog2e;
-  ByteRule const rule(problem);
   int const warp_key = work.first_key + warpgroup * 64 + lane.warp * 16;
-  FirstRows const first_rows(problem, work.sequence, P::kCausal, warp_key + lane.group);
-  auto const rows = own_rows(problem, work, work.first_key + warpgroup * 64);
-  int const key_stage = keys_pipe.stage();
-  s.k_full[key_stage].wait(keys_pipe.parity());
-  s.v_full[key_stage].wait(keys_pipe.parity());
+  ConsumerKeys<P> const keys{
+      problem,           own_rows(problem, work, work.first_key + warpgroup * 64),
+      keys_pipe.stage(), warpgroup,
+      warp_key,          FirstRows(problem, work.sequence, P::kCausal, warp_key + lane.group),
+      ByteRule(problem), problem.softmax_scale * kLog2e,
+      origin_of_dropout};
+  s.k_full[keys.stage].wait(keys_pipe.parity());
+  s.v_full[keys.stage].wait(keys_pipe.parity());
 
-  // Without dQ a vote: the warp agrees anyway, and d64 with dropout spills less.
-  auto const more = [](int place, int end) {
-    return P::kMakesDq ? place < end : __any_sync(0xffffffff, place < end);
-  };
+  // Votes, though the warp agrees anyway: ptxas then keeps uniform registers around the loop (d128
+  // 429 instructions, not 485; with dropout 565 and 632).
+  auto const more = [](int place, int end) { return __any_sync(0xffffffff, place < end); };
   int const end_head = work.first_head + work.group;
   int const end_block = work.rows.first + work.rows.count;
+  int const end_whole = end_block - work.is_short(end_block - 1);
   for (int head = work.first_head; more(head, end_head); ++head) {
     int block = work.rows.first;
+    int const dropout_head = work.sequence.index * problem.heads_q + head;
     if constexpr (!P::kMakesDq)
-      for (; block < rows.first; ++block, pipe.next()) pass_over(s, pipe);
-    for (; more(block, end_block); ++block, pipe.next()) {
-      int const stage = pipe.stage();
-      float scores[kScores], dp[kScores];
-      uint32_t p_operand[kSteps][4], ds_operand[kSteps][4];
-      RowBlockDropout<P> dropout;
-      auto const draw_at = [&](Draw moment) {
-        if constexpr (P::kDropout)
-          if (P::kDraw == moment)  // the lane's part anew: no registers for it
-            dropout.draw(DropoutLane<Down::kKeys>(origin_of_dropout),
-                         work.sequence.index * problem.heads_q + head, block * P::kBlockM,
-                         warp_key);
-      };
-
-      draw_at(Draw::kBeforeScores);
-      s.q_full[stage].wait(pipe.parity());
-      issue_product<P>(scores, s.k[key_stage], warpgroup * 64, s.q[stage]);
-      s.dout_full[stage].wait(pipe.parity());
-      issue_product<P>(dp, s.v[key_stage], warpgroup * 64, s.dout[stage]);
-      draw_at(Draw::kUnderScores);
-      s.statistics_full[stage].wait(pipe.parity());
-
-      wgmma_wait<1>();
-      pin_registers(scores);
-      if (rows.needs_mask(block)) first_rows.mask(scores, block * P::kBlockM, lane.quad);
-      to_probabilities(scores, s.statistics[stage].lse, scale_log2, lane.quad);
-      wgmma_wait<0>();
-      pin_registers(dp);
-      to_operands<P>(p_operand, ds_operand, scores, dp, s.statistics[stage].delta, dropout, rule,
-                     lane.quad, problem.batch);
-
-      if constexpr (P::kMakesDq) {
-        float dq[P::kPartColumns / 2];
-        // dS is double buffered: the other consumer may still read the previous one.
-        store_operand(s.ds[stage], ds_operand, warpgroup * 64 + lane.warp * 16);
-        issue_update<P>(grad.dv, p_operand, s.dout[stage]);
-        fence_proxy_async();
-        barrier_sync(kScoreGradients, P::kConsumers * kWarpgroupThreads);
-        release_statistics(s.statistics_empty[stage]);
-        issue_dq<P>(dq, s, stage, warpgroup);
-        issue_update<P>(grad.dk, ds_operand, s.q[stage]);
-
-        wgmma_wait<2>();
-        pin_registers(grad.dv);
-        pin_registers(p_operand);
-        release(s.dout_empty[stage]);
-        wgmma_wait<1>();
-        pin_registers(dq);
-        barrier_sync(kQueryGradientEmpty + warpgroup, kWarpgroupThreads + kWarpThreads);
-#pragma unroll
-        for (int i = 0; i < P::kPartColumns / 8; ++i)
-          store_shared_16b(
-              smem_address(s.dq.parts[warpgroup] +
-                           (i * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4),
-              make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
-        fence_proxy_async();
-        barrier_arrive(kQueryGradientFull + warpgroup + 2 * stage,
-                       kWarpgroupThreads + kWarpThreads);
-      } else {
-        issue_update<P>(grad.dv, p_operand, s.dout[stage]);
-        issue_update<P>(grad.dk, ds_operand, s.q[stage]);
-        wgmma_wait<1>();
-        pin_registers(grad.dv);
-        pin_registers(p_operand);
-        release_statistics(s.statistics_empty[stage]);
-        release(s.dout_empty[stage]);
+      for (; block < keys.rows.first; ++block, pipe.next()) pass_over(s, pipe);
+    for (; more(block, end_whole); ++block, pipe.next())
+      add_rows<P, P::kBlockM>(grad, s, keys, pipe, dropout_head, block, lane);
+    if constexpr (P::kShortBlocks) {
+      if (more(block, end_block)) {
+        // To the compiler other addresses than the loop's, which else has no registers for its own.
+        Lane again = lane;
+        again.quad = lane_anew() % 4;
+        add_rows<P, 64>(grad, *kept(&s), keys, pipe, dropout_head, block, again);
+        pipe.next();
       }
-      wgmma_wait<0>();
-      pin_registers(grad.dk);
-      pin_registers(ds_operand);
-      release(s.q_empty[stage]);
     }
   }
 }
@@ -278,7 +315,7 @@ template <class P>
 __device__ __forceinline__ void consume(BackwardParams const& p, BackwardSmem<P>& s) {
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
-  PipelineState<P::kStages> pipe;
+  RowRing<P> pipe;
   PipelineState<P::kKeyStages> keys_pipe;
   KeyGradients<P> grad;
   uint2 origin_of_dropout{};

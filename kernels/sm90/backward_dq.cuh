@@ -44,10 +44,11 @@ __device__ void write_dq(BackwardParams const& p, BackwardWorkspace const& works
         int32_t* const turn = workspace.turn + sum / P::kBlockM;
         if (p.deterministic && leader) wait_count(turn, work.earlier_key_blocks(block));
         __syncwarp();
+        int const parts = work.is_short(block) ? 1 : P::kConsumers;  // the others have no rows
 #pragma unroll
         for (int part = 0; part < P::kConsumers; ++part) {
           barrier_sync(full + part, kWarpgroupThreads + kWarpThreads);
-          if (leader) {
+          if (leader && part < parts) {
             bulk_reduce_add(workspace.dq + sum * P::kHeadDim + part * kPartFloats,
                             smem_address(s.dq.parts[part]), kPartFloats * sizeof(float));
             bulk_commit();
@@ -78,7 +79,7 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
   constexpr int kFloats = DqPieces::kFloats, kStages = DqPieces::kStages;
   constexpr int kPieces = P::kBlockM * P::kHeadDim / kFloats;
   constexpr int kPiecesOfPart = P::kPartColumns / 16;
-  static_assert(kPieces >= kStages, "the first pieces are all of one row block");
+  static_assert(kPiecesOfPart >= kStages, "the first pieces are all of one row block");
   DqPieces& buffers = s.dq.pieces[warp];
   int const lane = threadIdx.x % kWarpThreads;
   float const scale = p.problem.softmax_scale;
@@ -100,6 +101,8 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
     // exchange with its neighbour 4 of the left or of the right 8 columns of a piece.
     int const first_row = rest % blocks * P::kBlockM + lane / 4;
     int const rows = sequence.length_q - first_row;
+    // A short block has nothing in its second part.
+    int const pieces = KeyWork<P>::is_short(sequence, rest % blocks) ? kPiecesOfPart : kPieces;
     Element* const out =
         row_pointer<Element>(p.dq, sequence, sequence.first_q, first_row, head) + own_column;
     int64_t const first_sum = workspace.first_sum(sequence, head) + rest % blocks * P::kBlockM;
@@ -122,7 +125,7 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
     }
     __syncwarp();
 #pragma unroll 1
-    for (int piece = 0; piece < kPieces; ++piece, pipe.next(), sums += kFloats) {
+    for (int piece = 0; piece < pieces; ++piece, pipe.next(), sums += kFloats) {
       int const row = P::kSplitRows ? piece / kPiecesOfPart * 64 : 0;
       int const column = (P::kSplitRows ? piece % kPiecesOfPart : piece) * 16;
       uint32_t const address = smem_address(buffers.data[pipe.stage()]) + lane * 16;
@@ -146,8 +149,7 @@ __device__ void round_dq(BackwardParams const& p, BackwardWorkspace const& works
           store_global_8b(global + 8 * p.dq.stride_seq, high[0], high[1]);
       }
       __syncwarp();
-      if (lane == 0 && piece + kStages < kPieces)
-        load_piece(sums + kStages * kFloats, pipe.stage());
+      if (lane == 0 && piece + kStages < pieces) load_piece(sums + kStages * kFloats, pipe.stage());
       if (!workspace.last_user(stream))
 #pragma unroll
         for (int i = 0; i < kFloats; i += 4 * kWarpThreads)

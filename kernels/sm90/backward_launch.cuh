@@ -16,13 +16,14 @@ Status make_maps(BackwardMaps& maps, BackwardParams const& p) {
   bool const packed = problem.cu_seqlens_q != nullptr;
   int const rows_q = packed ? problem.total_q : problem.seqlen_q;
   int const rows_k = packed ? problem.total_k : problem.seqlen_k;
-  Status status = make_map<typename Smem::RowTile>(maps.q, p.q, problem, rows_q, problem.heads_q);
-  if (status.ok())
-    status = make_map<typename Smem::RowTile>(maps.dout, p.dout, problem, rows_q, problem.heads_q);
-  if (status.ok())
-    status = make_map<typename Smem::KeyTile>(maps.k, p.k, problem, rows_k, problem.heads_k);
-  if (status.ok())
-    status = make_map<typename Smem::ValueTile>(maps.v, p.v, problem, rows_k, problem.heads_k);
+  Status status = success();
+  auto const make = [&]<class Tile>(CUtensorMap& map, TensorView const& view, int rows, int heads) {
+    if (status.ok()) status = make_map<Tile>(map, view, problem, rows, heads, TileEnd::kSequence);
+  };
+  make.template operator()<typename Smem::RowTile>(maps.q, p.q, rows_q, problem.heads_q);
+  make.template operator()<typename Smem::RowTile>(maps.dout, p.dout, rows_q, problem.heads_q);
+  make.template operator()<typename Smem::KeyTile>(maps.k, p.k, rows_k, problem.heads_k);
+  make.template operator()<typename Smem::ValueTile>(maps.v, p.v, rows_k, problem.heads_k);
   return status;
 }
 
@@ -140,6 +141,8 @@ Status backward(BackwardParams const& p) {
     if constexpr (kSplitUpToKeys<HeadDim, Causal> > 0)
       if (splits_backward<HeadDim>(p.problem))
         return launch_split_backward<KeysOnlyPolicy<P>, Query>(p);
+    if constexpr (HeadDim == 64)
+      if (p.problem.cu_seqlens_q != nullptr) return launch_backward<PackedBackwardPolicy<P>>(p);
     return launch_backward<P>(p);
   }
 }

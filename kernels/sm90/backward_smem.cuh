@@ -41,6 +41,14 @@ struct KeyWork {
     rows.keys_whole = __any_sync(0xffffffff, rows.keys_whole);
   }
 
+  // Whether a row block is worked on as one of 64 rows: of a sequence the last may be.
+  static __device__ __forceinline__ bool is_short(Sequence const& s, int row_block) {
+    return P::kShortBlocks && s.length_q - row_block * P::kBlockM <= 64;
+  }
+  __device__ __forceinline__ bool is_short(int row_block) const {
+    return is_short(sequence, row_block);
+  }
+
   // How many key blocks have to add to the dQ of a row block before this one.
   __device__ __forceinline__ int earlier_key_blocks(int row_block) const {
     return later_key_blocks<P::kBlockN>(sequence, P::kCausal, (row_block + 1) * P::kBlockM - 1,

@@ -27,14 +27,13 @@ __device__ void produce_wide(BackwardParams const& p, BackwardWorkspace const& w
   if (buffer == 0) {
     LaneKeys<P::kBlockN> const keys(p.problem, sequence, work.first_key);
     load_tile_rows(queries ? maps.k : maps.v, queries ? s.k_full : s.v_full, s.staging[warp],
-                   staging_phase, queries ? s.k : s.v, sequence.first_k + work.first_key,
-                   work.head_k, sequence.batch, keys);
+                   staging_phase, queries ? s.k : s.v,
+                   TilePlace::of_keys(s.k, sequence, work.first_key, work.head_k), keys);
   }
   for (RowWalk<P> walk(work, buffer); walk.valid(); walk.next(), parity ^= 1) {
     int const row = walk.first_row();
-    // Rows of a tile that see no key, or that are another sequence's, come as zeros.
-    RowRange const rows = {max(sequence.first_seeing_row(P::kCausal) - row, 0),
-                           sequence.packed ? min(sequence.length_q - row, P::kBlockM) : P::kBlockM};
+    // Rows of a tile that see no key come as zeros.
+    RowRange const rows = {max(sequence.first_seeing_row(P::kCausal) - row, 0), P::kBlockM};
     if (queries) {
       s.statistics_empty[buffer].wait(parity ^ 1);
       if (elect_one())
@@ -45,7 +44,7 @@ __device__ void produce_wide(BackwardParams const& p, BackwardWorkspace const& w
     (queries ? s.q_empty : s.dout_empty)[buffer].wait(parity ^ 1);
     load_tile_rows(queries ? maps.q : maps.dout, (queries ? s.q_full : s.dout_full)[buffer],
                    s.staging[warp], staging_phase, (queries ? s.q : s.dout)[buffer],
-                   sequence.first_q + row, walk.head, sequence.batch, rows);
+                   TilePlace::of_rows(s.q[0], sequence, row, walk.head), rows);
   }
 }
 
@@ -58,7 +57,8 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<BackwardWideSmem<P>*>(smem_bytes);
   launch_dependents();  // at once: this kernel is not launched to overlap with those before it
-  KeyWork<P> const work(p, Work{int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)});
+  Work const tile{int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)};
+  KeyWork<P> const work(p, tile);
   if (work.first_key >= work.sequence.length_k) return;
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();
@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   int const warp = warp_uniform(threadIdx.x / kWarpThreads);
   if (warp < 4) {
     shrink_registers<P::Registers::kProducer>();
-    if (work.rows.count > 0) produce_wide(p, workspace, maps, s, work, warp);
+    // Found anew, or d256 with dropout loads five of the consumers' values again in every turn.
+    if (work.rows.count > 0) produce_wide(p, workspace, maps, s, KeyWork<P>(p, tile), warp);
   } else {
     grow_registers<P::Registers::kConsumer>();
     if (warp < 8) consume_wide<0>(p, s, work);

@@ -64,7 +64,7 @@ struct WideConsumer {
                                               uint32_t parity) const {
     float scores[32], dp[32];
     uint32_t other[4][4];
-    RowBlockDropout<P> dropout;
+    RowBlockDropout<P, P::kBlockM> dropout;
 
     constexpr int kBoth = P::kConsumers * kWarpgroupThreads;
     s.q_full[W].wait(parity);

@@ -39,7 +39,6 @@ struct ForwardSmem {
   Mbarrier staging;  // TMA to the producer itself, for tiles it has to patch
   RowHandover<P> tiles;
   [[no_unique_address]] StageKeys<P, P::kStages> keys;
-  [[no_unique_address]] SharedDropoutOrigin<P::kDropout && P::kRagged> dropout;
 };
 
 template <class P>
@@ -64,40 +63,40 @@ template <class P>
 __device__ void produce(ForwardParams const& p, ForwardMaps const& maps, ForwardSmem<P>& s,
                         RowScheduler<P> const& scheduler) {
   Problem const& problem = p.problem;
-  PipelineState<P::kStages, P::kRagged> pipe;
-  PipelineState<P::kQueryStages, P::kRagged> q_pipe;
+  PipelineState<P::kStages> pipe;
+  PipelineState<P::kQueryStages> q_pipe;
   uint32_t staging_phase = 0;
   Work work;
   for (auto tiles = tiles_of_warp<P>(s.tiles, scheduler); tiles.next(work);) {
     auto const sequence = sequence_of<P>(problem, tiles, work);
     int const first_row = first_row_of<P>(sequence, work);
-    if (first_row >= sequence.length_q) continue;
     ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
     if (blocks.count <= 0) continue;
 
     s.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
     if (elect_one()) {
       s.q_full[q_pipe.stage()].arrive_expect(ForwardSmem<P>::QTile::kBytes);
-      load_tile(maps.q, s.q_full[q_pipe.stage()], s.q[q_pipe.stage()], sequence.first_q + first_row,
-                work.head, sequence.batch);
+      load_tile(maps.q, s.q_full[q_pipe.stage()], s.q[q_pipe.stage()],
+                TilePlace::in_tensor(sequence, sequence.first_q + first_row, work.head));
     }
     __syncwarp();
     q_pipe.next();
 
     int const head_k = work.head / (problem.heads_q / problem.heads_k);
     for (int block = blocks.last(); block >= blocks.first; --block, pipe.next()) {
-      int const first_key = block * P::kBlockN, row = sequence.first_k + first_key;
+      int const first_key = block * P::kBlockN;
+      auto const place = TilePlace::of_keys(s.k[0], sequence, first_key, head_k);
       auto const block_keys = keys_of_block<P>(problem, sequence, first_key);
       s.k_empty[pipe.stage()].wait(pipe.parity() ^ 1);
       hand_over(block_keys, s.keys, pipe.stage());
       if (elect_one()) {
         s.k_full[pipe.stage()].arrive_expect(ForwardSmem<P>::KeyTile::kBytes);
-        load_tile(maps.k, s.k_full[pipe.stage()], s.k[pipe.stage()], row, head_k, sequence.batch);
+        load_tile(maps.k, s.k_full[pipe.stage()], s.k[pipe.stage()], place);
       }
       __syncwarp();
       s.v_empty[pipe.stage()].wait(pipe.parity() ^ 1);
       load_tile_rows(maps.v, s.v_full[pipe.stage()], s.staging, staging_phase, s.v[pipe.stage()],
-                     row, head_k, sequence.batch, block_keys);
+                     place, block_keys);
     }
   }
 }
@@ -153,8 +152,7 @@ struct TensorCoreTurns {
 
 // A block that none of this consumer's rows sees: keeps its place in the pipeline and in the ring.
 template <class P>
-__device__ __forceinline__ void skip_block(ForwardSmem<P>& s,
-                                           PipelineState<P::kStages, P::kRagged> const& pipe,
+__device__ __forceinline__ void skip_block(ForwardSmem<P>& s, PipelineState<P::kStages> const& pipe,
                                            TensorCoreTurns<P> const& turns) {
   turns.take();
   turns.pass();
@@ -172,25 +170,23 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   // A tile's rows leave in the next one, after the softmax of its first block.
   constexpr bool kStoreLate = P::kOutputPath == OutputPath::kOwnMemory;
   // What that takes is made there too, under S, and not under the last O += P V: d64 1.26 / 1.24 of
-  // cuDNN's rate, not 1.25 / 1.24; d128 1.12 / 1.18, not 1.15 / 1.20.
-  constexpr bool kFinishLate = kStoreLate && P::kConsumers == 3;
-  static_assert(!(kFinishLate && P::kRagged), "ragged rows are located while they are the tile's");
-  // Keeps values of ragged kernels out of memory around the loop.
-  constexpr bool kLocateLate = P::kRagged && !P::kHoles;
+  // cuDNN's rate, not 1.25 / 1.24; d128 1.12 / 1.18, not 1.15 / 1.20. But ragged rows are located
+  // while the tile is theirs: its record goes with it.
+  constexpr bool kFinishLate = kStoreLate && P::kConsumers == 3 && !P::kRagged;
   Problem const& problem = p.problem;
   int const warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads) - 1;
   Lane const lane(threadIdx.x);
   TensorCoreTurns<P> const turns{warpgroup};
   turns.start();
 
-  PipelineState<P::kStages, P::kRagged> pipe;
-  PipelineState<P::kQueryStages, P::kRagged> q_pipe;
+  PipelineState<P::kStages> pipe;
+  PipelineState<P::kQueryStages> q_pipe;
   auto tiles = tiles_of_warp<P>(s.tiles, scheduler);
   ConsumerTile<P> tile{};
   float out[P::kHeadDim / 2], scores[kScores], rescale[2], normalise[2]{}, lse[2]{};
   uint32_t probabilities[kSteps][4];
   OnlineSoftmax softmax(problem.softmax_scale * kLog2e);
-  BlockDropout<P> dropout(problem, tile.work, s.dropout);
+  BlockDropout<P> dropout(problem, tile.work);
   struct {
     Work work;
     int row;
@@ -198,7 +194,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   OutputRows<P> rows{};
 
   auto const warp_row = [&] { return tile.own_row + lane.warp * 16; };
-  auto const next_tile = [&] { return tile.next(p, tiles, warpgroup, lane); };
+  auto const next_tile = [&] { return tile.next(problem, tiles, warpgroup); };
   auto const skip_blocks = [&] {
     int const last = tile.last();
     for (; tile.block > last; --tile.block, pipe.next()) skip_block(s, pipe, turns);
@@ -206,6 +202,12 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
   // The next tile with rows for this consumer, handing back those without; nothing is in flight.
   auto const next_busy_tile = [&](bool found) {
     for (; found && tile.idle; found = next_tile()) {
+      if (tile.sees_nothing) [[unlikely]] {
+        if (!kMayBeAhead<P> || tile.own_row >= 0)
+          OutputRows<P>(p, sequence_of<P>(problem, tiles, tile.work), tile.work, warp_row())
+              .store_empty(lane, problem.head_dim);
+        continue;
+      }
       skip_blocks();
       s.q_full[q_pipe.stage()].wait(q_pipe.parity());
       release(s.q_empty[q_pipe.stage()]);
@@ -247,7 +249,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
                          kFinishLate ? done.row : warp_row());
   };
   auto const finish_rows = [&] {
-    if constexpr (!kLocateLate) locate_rows();
+    locate_rows();
     softmax.finish(normalise, lse);
     if constexpr (P::kDropout) {
       float const scale = keep_scale(problem.drop_threshold) / kFlagValue<Element>;
@@ -278,7 +280,6 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     if constexpr (kFinishLate) finish_rows();
     wgmma_wait<0>();
     pin_registers(some);
-    if constexpr (P::kRagged) tile.make_uniform();
     draw_first(Draw::kWithSoftmax);
     if constexpr (!P::kHoles) release_keys<P>(s.k_empty[pipe.stage()]);
     mask_scores(some);
@@ -316,8 +317,7 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
       draw_at(Draw::kBeforeScores);
       s.k_full[pipe.stage()].wait(pipe.parity());
       turns.take();
-      issue_scores(scores, s, pipe.stage(), P::kRagged ? anew(q_pipe.stage()) : q_pipe.stage(),
-                   warpgroup);
+      issue_scores(scores, s, pipe.stage(), q_pipe.stage(), warpgroup);
       s.v_full[previous.stage()].wait(previous.parity());
       issue_output(out, probabilities, s, previous.stage());
       turns.pass();
@@ -353,13 +353,11 @@ __device__ void consume(ForwardParams const& p, ForwardSmem<P>& s,
     issue_output(out, probabilities, s, last.stage());
     if constexpr (kFinishLate) done = {tile.work, warp_row()};
     else finish_rows();
-    if constexpr (!P::kRagged) found = next_tile();
+    found = next_tile();
     wgmma_wait<0>();
     pin_registers(out);
     release(s.v_empty[last.stage()]);
-    if constexpr (kLocateLate) locate_rows();
     if constexpr (!kStoreLate) store_output();
-    if constexpr (P::kRagged) found = next_tile();
     found = next_busy_tile(found);
   }
   if constexpr (kFinishLate) finish_rows();
@@ -383,20 +381,14 @@ __global__ void __launch_bounds__(P::kThreads, 1)
                    RowScheduler<P> const __grid_constant__ scheduler) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto& s = *reinterpret_cast<ForwardSmem<P>*>(smem_bytes);
-  if (threadIdx.x == 0) {
-    init_barriers(s);
-    if constexpr (P::kDropout && P::kRagged) s.dropout = dropout_origin(p.problem);
-  }
+  if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();
 
   if (threadIdx.x < kWarpgroupThreads) {
     shrink_registers<P::Registers::kProducer>();
     int const warp = warp_uniform(threadIdx.x / kWarpThreads);
     if constexpr (P::kRagged) {
-      // An address apart from the consumers', which ptxas else makes again in every turn of their
-      // loop (d64 causal: 377 instructions, not 365); with holes that loop would spill.
-      auto& tiles = P::kHoles ? s.tiles : *kept(&s.tiles);
-      if (warp == 1) claim_ragged_tiles<RaggedGroup<P>>(p.problem, scheduler, tiles);
+      if (warp == 1) claim_ragged_tiles<RaggedGroup<P>>(p.problem, scheduler, s.tiles);
       if (!P::kHoles && warp > 1) clear_tokens_of_nobody(p, warp);
     }
     if (warp == 0) {

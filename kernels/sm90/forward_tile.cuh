@@ -18,27 +18,21 @@ struct BlockDropout {
   Problem const& problem;
   Work const& work;
   int row = 0, head = 0;
-  SharedDropoutOrigin<P::kDropout && P::kRagged> const& origin;
   DropoutLane<Down::kRows> lane;
   DropoutLine<Down::kRows, P::kDropout ? P::kBlockN / 16 : 2> line;
 
-  __device__ __forceinline__
-  BlockDropout(Problem const& problem, Work const& work,
-               SharedDropoutOrigin<P::kDropout && P::kRagged> const& origin)
-      : problem(problem), work(work), origin(origin) {
-    if constexpr (P::kDropout && !P::kRagged)
-      lane = DropoutLane<Down::kRows>(dropout_origin(problem));
+  __device__ __forceinline__ BlockDropout(Problem const& problem, Work const& work)
+      : problem(problem), work(work) {
+    if constexpr (P::kDropout) lane = DropoutLane<Down::kRows>(dropout_origin(problem));
   }
   // Before the first draw of a tile.
   __device__ __forceinline__ void set_tile(int warp_row) {
     row = warp_row;
     head = work.index * problem.heads_q + work.head;
-    if constexpr (P::kRagged) head = warp_uniform(head);  // or ptxas wants a register for it
   }
 
   __device__ __forceinline__ void draw(int block) {
     if constexpr (P::kDropout) {
-      if constexpr (P::kRagged) lane = DropoutLane<Down::kRows>(load_origin(origin));
       line.draw_words(lane, head, uint32_t(row), uint32_t(block * P::kBlockN));
       if constexpr (P::kDraw == Draw::kWithSoftmax) line.find_multipliers(uint32_t(row));
     }
@@ -114,33 +108,27 @@ struct ConsumerTile {
   KeyBlocks<64, P::kBlockN> own;  // the blocks that they see
   int first, block;               // those that the producer loads, from `block` down
   VisibleKeys visible;            // if kKeepVisible
-  bool idle;                      // these rows are before or behind the sequence
+  bool sees_nothing;              // no row of the tile sees a key: the producer loads nothing
+  bool idle;                      // that, or these rows are before or behind the sequence
   bool short_first;               // its rows see no key beyond kShortBlock in their first block
 
-  // The next tile for which the producer loads Q; rows that see no key are written here.
-  __device__ __forceinline__ bool next(ForwardParams const& p, TilesOfWarp<P>& tiles, int warpgroup,
-                                       Lane const& lane) {
-    while (tiles.next(work)) {
-      auto const sequence = sequence_of<P>(p.problem, tiles, work);
-      int const first_row = first_row_of<P>(sequence, work);
-      if (P::kRagged && first_row >= sequence.length_q) continue;
-      ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
-      own_row = first_row + warpgroup * 64;
-      if (blocks.count <= 0) [[unlikely]] {
-        if (!kMayBeAhead<P> || own_row >= 0)
-          OutputRows<P>(p, sequence, work, own_row + lane.warp * 16)
-              .store_empty(lane, p.problem.head_dim);
-        continue;
-      }
-      own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, own_row);
-      if constexpr (kKeepVisible) visible = VisibleKeys(sequence);
-      idle = own_row >= sequence.length_q || (kMayBeAhead<P> && own_row < 0);
-      first = blocks.first;
-      block = blocks.last();
-      short_first = P::kShortBlock > 0 && own.end - last() * P::kBlockN <= P::kShortBlock;
-      return true;
-    }
-    return false;
+  // The next tile. Not in a loop over those that matter: around the wait for a record that makes
+  // ptxas take the warp's lanes for apart, and it gives up uniform registers wherever they might be
+  // (ragged d64: 366 instructions a block, not 328; with dropout 539 and 494, and spills).
+  __device__ __forceinline__ bool next(Problem const& p, TilesOfWarp<P>& tiles, int warpgroup) {
+    if (!tiles.next(work)) return false;
+    auto const sequence = sequence_of<P>(p, tiles, work);
+    int const first_row = first_row_of<P>(sequence, work);
+    ForwardKeyBlocks<P> const blocks(sequence, P::kCausal, first_row);
+    own_row = first_row + warpgroup * 64;
+    own = KeyBlocks<64, P::kBlockN>(sequence, P::kCausal, own_row);
+    if constexpr (kKeepVisible) visible = VisibleKeys(sequence);
+    sees_nothing = blocks.count <= 0;
+    idle = sees_nothing || own_row >= sequence.length_q || (kMayBeAhead<P> && own_row < 0);
+    first = blocks.first;
+    block = blocks.last();
+    short_first = P::kShortBlock > 0 && own.end - last() * P::kBlockN <= P::kShortBlock;
+    return true;
   }
 
   // The blocks above this one are for later rows alone.
@@ -155,22 +143,12 @@ struct ConsumerTile {
     else return crosses_diagonal<P::kBlockN>(p, P::kCausal, own_row, block);
   }
 
-  // For masks. With holes BlockKeys say all but what is causal. Ragged kernels have no registers to
-  // keep them in, with dropout none for the way to the record; full attention has few masks.
+  // For masks. With holes BlockKeys say all but what is causal. Ragged kernels read the record
+  // again, full attention has few masks.
   __device__ __forceinline__ VisibleKeys visible_keys(Problem const& p,
                                                       TilesOfWarp<P> const& tiles) const {
     if constexpr (P::kHoles) return VisibleKeys::up_to_diagonal(p);
-    else if constexpr (P::kRagged && P::kDropout) return VisibleKeys(Sequence(p, work.index));
     else return kKeepVisible ? visible : VisibleKeys(sequence_of<P>(p, tiles, work));
-  }
-
-  // Tells ptxas again what it loses track of across tiles. With dropout it then spills less, or not
-  // at all; without, more.
-  __device__ __forceinline__ void make_uniform() {
-    for (int* value : {&work.block, &work.head, &work.index, &own_row, &first, &block})
-      *value = warp_uniform(*value);
-    if constexpr (!P::kHoles)
-      for (int* value : {&own.unmasked_begin, &own.unmasked_end}) *value = warp_uniform(*value);
   }
 };
 

@@ -44,7 +44,7 @@ struct MapKey {
 
   size_t slot(size_t slots) const {
     uint64_t const mixed =
-        (reinterpret_cast<uintptr_t>(data) >> 4) + 31 * box_rows + 131 * sizes[1];
+        (reinterpret_cast<uintptr_t>(data) >> 4) + 31 * box_rows + 131 * (sizes[1] + sizes[2]);
     return mixed * 0x9e3779b97f4a7c15 >> 32 & (slots - 1);
   }
 };
@@ -75,30 +75,58 @@ inline CUresult encode_once(CUtensorMap& map, MapKey const& key, EncodeTiled enc
   return CUDA_SUCCESS;
 }
 
+// With which rows a tile of a packed tensor ends (TilePlace in sm90/producer.cuh).
+enum class TileEnd { kTensor, kSequence };
+
 // How a (B, S, H, D) tensor is cut into the chunks of `Tile`. What lies outside reads as zeros, so
 // that a kernel serves every head_dim below its own.
+//
+// Tiles that end with the sequence have rows of two coordinates with the same stride, whose sum
+// they are: the first is below the rows of a tile, and what the tile has from there on is outside.
+// The tensor begins as many rows earlier, where there need be no memory: nothing is read there.
 template <class Tile>
-Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int64_t rows,
-                int heads) {
+MapKey map_key(TensorView const& view, Problem const& p, int64_t rows, int heads, TileEnd end) {
+  bool const packed = p.cu_seqlens_q != nullptr;
+  bool const two = packed && end == TileEnd::kSequence;  // coordinates of a row
+  // The stride of a dimension of size 1 is never used, but must be valid.
+  auto const bytes = [&](int64_t size, int64_t stride) {
+    return 2 * cuuint64_t(size == 1 ? p.head_dim : stride);
+  };
+  cuuint64_t const row = bytes(rows, view.stride_seq), head = bytes(heads, view.stride_head);
+  MapKey key{};
+  key.data = static_cast<char*>(view.data) - (two ? Tile::kRows * row : 0);
+  key.sizes[0] = p.head_dim;
+  key.strides[0] = row;
+  if (two) {
+    key.sizes[1] = Tile::kRows;
+    key.sizes[2] = rows + 1;
+    key.sizes[3] = heads;
+    key.strides[1] = row;
+    key.strides[2] = head;
+  } else {
+    int64_t const batch = packed ? 1 : p.batch;
+    key.sizes[1] = rows;
+    key.sizes[2] = heads;
+    key.sizes[3] = batch;
+    key.strides[1] = head;
+    key.strides[2] = bytes(batch, view.stride_batch);
+  }
+  key.box_columns = Tile::kChunkColumns;
+  key.box_rows = Tile::kRows;
+  key.type = p.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                        : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  key.swizzle =
+      Tile::kChunkRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  return key;
+}
+
+template <class Tile>
+Status make_map(CUtensorMap& map, TensorView const& view, Problem const& p, int64_t rows, int heads,
+                TileEnd end) {
   EncodeTiled const encode = encode_tiled();
   if (encode == nullptr)
     return failure("expected a CUDA driver >= 12.0 with cuTensorMapEncodeTiled, got none");
-  bool const packed = p.cu_seqlens_q != nullptr;
-  cuuint64_t const batch = packed ? 1 : p.batch;
-  // The stride of a dimension of size 1 is never used, but must be valid.
-  auto const bytes = [&](cuuint64_t size, int64_t stride) {
-    return 2 * cuuint64_t(size == 1 ? p.head_dim : stride);
-  };
-  MapKey const key = {
-      view.data,
-      {cuuint64_t(p.head_dim), cuuint64_t(rows), cuuint64_t(heads), batch},
-      {bytes(rows, view.stride_seq), bytes(heads, view.stride_head),
-       bytes(batch, view.stride_batch)},
-      Tile::kChunkColumns,
-      Tile::kRows,
-      p.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      Tile::kChunkRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B};
+  MapKey const key = map_key<Tile>(view, p, rows, heads, end);
   CUresult result = encode_once(map, key, encode);
   if (result == CUDA_ERROR_INVALID_CONTEXT) {
     // A thread that has not used this device yet, such as one of autograd's: the driver, unlike the

@@ -58,7 +58,7 @@ constexpr int kFoldedRowBlocks = 4;
 // How a tile's rows get from the accumulators to global memory.
 enum class OutputPath {
   kOwnMemory,  // through shared memory of their own, 16 bytes a lane, in the next tile
-  kRegisters,  // exchanged between lanes, 8 bytes each: where memory or registers lack for that
+  kRegisters,  // exchanged between lanes, 8 bytes each: where there is no memory for that
 };
 
 // When a consumer draws the random words of a block: in the forward and in the narrow backward; the
@@ -187,24 +187,16 @@ inline bool prefers_low_tiles(Problem const& p) {
 }
 
 // The same kernel for sequences whose lengths only the device knows: see common/ragged_order.cuh.
+// Packed lengths end anywhere, so the first block is short at full attention too: lengths 256..4096
+// 7 % faster.
 template <class P>
 struct RaggedPolicy : P {
   static constexpr bool kRagged = true;
-  // Lengths 128..512, forward full / causal, TFLOP/s: d64 in registers 231 / 121, through memory of
-  // their own, with spills, 200 / 116 (packed_variants.json). d128 has registers for the latter.
-  static constexpr OutputPath kOutputPath =
-      P::kOutputPath == OutputPath::kOwnMemory && P::kConsumers == 3 ? OutputPath::kRegisters
-                                                                     : P::kOutputPath;
-  // Three consumers have no registers here for words across the wait for S.
-  static constexpr Draw kDraw = P::kConsumers == 3 ? Draw::kWithSoftmax : P::kDraw;
-  // Nor with dropout, or at d96, for two ways into the loop. Packed lengths end anywhere, so the
-  // first block is short at full attention too: lengths 256..4096 7 % faster.
-  static constexpr int kShortBlock =
-      P::kConsumers == 3 && (P::kDropout || P::kHeadDim > 64) ? 0 : kHalfBlock<P::kBlockN>;
+  static constexpr int kShortBlock = kHalfBlock<P::kBlockN>;
 };
 
 // And for problems with key_bits, where every block looks at its bits: a forward with ragged tiles,
-// or the kernel of dQ. Neither has registers to spare for that.
+// or the kernel of dQ.
 template <class P>
 struct HoledPolicy : P {
   static constexpr bool kHoles = true;
@@ -233,6 +225,9 @@ struct BackwardTile {
   // dQ of a row block is BlockM x HeadDim; each consumer makes half of it, 64 rows high.
   static_assert(BlockM == 64 || BlockM == 128, "a part of dQ has 64 rows");
   static constexpr bool kSplitRows = BlockM == 128;
+  // Whether a last row block of no more than 64 rows is worked on as one of 64. d64 has kernels of
+  // its own for that (PackedBackwardPolicy).
+  static constexpr bool kShortBlocks = HeadDim == 32;
   static constexpr int kPartColumns = kSplitRows ? HeadDim : HeadDim / 2;
 };
 
@@ -251,6 +246,14 @@ struct BackwardPolicy<96, Type, Causal, Dropout> : BackwardTile<96, Type, Causal
 template <DType Type, bool Causal, bool Dropout>
 struct BackwardPolicy<128, Type, Causal, Dropout> : BackwardTile<128, Type, Causal, Dropout, 64> {};
 
+// The same tiles of packed sequences, which end anywhere: lengths 128..512 d64 full 4 % faster.
+// Dense ones do without the second copy of the loop's body, causal d64 is 1 % faster so.
+template <class P>
+struct PackedBackwardPolicy : P {
+  static_assert(P::kBlockM == 128 && !P::kShortBlocks, "half a block has 64 rows");
+  static constexpr bool kShortBlocks = true;
+};
+
 // The same tiles where dQ has a kernel of its own: dS^T stays in registers, nobody needs the other
 // consumer, and nothing is summed in global memory. Without rounding warps consumers have 240
 // registers. The memory that dQ leaves is for K and V of the next tile, since tiles of short
@@ -260,6 +263,7 @@ struct KeysOnlyPolicy : P {
   using Registers = RegisterBudget<2>;
   static constexpr bool kMakesDq = false;
   static constexpr int kKeyStages = 2;
+  static constexpr bool kShortBlocks = P::kBlockM == 128;
 };
 
 // Wide heads: dK or dV of 64 keys fills half of a consumer's registers. One consumer accumulates
@@ -334,6 +338,19 @@ constexpr int kSplitUpToKeys = HeadDim == 64                     ? (Causal ? 384
                                : HeadDim == 96 || HeadDim == 128 ? (Causal ? 512 : 384)
                                                                  : 0;
 
+// The same for the mean of packed sequences, in eighths of it. Longer ones have more of the work
+// than of the number, but splitting costs less where sequences end than summing does. Split over
+// summed, useful TFLOP/s on an H200, the better of two runs each, between which the card was up to
+// a tenth slower:
+//   lengths    mean  d64 full  causal     d96 full  causal     d128 full  causal
+//   128..512   317   230 221   145 131    (split)   (split)    (split)    (split)
+//   160..640   432   277 283   189 168    287 263   204 183    318 286    219 223
+//   200..800   513   289 311   206 200    301 313   221 192    331 334    245 191
+//   256..1024  614   295 316   204 223    312 330   236 220    323 352    244 216
+// With dropout d64 full is not expected to gain: 0.91 before packed tiles ended by themselves.
+template <int HeadDim, bool Causal>
+constexpr int kSplitPackedEighths = HeadDim == 64 && !Causal ? 7 : 10;
+
 // Whether the backward is split in two kernels, one for dK and dV and one for dQ. By sizes that the
 // host knows: the workspace depends on it.
 template <int HeadDim>
@@ -342,10 +359,10 @@ inline bool splits_backward(Problem const& p) {
   int64_t const most = p.causal ? kSplitUpToKeys<HeadDim, true> : kSplitUpToKeys<HeadDim, false>;
   if (most == 0) return false;
   if (p.cu_seqlens_q == nullptr) return p.seqlen_k <= most;
-  // Longer sequences have more of the work than of the number, a very long one beside short ones
-  // most of it. Split over summed at lengths 128..512, with a mean of 317, full / causal: d64 0.97
-  // / 1.00, d96 1.01 / 1.12, d128 1.08 / 1.21; with dropout 0.91 / 1.00, 0.98 / 1.10, 1.07 / 1.26.
-  return 8 * int64_t{p.total_k} <= 7 * most * p.batch && p.seqlen_k <= 2 * most;
+  int64_t const eighths =
+      p.causal ? kSplitPackedEighths<HeadDim, true> : kSplitPackedEighths<HeadDim, false>;
+  // A very long sequence beside short ones has most of the work.
+  return 8 * int64_t{p.total_k} <= eighths * most * p.batch && p.seqlen_k <= 2 * most;
 }
 
 // Keys of a tile whose dQ is summed in the workspace, and its memory recycled (see

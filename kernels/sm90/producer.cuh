@@ -10,22 +10,55 @@
 
 namespace hf_flashattn::sm90 {
 
+// Where a tile is in its tensor map: the coordinates behind the column.
+struct TilePlace {
+  int x, y, z;
+
+  // By row, head and sequence, in a map of TileEnd::kTensor.
+  static __host__ __device__ __forceinline__ TilePlace in_tensor(Sequence const& s, int row,
+                                                                 int head) {
+    return {row, head, s.batch};
+  }
+
+  // The same where the map is of TileEnd::kSequence. row: of the sequence, whose first one in the
+  // tensor is `first`, and which has `length`, more than `row`.
+  template <class Tile>
+  static __host__ __device__ __forceinline__ TilePlace in_sequence(Tile const&, Sequence const& s,
+                                                                   int first, int length, int row,
+                                                                   int head) {
+    if (!s.packed) return in_tensor(s, row, head);
+    int const rows = min(length - row, Tile::kRows);
+    return {Tile::kRows - rows, first + row + rows, head};
+  }
+  template <class Tile>
+  static __host__ __device__ __forceinline__ TilePlace of_rows(Tile const& tile, Sequence const& s,
+                                                               int row, int head) {
+    return in_sequence(tile, s, s.first_q, s.length_q, row, head);
+  }
+  template <class Tile>
+  static __host__ __device__ __forceinline__ TilePlace of_keys(Tile const& tile, Sequence const& s,
+                                                               int key, int head) {
+    return in_sequence(tile, s, s.first_k, s.length_k, key, head);
+  }
+};
+
 // All chunks of a tile; one lane issues.
 template <class Tile>
 __device__ __forceinline__ void load_tile(CUtensorMap const& map, Mbarrier& full, Tile const& tile,
-                                          int row, int head, int batch) {
+                                          TilePlace const& place) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-    tma_load(&map, full, tile.chunk_address(chunk), chunk * Tile::kChunkStep, row, head, batch);
+    tma_load(&map, full, tile.chunk_address(chunk), chunk * Tile::kChunkStep, place.x, place.y,
+             place.z);
 }
 
 // The same tile on its way into the L2, before there is room for it.
 template <class Tile>
-__device__ __forceinline__ void prefetch_tile(CUtensorMap const& map, Tile const&, int row,
-                                              int head, int batch) {
+__device__ __forceinline__ void prefetch_tile(CUtensorMap const& map, Tile const&,
+                                              TilePlace const& place) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-    tma_prefetch(&map, chunk * Tile::kChunkStep, row, head, batch);
+    tma_prefetch(&map, chunk * Tile::kChunkStep, place.x, place.y, place.z);
 }
 
 // The rows of a tile that come as they are in memory: those of [begin, end). Where keys may be
@@ -123,20 +156,20 @@ __device__ __forceinline__ void complete_patched(Tile const& tile, Mbarrier& ful
 }
 
 // Fills a tile and completes `full`, with all but `rows` as zeros, whatever is in memory there:
-// 0 * NaN must not reach a product. Such tiles are rare (the ends of a sequence, holes), so the
-// warp waits for TMA on `staging` and patches the tile before it lets the consumers in.
-// The whole warp calls this; `staging_phase` is the parity of its next use.
+// 0 * NaN must not reach a product. Such tiles are rare (the ends of a key range, holes), so the
+// warp waits for TMA on `staging` and patches the tile before it lets the consumers in. The whole
+// warp calls this; `staging_phase` is the parity of its next use.
 template <class Tile, class Rows>
 __device__ __forceinline__ void load_tile_rows(CUtensorMap const& map, Mbarrier& full,
                                                Mbarrier& staging, uint32_t& staging_phase,
-                                               Tile const& tile, int row, int head, int batch,
+                                               Tile const& tile, TilePlace const& place,
                                                Rows const& rows) {
   bool const patch = !holds_all(tile, rows);
   bool const leader = elect_one();
   if (leader) {
     Mbarrier& target = patch ? staging : full;
     target.arrive_expect(Tile::kBytes);
-    load_tile(map, target, tile, row, head, batch);
+    load_tile(map, target, tile, place);
   }
   __syncwarp();
   if (!patch) return;
@@ -157,8 +190,8 @@ struct Filling {
 // on their way at once.
 template <class TileA, class TileB, class Rows>
 __device__ __forceinline__ void load_tiles_rows(Filling<TileA> const& a, Filling<TileB> const& b,
-                                                Mbarrier& staging, uint32_t& staging_phase, int row,
-                                                int head, int batch, Rows const& rows) {
+                                                Mbarrier& staging, uint32_t& staging_phase,
+                                                TilePlace const& place, Rows const& rows) {
   static_assert(TileA::kRows == TileB::kRows);
   bool const patch = !holds_all(a.tile, rows);
   bool const leader = elect_one();
@@ -169,8 +202,8 @@ __device__ __forceinline__ void load_tiles_rows(Filling<TileA> const& a, Filling
       a.full.arrive_expect(TileA::kBytes);
       b.full.arrive_expect(TileB::kBytes);
     }
-    load_tile(a.map, patch ? staging : a.full, a.tile, row, head, batch);
-    load_tile(b.map, patch ? staging : b.full, b.tile, row, head, batch);
+    load_tile(a.map, patch ? staging : a.full, a.tile, place);
+    load_tile(b.map, patch ? staging : b.full, b.tile, place);
   }
   __syncwarp();
   if (!patch) return;

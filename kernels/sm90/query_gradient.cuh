@@ -51,7 +51,7 @@ __device__ void init_barriers(QueryGradientSmem<P>& s) {
   fence_mbarrier_init();
 }
 
-// The next tile with rows, and the key blocks that they see, which may be none.
+// The next tile, and the key blocks that its rows see, which may be none.
 template <class P>
 struct RowTiles {
   using Blocks = KeyBlocks<P::kBlockM, P::kBlockN>;
@@ -67,23 +67,14 @@ struct RowTiles {
 
   // Of this tile.
   __device__ __forceinline__ Sequence sequence() const {
-    Sequence s = sequence_of<P>(problem, tiles, work);
-    if constexpr (P::kRagged)  // or they are spilled
-      for (int* value :
-           {&s.first_q, &s.first_k, &s.length_q, &s.length_k, &s.key_begin, &s.key_end})
-        *value = warp_uniform(*value);
-    return s;
+    return sequence_of<P>(problem, tiles, work);
   }
 
   __device__ __forceinline__ bool next() {
-    while (tiles.next(work)) {
-      Sequence const sequence = this->sequence();
-      first_row = work.block * P::kBlockM;
-      if (P::kRagged && first_row >= sequence.length_q) continue;
-      blocks = Blocks(sequence, P::kCausal, first_row);
-      return true;
-    }
-    return false;
+    if (!tiles.next(work)) return false;
+    first_row = work.block * P::kBlockM;
+    blocks = Blocks(sequence(), P::kCausal, first_row);
+    return true;
   }
 };
 
@@ -95,12 +86,12 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
   PipelineState<P::kRowStages> row_pipe;
   uint32_t staging_phase = 0;
   auto const load_rows = [&](CUtensorMap const& map, auto const& stages, auto& full, auto& empty,
-                             int row, int head, int batch) {
+                             TilePlace const& place) {
     int const stage = row_pipe.stage();
     empty[stage].wait(row_pipe.parity() ^ 1);
     if (elect_one()) {
       full[stage].arrive_expect(Smem::RowTile::kBytes);
-      load_tile(map, full[stage], stages[stage], row, head, batch);
+      load_tile(map, full[stage], stages[stage], place);
     }
     __syncwarp();
   };
@@ -108,22 +99,22 @@ __device__ void produce(BackwardMaps const& maps, QueryGradientSmem<P>& s, RowTi
     if (tiles.blocks.count <= 0) continue;
     Work const& work = tiles.work;
     Sequence const sequence = tiles.sequence();
-    int const row = sequence.first_q + tiles.first_row;
     int const head_k = work.head / (tiles.problem.heads_q / tiles.problem.heads_k);
-    load_rows(maps.q, s.q, s.q_full, s.q_empty, row, work.head, sequence.batch);
+    auto const row_place = TilePlace::of_rows(s.q[0], sequence, tiles.first_row, work.head);
+    load_rows(maps.q, s.q, s.q_full, s.q_empty, row_place);
     int const last = tiles.blocks.last();
     for (int block = last; block >= tiles.blocks.first; --block, k_pipe.next(), v_pipe.next()) {
-      int const first_key = block * P::kBlockN, key_row = sequence.first_k + first_key;
+      int const first_key = block * P::kBlockN;
+      auto const place = TilePlace::of_keys(s.k[0], sequence, first_key, head_k);
       auto const keys = keys_of_block<P>(tiles.problem, sequence, first_key);
       s.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
       hand_over(keys, s.keys, k_pipe.stage());
       load_tile_rows(maps.k, s.k_full[k_pipe.stage()], s.staging, staging_phase,
-                     s.k[k_pipe.stage()], key_row, head_k, sequence.batch, keys);
-      if (block == last)
-        load_rows(maps.dout, s.dout, s.dout_full, s.dout_empty, row, work.head, sequence.batch);
+                     s.k[k_pipe.stage()], place, keys);
+      if (block == last) load_rows(maps.dout, s.dout, s.dout_full, s.dout_empty, row_place);
       s.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
       load_tile_rows(maps.v, s.v_full[v_pipe.stage()], s.staging, staging_phase,
-                     s.v[v_pipe.stage()], key_row, head_k, sequence.batch, keys);
+                     s.v[v_pipe.stage()], place, keys);
     }
     row_pipe.next();
   }
@@ -179,7 +170,7 @@ __device__ void consume(BackwardParams const& p, BackwardWorkspace const& worksp
   DropoutLane<Down::kRows> dropout_lane;
   if constexpr (P::kDropout) dropout_lane = DropoutLane<Down::kRows>(load_origin(s.dropout));
 
-  // In this form ptxas keeps uniform registers around the loop: 371 instructions a block of causal
+  // In this form ptxas keeps uniform registers around the loop: 367 instructions a block of causal
   // d256, 510 with `while (tiles.next())`.
   bool found = tiles.next();
   while (found) {

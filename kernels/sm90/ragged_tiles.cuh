@@ -3,7 +3,7 @@
 //
 // One warp of the CTA claims numbers, finds which tile each is, and hands it over in shared memory,
 // with where its sequence lies, to all warps that work on it. That passes under the tiles before.
-// Nobody else reads lengths, but for masks with dropout, and with holes, for want of registers.
+// Nobody else reads lengths.
 #pragma once
 
 #include <type_traits>
@@ -91,10 +91,9 @@ __device__ void claim_ragged_tiles(Problem const& problem, RaggedOrder const& or
   }
 }
 
-// Whether tiles begin ahead of the sequence. With holes they do not: those kernels have no register
-// for anything else.
+// Whether tiles begin ahead of the sequence.
 template <class P>
-constexpr bool kMayBeAhead = kCanBeAhead<P::kBlockM> && P::kCausal && !P::kHoles;
+constexpr bool kMayBeAhead = kCanBeAhead<P::kBlockM> && P::kCausal;
 
 template <class P>
 using RaggedGroup =
@@ -104,7 +103,7 @@ using RaggedGroup =
 template <int Readers>
 struct RaggedTiles {
   RaggedHandover<Readers>& handover;
-  PipelineState<kRaggedSlots> ring{2 * kRaggedSlots - 1};  // of the tile that it works on
+  PipelineState<kRaggedSlots> ring{kRaggedSlots - 1, 1};  // of the tile that it works on
 
   __device__ __forceinline__ bool next(Work& work) {
     handover.empty[ring.stage()].arrive();
@@ -145,11 +144,11 @@ __device__ __forceinline__ TilesOfWarp<P> tiles_of_warp(RowHandover<P>& handover
   else return {scheduler};
 }
 
-// Packed batches take ragged kernels without holes, and no other.
+// Packed batches take ragged kernels, and no other.
 template <class P>
 __device__ __forceinline__ Sequence sequence_of(Problem const& p, TilesOfWarp<P> const& tiles,
                                                 Work const& work) {
-  if constexpr (P::kRagged && !P::kHoles) return tiles.sequence(p, work);
+  if constexpr (P::kRagged) return tiles.sequence(p, work);
   else return Sequence(p, work.index, false);
 }
 

@@ -1,4 +1,4 @@
-"""launch.cuh on the host: a tensor map is encoded once, and never taken for another tensor's."""
+"""launch.cuh on the host: tensor maps are encoded once, and where packed tiles are in theirs."""
 
 import subprocess
 
@@ -30,3 +30,9 @@ def test_tensor_maps_are_encoded_once(tmp_path):
     program = compile_host_program("tensor_maps.cu", tmp_path)
     done = subprocess.run([program], capture_output=True, text=True, check=True)
     assert done.stdout == EXPECTED
+
+
+def test_packed_tiles_hold_their_sequence_alone(tmp_path):
+    program = compile_host_program("tile_places.cu", tmp_path)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.stdout == "right\n"

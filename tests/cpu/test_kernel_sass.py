@@ -43,6 +43,9 @@ def test_every_policy_is_instantiated(kernels, direction):
             policy = f"Policy<{dim}, {', '.join(rest)}>"
             if 32 < dim <= 128:  # short sequences are split
                 expected.add(f"sm90::backward_kernel<sm90::KeysOnlyPolicy<sm90::Backward{policy}>>")
+            if dim == 64:
+                packed = f"sm90::PackedBackwardPolicy<sm90::Backward{policy}>"
+                expected.add(f"sm90::backward_kernel<{packed}>")
             if dim > 32:
                 query = f"sm90::QueryGradient{policy}"
                 expected.add(f"sm90::query_gradient_kernel<{query}>")
@@ -51,7 +54,9 @@ def test_every_policy_is_instantiated(kernels, direction):
                     for of in ("RaggedQueryPolicy", "HoledPolicy")
                 }
     else:
-        expected |= {f"{n[:20]}<sm90::RaggedPolicy<{n[21:-1]}>>" for n in expected}
+        ragged = {f"sm90::RaggedPolicy<{n[21:-1]}>" for n in expected}
+        holed = {f"sm90::HoledPolicy<{policy}>" for policy in ragged}
+        expected |= {f"sm90::forward_kernel<{policy}>" for policy in ragged | holed}
         expected |= {
             f"sm90::forward_kernel<sm90::LowForwardPolicy<{dim}, {', '.join(rest)}>>"
             for dim, *rest in product((32, 64, 96), *choices_of_a_dim)

@@ -329,23 +329,22 @@ def split(dump, *requests) -> list[tuple[bool, bool]]:
     return [(bool(is_split), total == statistics) for is_split, total, statistics in facts]
 
 
-def split_up_to() -> dict[int, tuple[int, int]]:
-    """The GPU tests' table, which cannot be imported without one."""
+def of_judge(name: str) -> dict[int, tuple[int, int]]:
+    """A table of the GPU tests, which cannot be imported without one."""
     judge = (Path(__file__).parents[1] / "gpu" / "judge.py").read_text()
-    (table,) = re.findall(r"^SPLIT_UP_TO = (.*)$", judge, re.MULTILINE)
+    (table,) = re.findall(rf"^{name} = (.*)$", judge, re.MULTILINE)
     return ast.literal_eval(table)
 
 
 def test_the_backward_is_split_where_sequences_are_short_and_has_no_sums_then(dump):
-    cases, table = {}, split_up_to()
+    cases, table, eighths = {}, of_judge("SPLIT_UP_TO"), of_judge("SPLIT_PACKED_EIGHTHS")
     for deterministic, batch, dim, causal in itertools.product((0, 1), (1, 40), table, (0, 1)):
         most = table[dim][causal]
         for keys in {1, max(most, 2) - 1, max(most, 1), most + 1, 4096}:
             cases[dim, causal, 0, batch, keys, batch * keys, deterministic] = 0 < keys <= most
             cases[256, causal, 0, batch, keys, batch * keys, deterministic] = True
-        # Packed: by seven eighths on average, rounded to neither side, unless one may be far
-        # longer.
-        limit = 7 * most * batch // 8
+        # Packed: by some eighths on average, rounded to neither side, unless one may be far longer.
+        limit = eighths[dim][causal] * most * batch // 8
         for total in (0, 1, limit, limit + 1):
             mean_is_small = most > 0 and total <= limit
             cases[dim, causal, 1, batch, 2 * most, total, deterministic] = mean_is_small

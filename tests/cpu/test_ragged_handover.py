@@ -28,14 +28,13 @@ class Barrier:
 class Ring:
     """PipelineState."""
 
-    def __init__(self, position=0):
-        self.position = position
+    def __init__(self, stage=0, parity=0):
+        self.stage, self.parity = stage, parity
 
     def next(self):
-        self.position = (self.position + 1) % (2 * SLOTS)
-
-    stage = property(lambda self: self.position % SLOTS)
-    parity = property(lambda self: self.position // SLOTS)
+        self.stage += 1
+        if self.stage == SLOTS:
+            self.stage, self.parity = 0, self.parity ^ 1
 
 
 class Handover:
@@ -59,7 +58,7 @@ class Handover:
             freed.next()
 
     def read(self, lane, tiles, draw):
-        ring = Ring(2 * SLOTS - 1)
+        ring = Ring(SLOTS - 1, 1)
         for expected in [*range(tiles), LAST]:
             self.empty[ring.stage].arrive()
             ring.next()

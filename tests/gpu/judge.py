@@ -28,6 +28,8 @@ HEAD_DIMS = (8, 32, 40, 72, 80, 96, 104, 136, 160, 192, 200, 256)
 # Up to how many keys a sequence dQ has a kernel of its own and no sums, of full and of causal
 # attention (kSplitUpToKeys in sm90/policy.cuh); a kernel serves the head dims below its own too.
 SPLIT_UP_TO = {32: (0, 0), 64: (256, 384), 96: (384, 512), 128: (384, 512)}
+# The mean of packed sequences, in eighths of that (kSplitPackedEighths).
+SPLIT_PACKED_EIGHTHS = {32: (0, 0), 64: (7, 10), 96: (10, 10), 128: (10, 10)}
 # Of 300 keys: (start, length), a row of the batch each.
 RANGES = ((0, 300), (0, 77), (150, 150), (299, 1), (0, 0), (120, 30), (0, 128), (128, 128))
 # Lengths of packed sequences, pairs (rows, keys).
@@ -250,6 +252,12 @@ def check_replays(run, inputs: list[Tensor]) -> None:
 def most_split_keys(case: Case) -> int:
     kernel = next(dim for dim in SPLIT_UP_TO if case.dim <= dim)
     return SPLIT_UP_TO[kernel][case.causal]
+
+
+def most_packed_split_keys(case: Case, sequences: int) -> int:
+    """Keys of all sequences together."""
+    kernel = next(dim for dim in SPLIT_UP_TO if case.dim <= dim)
+    return SPLIT_PACKED_EIGHTHS[kernel][case.causal] * most_split_keys(case) * sequences // 8
 
 
 def random_lengths(count, seed=0):

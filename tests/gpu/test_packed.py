@@ -49,6 +49,26 @@ def test_packed_many_sequences(case):
     judge(make_problem(replace(case, lengths=random_lengths(60))))
 
 
+@parametrize(
+    variants(
+        Case(lengths=((900, 900), (129, 700), (700, 130), (64, 64), (65, 1)), heads_q=4),
+        dim=(32, 64),
+        causal=(False, True),
+        heads_k=(2, 4),
+        dropout_p=(0.0, 0.1),
+        deterministic=(False, True),
+    )
+)
+def test_packed_last_row_blocks_of_64_rows(case):
+    """Long enough that dQ is summed: its writers and rounding warps leave half a block out."""
+    judge(make_problem(case))
+
+
+@parametrize(variants(Case(lengths=((1, 1),)), dim=(64, 128), causal=(False, True)))
+def test_one_packed_token(case):
+    judge(make_problem(case))
+
+
 @parametrize(variants(Case(lengths=((0, 0), (5, 9), (0, 0))), dim=(64, 128)))
 def test_packed_without_a_row(case):
     problem = make_problem(case)

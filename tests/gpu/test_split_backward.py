@@ -10,6 +10,7 @@ from judge import (
     Case,
     judge,
     make_problem,
+    most_packed_split_keys,
     most_split_keys,
     parametrize,
     random_lengths,
@@ -63,13 +64,13 @@ def test_hidden_keys_of_short_and_long_sequences(case, over):
 
 
 def packed_about_the_limit(case):
-    """Batches that are split: many, at most seven eighths of the limit on average, one of twice
-    the limit; and that are not: a longer one, more on average."""
+    """Batches that are split: many, of as many keys on average as the limit is, one of twice the
+    limit of a dense sequence; and that are not: a longer one, more on average."""
     most = most_split_keys(case)
     short = ((100, 90), (1, 1), (0, 0), (64, 64), (0, 7), (5, 0), (130, 129))
     return {
         "many": random_lengths(50, seed=4),
-        "at the limit": ((most, 7 * most // 8),) * 9,
+        "at the limit": ((most, most_packed_split_keys(case, 9) // 9),) * 9,
         "one long": (*short, (700, 2 * most), *short),
         "one too long": (*short, (2000, 2 * most + 1), *short),
         "long": ((700, 700), (0, 0), (513, 600), (1, 1), (1300, 1290)),

@@ -25,12 +25,10 @@ ROOT = Path(__file__).parents[1]
 # Files of the kernels before these, by the first digits of their SHA-256: a newer file has others.
 OLDER = {
     "ablation": "473045a7",
-    "attention_grid_short": "833d0eb7",
     "bert_accuracy_eager_padded": "9647c594",
     "bert_accuracy_hf_flashattn_unpadded": "d96b4b12",
     "bert_accuracy_sdpa_padded": "479893f3",
     "bert_large": "d071eee6",
-    "bert_large_compiled_full": "a38b08f5",
     "bert_large_compiled_half": "7a9fe058",
     "bert_large_full_plain": "3902a0b7",
     "bert_large_half": "8a11885f",
@@ -42,9 +40,9 @@ OLDER = {
     "gpt2_grid_medium_4k": "164dd104",
     "gpt2_grid_medium_512": "b38a3dfd",
     "gpt2_grid_small": "b03978db",
-    "gpt2_grid_small_1k": "8b9df88a",
     "gpt2_grid_small_1k_4k": "c507e4a5",
     "gpt2_grid_small_1k_h100": "29abf517",
+    "gpt2_grid_small_4k": "8b9df88a",
     "gpt2_grid_small_ends": "56dd61a4",
     "limits": "6ad4887f",
     "memory": "7e55fa1d",

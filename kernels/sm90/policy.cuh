@@ -343,7 +343,7 @@ constexpr int kSplitUpToKeys = HeadDim == 64                     ? (Causal ? 384
 // summed, useful TFLOP/s on an H200, the better of two runs each, between which the card was up to
 // a tenth slower:
 //   lengths    mean  d64 full  causal     d96 full  causal     d128 full  causal
-//   128..512   317   230 221   145 131    (split)   (split)    (split)    (split)
+//   128..512   317   230 221   (split)    (split)   (split)    (split)    (split)
 //   160..640   432   277 283   189 168    287 263   204 183    318 286    219 223
 //   200..800   513   289 311   206 200    301 313   221 192    331 334    245 191
 //   256..1024  614   295 316   204 223    312 330   236 220    323 352    244 216

@@ -340,13 +340,12 @@ constexpr int kSplitUpToKeys = HeadDim == 64                     ? (Causal ? 384
 
 // The same for the mean of packed sequences, in eighths of it. Longer ones have more of the work
 // than of the number, but splitting costs less where sequences end than summing does. Split over
-// summed, useful TFLOP/s on an H200, the better of two runs each, between which the card was up to
-// a tenth slower:
-//   lengths    mean  d64 full  causal     d96 full  causal     d128 full  causal
-//   128..512   317   230 221   (split)    (split)   (split)    (split)    (split)
-//   160..640   432   277 283   189 168    287 263   204 183    318 286    219 223
-//   200..800   513   289 311   206 200    301 313   221 192    331 334    245 191
-//   256..1024  614   295 316   204 223    312 330   236 220    323 352    244 216
+// summed, the better of two runs each on an H200 whose rate moved: what was split in both differed
+// by 0.98 to 1.11, so the first row says little more than that nothing is lost:
+//   lengths    mean  d64 full, causal  d96 full, causal  d128 full, causal
+//   160..640   432   0.98  1.13        1.09  (split)     1.11  (split)
+//   200..800   513   0.93  1.03        0.96  1.15        0.99  1.28
+//   256..1024  614   0.93  0.91        0.95  1.08        0.92  1.13
 // With dropout d64 full is not expected to gain: 0.91 before packed tiles ended by themselves.
 template <int HeadDim, bool Causal>
 constexpr int kSplitPackedEighths = HeadDim == 64 && !Causal ? 7 : 10;

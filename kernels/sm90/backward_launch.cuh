@@ -16,14 +16,15 @@ Status make_maps(BackwardMaps& maps, BackwardParams const& p) {
   bool const packed = problem.cu_seqlens_q != nullptr;
   int const rows_q = packed ? problem.total_q : problem.seqlen_q;
   int const rows_k = packed ? problem.total_k : problem.seqlen_k;
-  Status status = success();
-  auto const make = [&]<class Tile>(CUtensorMap& map, TensorView const& view, int rows, int heads) {
-    if (status.ok()) status = make_map<Tile>(map, view, problem, rows, heads, TileEnd::kSequence);
-  };
-  make.template operator()<typename Smem::RowTile>(maps.q, p.q, rows_q, problem.heads_q);
-  make.template operator()<typename Smem::RowTile>(maps.dout, p.dout, rows_q, problem.heads_q);
-  make.template operator()<typename Smem::KeyTile>(maps.k, p.k, rows_k, problem.heads_k);
-  make.template operator()<typename Smem::ValueTile>(maps.v, p.v, rows_k, problem.heads_k);
+  constexpr TileEnd kEnd = TileEnd::kSequence;
+  int const heads_q = problem.heads_q, heads_k = problem.heads_k;
+  Status status = make_map<typename Smem::RowTile>(maps.q, p.q, problem, rows_q, heads_q, kEnd);
+  if (status.ok())
+    status = make_map<typename Smem::RowTile>(maps.dout, p.dout, problem, rows_q, heads_q, kEnd);
+  if (status.ok())
+    status = make_map<typename Smem::KeyTile>(maps.k, p.k, problem, rows_k, heads_k, kEnd);
+  if (status.ok())
+    status = make_map<typename Smem::ValueTile>(maps.v, p.v, problem, rows_k, heads_k, kEnd);
   return status;
 }
 

@@ -1,8 +1,6 @@
 // Launches the forward kernel of one policy; included by the instantiation files alone.
 #pragma once
 
-#include <utility>
-
 #include "sm90/forward.cuh"
 #include "sm90/launch.cuh"
 
@@ -23,11 +21,12 @@ Status set_up(ForwardMaps& maps, ForwardParams const& p) {
   // Q alone may hold rows of others: of tiles that begin ahead of the sequence too.
   Status status = make_map<typename Smem::QTile>(maps.q, p.q, problem, rows_q, problem.heads_q,
                                                  TileEnd::kTensor);
-  for (auto const& [map, view] :
-       {std::pair<CUtensorMap&, TensorView const&>{maps.k, p.k}, {maps.v, p.v}})
-    if (status.ok())
-      status = make_map<typename Smem::KeyTile>(map, view, problem, rows_k, problem.heads_k,
-                                                TileEnd::kSequence);
+  if (status.ok())
+    status = make_map<typename Smem::KeyTile>(maps.k, p.k, problem, rows_k, problem.heads_k,
+                                              TileEnd::kSequence);
+  if (status.ok())
+    status = make_map<typename Smem::KeyTile>(maps.v, p.v, problem, rows_k, problem.heads_k,
+                                              TileEnd::kSequence);
   if (status.ok())
     status = allow_shared_memory<forward_kernel<P>>(problem.device, kForwardSmemBytes<P>);
   return status;

@@ -24,7 +24,7 @@ void expect(bool right, char const* what, int sequence, int row) {
 template <class Tile>
 void check(Problem const& p, TensorView const& view, Sequence const& s, int first, int length) {
   MapKey const key = map_key<Tile>(view, p, p.total_q, p.heads_q, TileEnd::kSequence);
-  Tile const& tile = *static_cast<Tile const*>(nullptr);  // for its type
+  static Tile const tile{};  // for its type
   for (int head = 0; head < p.heads_q; ++head)
     for (int row = 0; row < length; row += Tile::kRows) {
       TilePlace const place = TilePlace::in_sequence(tile, s, first, length, row, head);

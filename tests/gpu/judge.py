@@ -249,15 +249,18 @@ def check_replays(run, inputs: list[Tensor]) -> None:
             assert torch.equal(got[name], result), name
 
 
+def of_its_kernel(table: dict[int, tuple[int, int]], case: Case) -> int:
+    kernel = next(dim for dim in table if case.dim <= dim)
+    return table[kernel][case.causal]
+
+
 def most_split_keys(case: Case) -> int:
-    kernel = next(dim for dim in SPLIT_UP_TO if case.dim <= dim)
-    return SPLIT_UP_TO[kernel][case.causal]
+    return of_its_kernel(SPLIT_UP_TO, case)
 
 
 def most_packed_split_keys(case: Case, sequences: int) -> int:
     """Keys of all sequences together."""
-    kernel = next(dim for dim in SPLIT_UP_TO if case.dim <= dim)
-    return SPLIT_PACKED_EIGHTHS[kernel][case.causal] * most_split_keys(case) * sequences // 8
+    return of_its_kernel(SPLIT_PACKED_EIGHTHS, case) * most_split_keys(case) * sequences // 8
 
 
 def random_lengths(count, seed=0):
